@@ -1,0 +1,1 @@
+"""Typed settings: YAML in, frozen pydantic models out. Nothing here imports torch."""

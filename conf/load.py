@@ -1,0 +1,118 @@
+"""Resolve settings: defaults <- base.yaml <- preset <- ablation <- `--set stage.field=value`, each checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from conf.schema import RuntimeConfig, Settings
+
+CONF_DIR = Path(__file__).resolve().parent
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message is one clear line."""
+
+
+def load_settings(
+    preset: str | None = None, ablation: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[Settings, RuntimeConfig]:
+    """Settings and runtime settings of a run.
+
+    Args:
+        preset: Name of a file in conf/preset, without suffix.
+        ablation: Name of a file in conf/ablation, applied over the preset.
+        overrides: `stage.field=value` pairs, values in YAML; `runtime.field=value` sets runtime settings.
+
+    Raises:
+        SettingsError: Unknown name, unknown setting, wrong type, value out of range, or a contradiction.
+    """
+    tree = _read_yaml(CONF_DIR / "base.yaml")
+    for kind, name in (("preset", preset), ("ablation", ablation)):
+        if name is not None:
+            tree = _merge(tree, _read_yaml(_named_file(kind, name)))
+    for override in overrides:
+        tree = _merge(tree, _parse_override(override))
+    runtime = tree.pop("runtime", {})
+    try:
+        return Settings.model_validate(_absolute_paths(tree)), RuntimeConfig(**runtime)
+    except ValidationError as error:
+        raise SettingsError(_one_line(error)) from error
+
+
+def names(kind: str) -> list[str]:
+    """Names of the presets (`kind` is "preset") or ablations there are."""
+    return sorted(path.stem for path in (CONF_DIR / kind).glob("*.yaml"))
+
+
+def describe(kind: str, name: str) -> str:
+    """First comment line of a preset or ablation file: what it is for."""
+    first = _named_file(kind, name).read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("#").strip()
+
+
+def _named_file(kind: str, name: str) -> Path:
+    if name not in names(kind):
+        raise SettingsError(f"{kind} is {name!r}, expected one of {', '.join(names(kind)) or 'none (there are none)'}")
+    return CONF_DIR / kind / f"{name}.yaml"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{path} holds a {type(tree).__name__}, expected sections with settings")
+    return tree
+
+
+def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge; a value of `change` wins, sections are merged field by field."""
+    merged = dict(base)
+    for name, value in change.items():
+        old = merged.get(name)
+        merged[name] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    address, equals, value = text.partition("=")
+    parts = address.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise SettingsError(f"override is {text!r}, expected stage.field=value, e.g. patch_index.max_length=4")
+    try:
+        tree: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"override {text!r}: the value is not YAML") from error
+    for part in reversed(parts):
+        tree = {part: tree}
+    return dict(tree)
+
+
+def _absolute_paths(tree: dict[str, Any]) -> dict[str, Any]:
+    """`conf:...` names a file beside this one, wherever the command is started."""
+    checkpoint = tree.get("tokenizer", {}).get("checkpoint")
+    if isinstance(checkpoint, str) and checkpoint.startswith("conf:"):
+        return _merge(tree, {"tokenizer": {"checkpoint": CONF_DIR / checkpoint.removeprefix("conf:")}})
+    return tree
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problems as `address: message (found value)`, joined by semicolons."""
+    lines = []
+    for problem in error.errors()[:5]:
+        address = ".".join(str(part) for part in problem["loc"]) or "settings"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown setting; `dpar config` lists those there are"
+        elif problem["type"] != "value_error":
+            message = f"{message}, found {problem['input']!r}"
+        lines.append(f"{address}: {message}")
+    return "; ".join(lines)

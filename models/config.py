@@ -1,0 +1,148 @@
+"""Sizes of every model, as frozen dataclasses. Nothing here imports torch.
+
+A *size* is what a person chooses (width, depth); a *config* is a size plus what the data decides (codebook, number of
+tokens, classes). Settings hold sizes; a finished artifact holds the config beside its weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+PositionEmbedding = Literal["dynamic", "dynamic_no_redundancy", "patch_index_1d"]
+
+_FORBID_UNKNOWN: dict[str, str] = {"extra": "forbid"}  # read by pydantic when a size stands in the settings
+
+
+def _grid(num_tokens: int) -> int:
+    grid = round(num_tokens**0.5)
+    if grid * grid != num_tokens:
+        raise ValueError(f"num_tokens is {num_tokens}, expected a square number: images are square token grids")
+    return grid
+
+
+def _check_heads(dim: int, num_heads: int) -> None:
+    if dim < 1 or num_heads < 1 or dim % num_heads or (dim // num_heads) % 4:
+        raise ValueError(
+            f"dim is {dim} with {num_heads} heads, expected a head width that is a multiple of 4: "
+            "2D rotary embedding turns pairs of channels, half of them by row and half by column"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VQConfig:
+    """VQ tokenizer of LlamaGen. The defaults are VQ-16 (downsampling 16, 71,883,403 parameters)."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_UNKNOWN
+
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+
+    def __post_init__(self) -> None:
+        if self.channels % 32:
+            raise ValueError(f"channels is {self.channels}, expected a multiple of 32: GroupNorm has 32 groups")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(f"channel_multipliers is {self.channel_multipliers}, expected one number >= 1 per level")
+        if not 2 <= self.codebook_size <= 65535:
+            raise ValueError(f"codebook_size is {self.codebook_size}, expected 2..65535: tokens are stored as uint16")
+
+    @property
+    def downsample(self) -> int:
+        """Pixels along one side of the square that a token stands for."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GPTSize:
+    """Width and depth of a LlamaGen transformer."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_UNKNOWN
+
+    dim: int
+    num_layers: int
+    num_heads: int
+
+    def __post_init__(self) -> None:
+        _check_heads(self.dim, self.num_heads)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DPARSize:
+    """Width of a DPAR model and the depth of its three stacks (paper, Table 1)."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_UNKNOWN
+
+    dim: int
+    num_heads: int
+    encoder_layers: int
+    global_layers: int
+    decoder_layers: int
+
+    def __post_init__(self) -> None:
+        _check_heads(self.dim, self.num_heads)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GPTConfig:
+    """LlamaGen (class-conditional) or the entropy model (`num_classes` is None: unconditional, no class position)."""
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    codebook_size: int
+    num_tokens: int
+    num_classes: int | None
+    dropout: float = 0.1
+    class_dropout_prob: float = 0.1
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of the image."""
+        return _grid(self.num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DPARConfig:
+    """DPAR: encoder, global and decoder stacks of one width. Dropout acts in the global stack only."""
+
+    dim: int
+    num_heads: int
+    encoder_layers: int
+    global_layers: int
+    decoder_layers: int
+    codebook_size: int
+    num_tokens: int
+    num_classes: int
+    position_embedding: PositionEmbedding = "dynamic"
+    dropout: float = 0.1
+    class_dropout_prob: float = 0.1
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of the image."""
+        return _grid(self.num_tokens)
+
+
+GPT_SIZES: dict[str, GPTSize] = {
+    "T": GPTSize(dim=512, num_layers=6, num_heads=8),
+    "B": GPTSize(dim=768, num_layers=12, num_heads=12),
+    "L": GPTSize(dim=1024, num_layers=24, num_heads=16),
+    "XL": GPTSize(dim=1280, num_layers=36, num_heads=20),
+    "XXL": GPTSize(dim=1536, num_layers=48, num_heads=24),
+    "1B": GPTSize(dim=2048, num_layers=22, num_heads=32),
+    "3B": GPTSize(dim=3200, num_layers=24, num_heads=32),
+}
+
+DPAR_SIZES: dict[str, DPARSize] = {
+    "B": DPARSize(dim=768, num_heads=12, encoder_layers=1, global_layers=8, decoder_layers=3),
+    "L": DPARSize(dim=1024, num_heads=16, encoder_layers=1, global_layers=19, decoder_layers=4),
+    "XL": DPARSize(dim=1280, num_heads=20, encoder_layers=1, global_layers=30, decoder_layers=5),
+    "XXL": DPARSize(dim=1536, num_heads=24, encoder_layers=1, global_layers=41, decoder_layers=6),
+    "L-E2D3": DPARSize(dim=1024, num_heads=16, encoder_layers=2, global_layers=19, decoder_layers=3),
+    "L-E3D2": DPARSize(dim=1024, num_heads=16, encoder_layers=3, global_layers=19, decoder_layers=2),
+    "L-E4D1": DPARSize(dim=1024, num_heads=16, encoder_layers=4, global_layers=19, decoder_layers=1),
+}

@@ -1,0 +1,256 @@
+"""The VQ tokenizer of LlamaGen (VQ-16, VQ-8): an image to a square grid of tokens, and back.
+
+Names and shapes of the state dict are LlamaGen's, so that its released weights load. Encoder and decoder are
+convolutional, with single-head attention at the lowest resolution; the quantiser looks up L2-normalised codes.
+
+Source: LlamaGen (arXiv 2406.06525), section 2.1; Taming Transformers (arXiv 2012.09841).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from models.config import VQConfig
+
+
+class Quantized(NamedTuple):
+    """What the quantiser makes of a batch of latents."""
+
+    latents: Float[Tensor, "B E h w"]
+    """Normalised codes; the gradient passes straight through to the encoder."""
+    tokens: Int[Tensor, "B T"]
+    codebook_loss: Float[Tensor, ""]
+    """Mean squared distance that pulls the codes towards the encoder's latents."""
+    commitment_loss: Float[Tensor, ""]
+    """The same distance, pulling the latents towards their codes; not yet weighted."""
+
+
+class VQModel(nn.Module):
+    """Encoder, codebook and decoder. VQ-16 holds 71,883,403 parameters in 343 tensors, plus one buffer."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B 3 H W"], Quantized]:
+        """Reconstruction and quantisation of images in [-1, 1], for training."""
+        quantized = self.quantize(self.quant_conv(self.encoder(pixels)))
+        return self.decoder(self.post_quant_conv(quantized.latents)), quantized
+
+    def encode(self, pixels: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B T"]:
+        """Tokens of images in [-1, 1], in raster order, int64."""
+        return self.quantize.lookup(self.quant_conv(self.encoder(pixels)))
+
+    def decode(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B 3 H W"]:
+        """Images of tokens, about in [-1, 1] (the decoder does not clamp)."""
+        grid = round(tokens.shape[1] ** 0.5)
+        if grid * grid != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens an image, expected a square number")
+        latents = self.quantize.codes()[tokens]  # (B, T, E)
+        latents = latents.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        return self.decoder(self.post_quant_conv(latents))
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest code of each latent, both L2-normalised at every use."""
+
+    codebook_used: Tensor
+
+    def __init__(self, codebook_size: int, codebook_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codebook_size, codebook_dim)
+        with torch.no_grad():
+            self.embedding.weight.uniform_(-1.0 / codebook_size, 1.0 / codebook_size)
+            self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
+        # A memory of recent tokens in LlamaGen's training; kept because released weights carry it.
+        self.register_buffer("codebook_used", torch.zeros(65536))
+
+    def codes(self) -> Float[Tensor, "V E"]:
+        """The normalised codebook, float32."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    def lookup(self, latents: Float[Tensor, "B E h w"]) -> Int[Tensor, "B T"]:
+        """Token of each position: the code of smallest squared distance."""
+        return self._nearest(self._flatten(latents), self.codes())
+
+    def forward(self, latents: Float[Tensor, "B E h w"]) -> Quantized:
+        """Quantise with straight-through gradients; losses and distances are float32 whatever the input is."""
+        height, width = latents.shape[-2:]
+        flat, codes = self._flatten(latents), self.codes()
+        tokens = self._nearest(flat.detach(), codes.detach())
+        chosen = codes[tokens]  # (B, T, E)
+        codebook_loss = F.mse_loss(chosen, flat.detach())
+        commitment_loss = F.mse_loss(flat, chosen.detach())
+        straight = flat + (chosen - flat).detach()
+        return Quantized(
+            straight.unflatten(1, (height, width)).permute(0, 3, 1, 2), tokens, codebook_loss, commitment_loss
+        )
+
+    @staticmethod
+    def _flatten(latents: Float[Tensor, "B E h w"]) -> Float[Tensor, "B T E"]:
+        return F.normalize(latents.float().flatten(2).transpose(1, 2), dim=-1)
+
+    @staticmethod
+    def _nearest(flat: Float[Tensor, "B T E"], codes: Float[Tensor, "V E"]) -> Int[Tensor, "B T"]:
+        # Of unit vectors the nearest has the largest inner product. float32 under autocast too: a token must not
+        # depend on the precision that the rest of the network runs in.
+        with torch.autocast(flat.device.type, enabled=False):
+            return (flat @ codes.T).argmax(dim=-1)
+
+
+class Encoder(nn.Module):
+    """Image to latents; halves the resolution after every level but the last."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        width = config.channels
+        last = len(config.channel_multipliers) - 1
+        for level, multiplier in enumerate(config.channel_multipliers):
+            out = config.channels * multiplier
+            resample = None if level == last else "downsample"
+            self.conv_blocks.append(
+                Level(width, out, config.num_res_blocks, attention=level == last, resample=resample)
+            )
+            width = out
+        self.mid = nn.ModuleList([ResBlock(width, width), AttnBlock(width), ResBlock(width, width)])
+        self.norm_out = _norm(width)
+        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B Z h w"]:
+        """Latents before quantisation."""
+        hidden = self.conv_in(pixels)
+        for level in self.conv_blocks:
+            hidden = level(hidden)
+        for block in self.mid:
+            hidden = block(hidden)
+        return self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+class Decoder(nn.Module):
+    """Latents to image; `conv_blocks.0` is the lowest resolution. One more ResBlock a level than the encoder."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        width = config.channels * config.channel_multipliers[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
+        self.mid = nn.ModuleList([ResBlock(width, width), AttnBlock(width), ResBlock(width, width)])
+        self.conv_blocks = nn.ModuleList()
+        last = len(config.channel_multipliers) - 1
+        for level, multiplier in enumerate(reversed(config.channel_multipliers)):
+            out = config.channels * multiplier
+            resample = None if level == last else "upsample"
+            self.conv_blocks.append(
+                Level(width, out, config.num_res_blocks + 1, attention=level == 0, resample=resample)
+            )
+            width = out
+        self.norm_out = _norm(width)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, latents: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Images, not clamped."""
+        hidden = self.conv_in(latents)
+        for block in self.mid:
+            hidden = block(hidden)
+        for level in self.conv_blocks:
+            hidden = level(hidden)
+        return self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+class Level(nn.Module):
+    """ResBlocks of one resolution, each followed by attention at the lowest one, then a change of resolution."""
+
+    def __init__(
+        self, width_in: int, width: int, num_blocks: int, *, attention: bool, resample: str | None = None
+    ) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(width_in if i == 0 else width, width) for i in range(num_blocks))
+        self.attn = nn.ModuleList(AttnBlock(width) for _ in range(num_blocks if attention else 0))
+        self.resample = resample
+        if resample is not None:  # under the name that the released weights give it
+            self.add_module(resample, {"downsample": Downsample, "upsample": Upsample}[resample](width))
+
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Tensor:
+        """Features of this level, at the resolution of the next."""
+        for index, block in enumerate(self.res):
+            hidden = block(hidden)
+            if len(self.attn):
+                hidden = self.attn[index](hidden)
+        return hidden if self.resample is None else self.get_submodule(self.resample)(hidden)
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm2 = _norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        if width_in != width:
+            self.nin_shortcut = nn.Conv2d(width_in, width, 1)
+
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
+        """Sum of both paths."""
+        shortcut = self.nin_shortcut(hidden) if hasattr(self, "nin_shortcut") else hidden
+        hidden = self.conv1(F.silu(self.norm1(hidden)))
+        return shortcut + self.conv2(F.silu(self.norm2(hidden)))
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all positions of a feature map, with 1x1 convolutions as projections."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = _norm(width)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """Residual attention with scale C^-0.5."""
+        normed = self.norm(hidden)
+        q, k, v = (conv(normed).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B, hw, C)
+        attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return hidden + self.proj_out(attended.transpose(1, 2).unflatten(2, hidden.shape[-2:]))
+
+
+class Downsample(nn.Module):
+    """Halve the resolution; zeros are added on the right and below only, as in the released weights' training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Tensor:
+        """Features at half the resolution."""
+        return self.conv(F.pad(hidden, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution by repeating pixels, then smooth."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Tensor:
+        """Features at twice the resolution."""
+        return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, width, eps=1e-6)

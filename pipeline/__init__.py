@@ -1,0 +1,1 @@
+"""Orchestration: graph, cache, launch, Prefect, MLflow and the command line."""

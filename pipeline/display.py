@@ -1,0 +1,225 @@
+"""What the command line shows: a bar per running stage on a terminal, plain lines elsewhere, and the tables."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.bench import Gate
+from pipeline.report import Report, Score
+from pipeline.runner import StageResult, StageStatus
+
+LINE_PERIOD_S = 15.0
+KEY_CHARACTERS = 10  # of a key's hash: enough to tell two apart by eye
+STYLES = {"cached": "green", "stale": "yellow", "missing": "cyan", "ran": "green", "waited": "green"}
+_WIDE = 1000  # a file or a pipe has no width: wrapping would only cut what a program reads
+
+
+def make_console() -> Console:
+    """A console on standard output that takes text as it is: no markup, no guesses about colors of numbers."""
+    width = None if sys.stdout.isatty() else _WIDE
+    return Console(width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+
+
+class Screen(Protocol):
+    """What a running pipeline tells a person; also an observer of the runner."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *error: object) -> None: ...
+    def stage_started(self, stage: str, key: str, work_dir: Path, config: Mapping[str, Any]) -> None:
+        """A stage begins to run."""
+
+    def stage_progress(self, stage: str, progress: Mapping[str, Any]) -> None:
+        """It has done so much: {"what", "done", "total", "per_second", "note"}."""
+
+    def stage_finished(self, result: StageResult) -> None:
+        """It is done, or was done already."""
+
+    def stage_failed(self, stage: str, error: BaseException) -> None:
+        """It ended without an artifact."""
+
+
+def make_screen(console: Console) -> Screen:
+    """Bars on a terminal, lines elsewhere."""
+    return BarScreen(console) if console.is_terminal else LineScreen(console)
+
+
+class BarScreen:
+    """A progress bar for the running stage; a line above it for each finished one."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=console,
+            transient=True,
+        )
+        self._bars: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        self._open("starting")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def stage_started(self, stage: str, key: str, work_dir: Path, config: Mapping[str, Any]) -> None:
+        """Open the stage's bar; it pulses until there is a first number."""
+        self._open(stage)
+
+    def stage_progress(self, stage: str, progress: Mapping[str, Any]) -> None:
+        """Move the stage's bar."""
+        bar = self._open(stage)
+        self._progress.update(bar, total=progress["total"], completed=progress["done"], detail=progress_text(progress))
+
+    def stage_finished(self, result: StageResult) -> None:
+        """Replace the bar by a line."""
+        self._close(result.stage)
+        self._console.print(finished_line(result, ascii_only=self._console.options.ascii_only))
+
+    def stage_failed(self, stage: str, error: BaseException) -> None:
+        """Replace the bar by a line; the error itself is the last thing the command says."""
+        self._close(stage)
+        self._console.print(Text(f"x {stage}  failed", style="red"))
+
+    def _open(self, stage: str) -> TaskID:
+        if stage not in self._bars:
+            self._close("starting")
+            self._bars[stage] = self._progress.add_task(f"{stage:<13}", total=None, detail="")
+        return self._bars[stage]
+
+    def _close(self, stage: str) -> None:
+        if stage in self._bars:
+            self._progress.remove_task(self._bars.pop(stage))
+
+
+class LineScreen:
+    """Plain lines for a log: stages as they start and end, and now and then how far the running one is."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._next_line = float("-inf")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def stage_started(self, stage: str, key: str, work_dir: Path, config: Mapping[str, Any]) -> None:
+        """Say which stage starts and where its log grows."""
+        self._console.print(f"> {stage}  started  log {work_dir / 'record' / 'log.txt'}")
+        self._next_line = time.monotonic() + LINE_PERIOD_S
+
+    def stage_progress(self, stage: str, progress: Mapping[str, Any]) -> None:
+        """Say how far the stage is, at most once in `LINE_PERIOD_S`."""
+        if time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LINE_PERIOD_S
+            self._console.print(f"  {stage}  {progress_text(progress)}")
+
+    def stage_finished(self, result: StageResult) -> None:
+        """Say that the stage is done."""
+        self._console.print(finished_line(result, ascii_only=self._console.options.ascii_only))
+
+    def stage_failed(self, stage: str, error: BaseException) -> None:
+        """Say that the stage failed; the error itself is the last thing the command says."""
+        self._console.print(f"x {stage}  failed")
+
+
+def finished_line(result: StageResult, *, ascii_only: bool = False) -> Text:
+    """One line for a stage that has its artifact: how it came to have it."""
+    if result.state == "cached":
+        return Text(f"= {result.stage:<13}  cached", style="dim")
+    mark = "+" if ascii_only else "✔"
+    how = "made by another run meanwhile" if result.state == "waited" else f"ran {duration(result.duration_s)}"
+    return Text.assemble((mark, "green"), f" {result.stage:<13}  {how}  key {short_key(result.key)}")
+
+
+def progress_text(progress: Mapping[str, Any]) -> str:
+    """`images 1,200/3,778  41/s  1 min 3 s left  loss 3.21`, with what is known of it."""
+    done, total, rate = progress["done"], progress["total"], progress["per_second"]
+    parts = [f"{progress['what']} {done:,}/{total:,}"]
+    if rate > 0:
+        parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+        parts.append(f"{duration((total - done) / rate)} left")
+    return "  ".join([*parts, progress["note"]]).rstrip()
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: `0.4 s`, `31 s`, `2 min 5 s`, `3 h 12 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{minutes} min {rest} s" if hours < 1 else f"{hours} h {minutes_left} min"
+
+
+def short_key(key: str | None) -> str:
+    """The stage's name is told beside a key: the first characters of the hash say enough."""
+    return "-" if key is None else key.rpartition("-")[2][:KEY_CHARACTERS]
+
+
+def status_table(statuses: Iterable[StageStatus]) -> Table:
+    """Stages with their state, why, and key."""
+    table = _table("stage", "state", "key", "why")
+    for status in statuses:
+        table.add_row(
+            status.stage, Text(status.state, style=STYLES[status.state]), short_key(status.key), status.reason
+        )
+    return table
+
+
+def gate_table(gates: Iterable[Gate]) -> Table:
+    """Gates with their value and bound."""
+    table = _table("gate", "value", "bound", "")
+    for gate in gates:
+        verdict = Text("met", style="green") if gate.met else Text("MISSED", style="bold red")
+        table.add_row(gate.name, number(gate.value), number(gate.bound), verdict)
+    return table
+
+
+def score_table(scores: Iterable[Score]) -> Table:
+    """Scores with a few words on how to read each."""
+    table = _table("score", "value", "meaning")
+    for score in scores:
+        table.add_row(score.name, number(score.value), Text(score.meaning, style="dim"))
+    return table
+
+
+def print_report(console: Console, report: Report, home: Path) -> None:
+    """Say what a run made: scores, pictures, places."""
+    for title, scores in (("distance to the training images, best possible first", report.ladder), ("", report.scores)):
+        if scores:
+            console.print(Text(f"\n{title}".rstrip(), style="bold"))
+            console.print(score_table(scores))
+    console.print(f"\nartifacts   {home}")
+    for path, meaning in report.pictures:
+        console.print(f"{path.name:<11} {path}  ({meaning})", soft_wrap=True)
+    console.print("look around  `dpar up` opens Prefect (runs, logs) and MLflow (curves, comparisons)")
+
+
+def number(value: float) -> str:
+    """Four significant digits; whole numbers whole."""
+    if isinstance(value, int) or (value == value and abs(value) < 1e15 and value == int(value)):
+        return f"{int(value):,}"
+    return f"{value:.4g}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("value", "bound") else "left", overflow="fold")
+    return table

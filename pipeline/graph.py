@@ -1,0 +1,106 @@
+"""The stages, what each reads, and what its key is made of. The order below is an order in which they can run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of the graph.
+
+    Attributes:
+        name: Of the stage, of its settings section, and of its module in `stages`.
+        inputs: Stages whose artifacts it reads; their content digests are in its key.
+        reads_images: It opens image files: "images" is among its inputs, and the dataset's digest stands for them.
+        spmd: It runs under torchrun.
+        packages: Installed packages whose version (major.minor) can change its numbers.
+        summary: One line for people.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    summary: str
+    reads_images: bool = False
+    spmd: bool = True
+    packages: tuple[str, ...] = ("torch",)
+
+    @property
+    def entry(self) -> tuple[str, str]:
+        """Module and function that do the work: where the code fingerprint starts."""
+        return f"stages.{self.name}", self.name
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            name="dataset",
+            inputs=(),
+            summary="index of the images",
+            reads_images=True,
+            spmd=False,
+            packages=("pillow",),
+        ),
+        Stage(name="tokenizer", inputs=("dataset",), summary="VQ weights", reads_images=True),
+        Stage(
+            name="tokenize",
+            inputs=("dataset", "tokenizer"),
+            summary="VQ tokens of every view",
+            reads_images=True,
+            packages=("torch", "pillow"),
+        ),
+        Stage(name="entropy_model", inputs=("tokenize",), summary="unconditional model of the tokens"),
+        Stage(name="entropy_map", inputs=("tokenize", "entropy_model"), summary="next-token entropies, nats"),
+        Stage(
+            name="patch_index",
+            inputs=("entropy_map",),
+            summary="where patches start",
+            spmd=False,
+            packages=(),
+        ),
+        Stage(name="train", inputs=("tokenize", "patch_index"), summary="class-conditional model"),
+        Stage(
+            name="sample",
+            inputs=("dataset", "tokenizer", "tokenize", "entropy_model", "entropy_map", "patch_index", "train"),
+            summary="images drawn from the model",
+            reads_images=True,
+            packages=("torch", "pillow"),
+        ),
+        Stage(
+            name="evaluate",
+            inputs=("dataset", "tokenizer", "tokenize", "entropy_model", "patch_index", "train", "sample"),
+            summary="scores against the training images",
+            reads_images=True,
+            packages=("torch", "pillow", "numpy"),
+        ),
+    )
+}
+
+# Modules that cannot change what an artifact holds, left out of the code fingerprint, each with the reason.
+NEUTRAL_MODULES: dict[str, str] = {
+    "stages.job": "how a stage's process starts and ends",
+    "stages.errors": "names of errors",
+    "stages.artifact": "how files are written, not what is in them",
+    "stages.progress": "shown to people only",
+    "stages.distributed": "results do not depend on the number of processes",
+    "stages.training.log": "metrics.jsonl is part of the record, not of the content",
+}
+
+
+def order(names: set[str] | None = None) -> list[Stage]:
+    """The stages named (all without names), in an order in which they can run."""
+    return [stage for stage in STAGES.values() if names is None or stage.name in names]
+
+
+def upstream(name: str) -> set[str]:
+    """Names of the stages that `name` depends on, directly or through others."""
+    found: set[str] = set()
+    for parent in STAGES[name].inputs:
+        found |= {parent} | upstream(parent)
+    return found
+
+
+def downstream(name: str) -> set[str]:
+    """Names of the stages that depend on `name`, directly or through others."""
+    return {stage.name for stage in STAGES.values() if name in upstream(stage.name)}

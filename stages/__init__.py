@@ -1,0 +1,1 @@
+"""The stages: plain functions from artifacts to an artifact. They know neither Prefect nor MLflow."""

@@ -1,0 +1,124 @@
+"""Stage entropy_map: the entropy of every next token, in nats, in a Zarr store beside the tokens.
+
+Source: paper, section 3.1: H(x_i | x_<i) under the entropy model, which knows no class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from conf.schema import EntropyMapConfig, RuntimeConfig
+from models.gpt import GPT
+from stages.artifact import file_sha256, write_json
+from stages.distributed import World, barrier, process_group
+from stages.errors import ArtifactError
+from stages.job import Inputs, main
+from stages.progress import Progress
+from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
+from stages.stores.tokens import TokenStore
+from stages.weights import MODEL_FILE, load_gpt
+
+STORE = "entropies.zarr"
+
+
+def entropy_map(config: EntropyMapConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
+    """Write `entropies.zarr`, and the mean entropy of training and held-out images.
+
+    Raises:
+        ArtifactError: The entropy model was made for other tokens.
+    """
+    with process_group(runtime) as world:
+        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+        model = load_gpt(inputs["entropy_model"], world.device)
+        _check_model(model, store, inputs["entropy_model"])
+        writer = entropy_writer(output / STORE, _facts(config, store, inputs["entropy_model"]))
+        mapper = Mapper(model, store, config, world)
+        pending = writer.pending(world.rank, world.size)
+        total = store.num_views * writer.spec.count_rows(range(world.rank, writer.spec.num_units, world.size))
+        done = total - store.num_views * writer.spec.count_rows(pending)
+        progress = Progress(output, "views", total, done=done, enabled=world.is_main)
+        for unit in pending:
+            writer.write(unit, entropy=mapper.entropies(unit, progress))
+        barrier()
+        if world.is_main:
+            writer.finish()
+            write_json(output / "metrics.json", _means(EntropyStore.open(output / STORE)))
+
+
+@dataclass(frozen=True)
+class Mapper:
+    """Tokens of a store to the entropies of the model's predictions of them."""
+
+    model: GPT
+    store: TokenStore
+    config: EntropyMapConfig
+    world: World
+
+    @torch.inference_mode()
+    def entropies(self, unit: int, progress: Progress) -> NDArray[np.float32]:
+        """Entropies (rows, A, T) of one unit, in nats."""
+        rows = self.store.rows(unit)
+        out = np.empty((rows.stop - rows.start, self.store.num_views, self.store.num_tokens), dtype=np.float32)
+        for view in range(self.store.num_views):
+            block = self.store.read_block(unit, view)
+            for first in range(0, len(block), self.config.batch_size):
+                batch = block[first : first + self.config.batch_size]
+                out[first : first + len(batch), view] = self._batch(batch)
+                progress.update(progress.done + len(batch))
+        return out
+
+    def _batch(self, block: NDArray[np.uint16]) -> NDArray[np.float32]:
+        device = self.world.device
+        tokens = torch.from_numpy(block.astype(np.int64)).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            entropies: NDArray[np.float32] = self.model.entropy(tokens).float().cpu().numpy()
+        return entropies
+
+
+def _check_model(model: GPT, store: TokenStore, artifact: Path) -> None:
+    found = (model.config.num_tokens, model.config.codebook_size, model.config.num_classes)
+    wanted = (store.num_tokens, store.codebook_size, None)
+    if found != wanted:
+        raise ArtifactError(
+            f"{artifact} holds a model for (tokens, codes, classes) {found}, {store.path} needs {wanted}: "
+            "train the entropy model on these tokens"
+        )
+
+
+def _facts(config: EntropyMapConfig, store: TokenStore, model: Path) -> EntropyFacts:
+    return EntropyFacts(
+        num_images=store.num_images,
+        num_train=store.num_train,
+        num_views=store.num_views,
+        num_tokens=store.num_tokens,
+        grid=store.grid,
+        chunk_rows=store.facts.chunk_rows,
+        codebook_size=store.codebook_size,
+        tokens_digest=store.digest,
+        model_sha256=file_sha256(model / MODEL_FILE),
+        precision=config.precision,
+    )
+
+
+def _means(store: EntropyStore) -> dict[str, float]:
+    """Mean entropy in nats of training and held-out images; the first token has none and is left out."""
+    sums = {"mean_entropy": 0.0, "heldout_mean_entropy": 0.0}
+    for unit in range(store.num_units):
+        first = store.rows(unit).start
+        cut = min(max(store.num_train - first, 0), store.rows(unit).stop - first)
+        for view in range(store.num_views):
+            block = store.read_block(unit, view)[:, 1:]
+            sums["mean_entropy"] += float(block[:cut].sum(dtype=np.float64))
+            sums["heldout_mean_entropy"] += float(block[cut:].sum(dtype=np.float64))
+    images = {"mean_entropy": store.num_train, "heldout_mean_entropy": store.num_images - store.num_train}
+    per_image = store.num_views * (store.num_tokens - 1)
+    return {name: sums[name] / (count * per_image) for name, count in images.items() if count}
+
+
+if __name__ == "__main__":
+    main(entropy_map, EntropyMapConfig)

@@ -1,0 +1,57 @@
+"""Stage `entropy_model`: an unconditional LlamaGen transformer, trained to predict the next token.
+
+How uncertain it is about a token decides where patches start (paper, section 3.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from conf.schema import EntropyModelConfig, RuntimeConfig
+from models.config import GPTConfig
+from models.gpt import GPT
+from stages.distributed import process_group
+from stages.job import Inputs, main
+from stages.stores.tokens import TokenStore
+from stages.training.data import TokenData, TokenObjective
+from stages.training.loop import Training, train_model
+from stages.training.stream import SampleStream
+from stages.training.token_scores import write_scores
+from stages.weights import save_model
+
+
+def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
+    """Write `model.safetensors`, its config and the held-out loss beside that of the best unigram model."""
+    with process_group(runtime) as world:
+        data = TokenData(TokenStore.open(inputs["tokenize"] / "tokens.zarr"), patches=None)
+        torch.manual_seed(config.seed)
+        model = GPT(
+            GPTConfig(
+                **asdict(config.model),
+                codebook_size=data.store.codebook_size,
+                num_tokens=data.store.num_tokens,
+                num_classes=None,
+                dropout=config.dropout,
+            )
+        )
+        objective = TokenObjective(model)
+        stream = SampleStream(data.store.num_train, config.training.global_batch_size, config.seed)
+        run = Training(
+            model=model,
+            objective=objective,
+            batch=lambda step: data.training_batch(stream, step, world),
+            validate=lambda: data.heldout_loss(objective, world),
+            config=config.training,
+            seed=config.seed,
+        )
+        metrics = train_model(run, output, world)
+        if world.is_main:
+            save_model(output, model, "gpt")
+            write_scores(output, metrics, data, first_position=1)
+
+
+if __name__ == "__main__":
+    main(entropy_model, EntropyModelConfig)

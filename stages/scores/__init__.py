@@ -1,0 +1,1 @@
+"""Scores as maths on arrays, and the networks that give the features."""

@@ -1,0 +1,106 @@
+"""The store of next-token entropies: `entropy` (N, A, T) float32, nats, row for row beside a token store.
+
+Entry i is H(x_i | x_<i). The first token has no prediction: its entry holds the logarithm of the codebook size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.errors import ArtifactError
+from stages.stores.blocks import BlockStore, Integers
+from stages.stores.units import ArraySpec, StoreSpec, UnitWriter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EntropyFacts:
+    """What an entropy store holds and was made from."""
+
+    num_images: int
+    num_train: int
+    """The first so many images are for training, the others held out."""
+    num_views: int
+    num_tokens: int
+    grid: int
+    """Tokens along one side of an image."""
+    chunk_rows: int
+    codebook_size: int
+    tokens_digest: str
+    """Of the token store that the entropies belong to."""
+    model_sha256: str
+    """Of the entropy model's weights file."""
+    precision: str
+    """Type of the forward pass."""
+
+    def spec(self) -> StoreSpec:
+        """Layout of the store."""
+        shape = (self.num_images, self.num_views, self.num_tokens)
+        array = ArraySpec(name="entropy", shape=shape, dtype="float32", missing=float("nan"), per_view=True)
+        return StoreSpec(arrays=(array,), chunk_rows=self.chunk_rows)
+
+
+def entropy_writer(path: Path, facts: EntropyFacts) -> UnitWriter:
+    """Writer of the entropy store at `path`; a unit takes `entropy` (rows, A, T)."""
+    return UnitWriter(path, facts.spec(), asdict(facts))
+
+
+class EntropyStore:
+    """A finished entropy store, mapped into memory."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+        self._entropy = store.arrays["entropy"]
+        self.path = store.path
+        self.facts = EntropyFacts(**store.facts)
+        self.digest = store.digest
+        self.num_images, self.num_views = self.facts.num_images, self.facts.num_views
+        self.num_tokens, self.grid = self.facts.num_tokens, self.facts.grid
+        self.num_train, self.codebook_size = self.facts.num_train, self.facts.codebook_size
+        self.tokens_digest = self.facts.tokens_digest
+
+    @classmethod
+    def open(cls, path: Path) -> EntropyStore:
+        """Open the store in the folder `path` (`entropies.zarr`).
+
+        Raises:
+            ArtifactError: Missing, incomplete or damaged; see `BlockStore`.
+        """
+        return cls(BlockStore(path, lambda facts: EntropyFacts(**facts).spec()))
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    @property
+    def num_units(self) -> int:
+        """Row-blocks of the store."""
+        return self._store.spec.num_units
+
+    def rows(self, unit: int) -> slice:
+        """Images of a unit."""
+        return self._store.spec.rows(unit)
+
+    def fetch(self, images: Integers, views: Integers) -> NDArray[np.float32]:
+        """Entropies (n, T) of the given images, each in its view, as a copy.
+
+        Raises:
+            IndexError: An image or view that the store does not have.
+            ArtifactError: An entropy that is no finite number: the store is damaged.
+        """
+        return self._checked(self._entropy.gather(images, views))
+
+    def read_block(self, unit: int, view: int) -> NDArray[np.float32]:
+        """Entropies (rows, T) of one view of the images of one unit: read-only, straight from the file."""
+        return self._checked(self._entropy.block(unit, view))
+
+    def verify_deep(self) -> None:
+        """Read the whole store and check every checksum; see `BlockStore.verify`."""
+        self._store.verify()
+
+    def _checked(self, entropy: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not np.isfinite(entropy).all():
+            raise ArtifactError(f"{self.path} holds entropies that are no numbers: run the entropy_map stage again")
+        return entropy

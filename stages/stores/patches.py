@@ -1,0 +1,162 @@
+"""The patch index: which tokens open a patch, one bit a token, a Parquet row for every view of every image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from stages.errors import ArtifactError
+from stages.stores.blocks import Integers
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchFacts:
+    """What a patch index holds and was made from. Kept as text in the schema's metadata."""
+
+    num_images: int
+    num_views: int
+    num_tokens: int
+    entropies_digest: str
+    tokens_digest: str
+
+
+def write_patches(
+    path: Path, facts: PatchFacts, blocks: Iterable[NDArray[np.bool_]], *, rule: Mapping[str, str], chunk_rows: int
+) -> None:
+    """Write an index, with as little in memory as one block.
+
+    Args:
+        path: File to write.
+        facts: Sizes and origin.
+        blocks: Patch starts (rows, T), view by view, in each view all images in order; each becomes a row group.
+        rule: How the starts were found, for people who open the file.
+        chunk_rows: Rows of a block; the last one of each view may have fewer.
+
+    Raises:
+        ValueError: The blocks are not all rows of all views.
+    """
+    text = {"format": FORMAT, **{name: str(value) for name, value in asdict(facts).items()}, **rule}
+    schema = _schema(facts.num_tokens).with_metadata(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    written = 0
+    with pq.ParquetWriter(
+        partial, schema, compression="zstd", compression_level=3, use_dictionary=False, write_page_checksum=True
+    ) as writer:
+        for starts in blocks:
+            view, first = divmod(written, facts.num_images)
+            if starts.shape != (min(chunk_rows, facts.num_images - first), facts.num_tokens):
+                raise ValueError(f"patch starts from image {first} of view {view} have shape {starts.shape}")
+            writer.write_table(_table(schema, view, first, starts), row_group_size=chunk_rows)
+            written += len(starts)
+    if written != facts.num_images * facts.num_views:
+        raise ValueError(f"{written} rows were given, expected {facts.num_images} images x {facts.num_views} views")
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class PatchIndex:
+    """Patch starts of every view of every image, in memory: T / 8 bytes a view."""
+
+    def __init__(self, path: Path, facts: PatchFacts, masks: NDArray[np.uint8]) -> None:
+        self.path, self.facts = path, facts
+        self._masks = masks  # (N, A, bytes)
+
+    @classmethod
+    def open(cls, path: Path, tokens_digest: str) -> PatchIndex:
+        """Read the index in the file `path` (`patches.parquet`).
+
+        Args:
+            path: The file.
+            tokens_digest: Of the token store it will be used with.
+
+        Raises:
+            ArtifactError: Missing, damaged, incomplete, or made from other tokens.
+        """
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                facts = _facts(path, file.schema_arrow)
+                masks = _read_masks(path, file, facts)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise ArtifactError(f"{path} is missing or damaged ({error}): run the patch_index stage again") from error
+        if facts.tokens_digest != tokens_digest:
+            raise ArtifactError(
+                f"{path} was made from tokens {facts.tokens_digest[:12]}, expected {tokens_digest[:12]}: "
+                "it belongs to another token store, run the patch_index stage again"
+            )
+        return cls(path, facts, masks)
+
+    def starts(self, images: Integers, views: Integers) -> NDArray[np.bool_]:
+        """Patch starts (n, T) of the given images, each in its view: true where a token opens a patch."""
+        bits = np.unpackbits(self._masks[images, views], axis=-1, count=self.facts.num_tokens, bitorder="little")
+        return bits.astype(np.bool_)
+
+
+def _schema(num_tokens: int) -> pa.Schema:
+    return pa.schema(
+        [
+            pa.field("image_id", pa.uint32(), nullable=False),
+            pa.field("view", pa.uint8(), nullable=False),
+            pa.field("n_patches", pa.uint16(), nullable=False),
+            pa.field("starts", pa.binary(-(-num_tokens // 8)), nullable=False),  # bit i % 8 of byte i // 8 is token i
+        ]
+    )
+
+
+def _table(schema: pa.Schema, view: int, first: int, starts: NDArray[np.bool_]) -> pa.Table:
+    masks = np.packbits(starts, axis=-1, bitorder="little")
+    columns = [
+        pa.array(np.arange(first, first + len(starts), dtype=np.uint32)),
+        pa.array(np.full(len(starts), view, dtype=np.uint8)),
+        pa.array(starts.sum(axis=-1).astype(np.uint16)),
+        pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(masks.shape[1]), len(starts), [None, pa.py_buffer(masks.tobytes())]
+        ),
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _facts(path: Path, schema: pa.Schema) -> PatchFacts:
+    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    missing = [field.name for field in fields(PatchFacts) if field.name not in metadata]
+    if missing or metadata.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is no patch index of format {FORMAT}: run the patch_index stage again")
+    facts = PatchFacts(
+        num_images=int(metadata["num_images"]),
+        num_views=int(metadata["num_views"]),
+        num_tokens=int(metadata["num_tokens"]),
+        entropies_digest=metadata["entropies_digest"],
+        tokens_digest=metadata["tokens_digest"],
+    )
+    if not schema.equals(_schema(facts.num_tokens)):
+        raise ArtifactError(f"{path} has the columns {schema.names}, expected {_schema(facts.num_tokens).names}")
+    return facts
+
+
+def _read_masks(path: Path, file: pq.ParquetFile, facts: PatchFacts) -> NDArray[np.uint8]:
+    """All masks (N, A, bytes), each row checked to be where its image and view belong."""
+    num_rows = facts.num_images * facts.num_views
+    if file.metadata.num_rows != num_rows:
+        raise ArtifactError(f"{path} has {file.metadata.num_rows} rows, expected {num_rows}: run patch_index again")
+    masks = np.empty((facts.num_images, facts.num_views, -(-facts.num_tokens // 8)), dtype=np.uint8)
+    first = 0
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group).combine_chunks()
+        views, images = divmod(np.arange(first, first + table.num_rows), facts.num_images)
+        ordered = np.array_equal(table["image_id"], images) and np.array_equal(table["view"], views)
+        starts = np.frombuffer(table["starts"].chunk(0).buffers()[1], np.uint8).reshape(table.num_rows, -1)
+        if not ordered or not np.array_equal(np.bitwise_count(starts).sum(axis=-1), table["n_patches"]):
+            raise ArtifactError(f"{path}, row group {group}: rows out of order or bits that do not fit their count")
+        masks[images, views] = starts
+        first += table.num_rows
+    return masks

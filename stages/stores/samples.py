@@ -1,0 +1,88 @@
+"""The store of samples: `images` (N, H, W, 3) uint8, `labels` (N,), `tokens` (N, T) and `patch_starts` (N, T) bool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.stores.blocks import BlockStore
+from stages.stores.tokens import MISSING
+from stages.stores.units import Array, ArraySpec, StoreSpec, UnitWriter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleFacts:
+    """What a sample store holds."""
+
+    num_samples: int
+    num_classes: int
+    num_tokens: int
+    grid: int
+    """Tokens along one side of an image."""
+    codebook_size: int
+    image_size: int
+    """Side of the stored images, pixels."""
+    chunk_rows: int
+    """Samples drawn together."""
+
+    def spec(self) -> StoreSpec:
+        """Layout of the store."""
+        num, tokens = self.num_samples, (self.num_samples, self.num_tokens)
+        return StoreSpec(
+            arrays=(
+                ArraySpec(name="images", shape=(num, self.image_size, self.image_size, 3), dtype="uint8"),
+                ArraySpec(name="labels", shape=(num,), dtype="uint16", missing=MISSING),
+                ArraySpec(name="tokens", shape=tokens, dtype="uint16", missing=MISSING),
+                ArraySpec(name="patch_starts", shape=tokens, dtype="bool"),
+            ),
+            chunk_rows=self.chunk_rows,
+        )
+
+
+def sample_writer(path: Path, facts: SampleFacts) -> UnitWriter:
+    """Writer of the sample store at `path`; a unit takes its rows of `images`, `labels`, `tokens`, `patch_starts`."""
+    return UnitWriter(path, facts.spec(), asdict(facts))
+
+
+class SampleStore:
+    """A finished sample store. The images stay on disk and are read in blocks; the rest fits in memory."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+        self.path = store.path
+        self.facts = SampleFacts(**store.facts)
+        self.digest = store.digest
+        self.labels: NDArray[np.uint16] = self._whole("labels")
+        self.tokens: NDArray[np.uint16] = self._whole("tokens")
+        self.patch_starts: NDArray[np.bool_] = self._whole("patch_starts")
+
+    @classmethod
+    def open(cls, path: Path) -> SampleStore:
+        """Open the store in the folder `path` (`samples.zarr`).
+
+        Raises:
+            ArtifactError: Missing, incomplete or damaged; see `BlockStore`.
+        """
+        return cls(BlockStore(path, lambda facts: SampleFacts(**facts).spec()))
+
+    def __len__(self) -> int:
+        return self.facts.num_samples
+
+    def images(self, rows: NDArray[np.integer]) -> NDArray[np.uint8]:
+        """Images (n, H, W, 3) of the given rows, as a copy."""
+        return self._store.arrays["images"].gather(rows, np.zeros_like(rows))
+
+    def blocks(self) -> Iterator[NDArray[np.uint8]]:
+        """All images in order, (rows, H, W, 3) at a time: read-only, straight from the files."""
+        yield from self._store.arrays["images"].chunks
+
+    def verify_deep(self) -> None:
+        """Read the whole store and check every checksum; see `BlockStore.verify`."""
+        self._store.verify()
+
+    def _whole(self, name: str) -> Array:
+        return np.concatenate(self._store.arrays[name].chunks)

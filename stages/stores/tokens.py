@@ -1,0 +1,116 @@
+"""The store of VQ tokens: `tokens` (N, A, T) uint16 and `labels` (N,) uint16, N images in A views of T tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.errors import ArtifactError
+from stages.stores.blocks import BlockStore, Integers
+from stages.stores.units import ArraySpec, StoreSpec, UnitWriter
+
+MISSING = 65535  # no code: a codebook has at most 65,535
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenFacts:
+    """What a token store holds and was made from."""
+
+    num_images: int
+    num_train: int
+    """The first so many images are for training, the others held out."""
+    num_classes: int
+    num_views: int
+    num_tokens: int
+    grid: int
+    """Tokens along one side of an image."""
+    chunk_rows: int
+    codebook_size: int
+    image_size: int
+    """Side of the images, pixels."""
+    views: str
+    """Kind of the views, as in the settings."""
+    view_names: list[str]
+    vq_sha256: str
+    """Of the tokenizer's weights file."""
+
+    def spec(self) -> StoreSpec:
+        """Layout of the store."""
+        tokens = (self.num_images, self.num_views, self.num_tokens)
+        return StoreSpec(
+            arrays=(
+                ArraySpec(name="tokens", shape=tokens, dtype="uint16", missing=MISSING, per_view=True),
+                ArraySpec(name="labels", shape=(self.num_images,), dtype="uint16", missing=MISSING),
+            ),
+            chunk_rows=self.chunk_rows,
+        )
+
+
+def token_writer(path: Path, facts: TokenFacts) -> UnitWriter:
+    """Writer of the token store at `path`; a unit takes `tokens` (rows, A, T) and `labels` (rows,)."""
+    return UnitWriter(path, facts.spec(), asdict(facts))
+
+
+class TokenStore:
+    """A finished token store, mapped into memory."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+        self._tokens = store.arrays["tokens"]
+        self.path = store.path
+        self.facts = TokenFacts(**store.facts)
+        self.digest = store.digest
+        self.labels: NDArray[np.uint16] = np.concatenate(store.arrays["labels"].chunks)
+        self.num_images, self.num_views = self.facts.num_images, self.facts.num_views
+        self.num_tokens, self.grid = self.facts.num_tokens, self.facts.grid
+        self.num_train, self.num_classes = self.facts.num_train, self.facts.num_classes
+        self.codebook_size = self.facts.codebook_size
+
+    @classmethod
+    def open(cls, path: Path) -> TokenStore:
+        """Open the store in the folder `path` (`tokens.zarr`).
+
+        Raises:
+            ArtifactError: Missing, incomplete or damaged; see `BlockStore`.
+        """
+        return cls(BlockStore(path, lambda facts: TokenFacts(**facts).spec()))
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def fetch(self, images: Integers, views: Integers) -> NDArray[np.uint16]:
+        """Tokens (n, T) of the given images, each in its view, as a copy.
+
+        Raises:
+            IndexError: An image or view that the store does not have.
+            ArtifactError: A token outside the codebook: the store is damaged.
+        """
+        return self._checked(self._tokens.gather(images, views))
+
+    def read_block(self, unit: int, view: int) -> NDArray[np.uint16]:
+        """Tokens (rows, T) of one view of the images of one unit: read-only, straight from the file."""
+        return self._checked(self._tokens.block(unit, view))
+
+    def rows(self, unit: int) -> slice:
+        """Images of a unit; there are `num_units` of them."""
+        return self._store.spec.rows(unit)
+
+    @property
+    def num_units(self) -> int:
+        """Row-blocks of the store."""
+        return self._store.spec.num_units
+
+    def verify_deep(self) -> None:
+        """Read the whole store and check every checksum; see `BlockStore.verify`."""
+        self._store.verify()
+
+    def _checked(self, tokens: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        if tokens.size and tokens.max() >= self.codebook_size:
+            raise ArtifactError(
+                f"{self.path} holds token {tokens.max()}, expected below {self.codebook_size}: it is damaged, "
+                "run the tokenize stage again"
+            )
+        return tokens

@@ -1,0 +1,67 @@
+"""Stage `train`: the class-conditional model, DPAR on patches or LlamaGen on tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from conf.schema import RuntimeConfig, TrainConfig
+from models.config import DPARConfig, GPTConfig
+from models.dpar import DPAR
+from models.gpt import GPT
+from stages.distributed import process_group
+from stages.job import Inputs, main
+from stages.stores.patches import PatchIndex
+from stages.stores.tokens import TokenStore
+from stages.training.data import TokenData, TokenObjective
+from stages.training.loop import Training, train_model
+from stages.training.stream import SampleStream
+from stages.training.token_scores import write_scores
+from stages.weights import save_model
+
+
+def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
+    """Write `model.safetensors`, its config and the held-out loss beside that of the best unigram model.
+
+    The held-out loss is the mean over all T positions, with each image's own class.
+    """
+    with process_group(runtime) as world:
+        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+        patches = PatchIndex.open(inputs["patch_index"], store.digest) if config.family == "dpar" else None
+        data = TokenData(store, patches)
+        torch.manual_seed(config.seed)
+        model = _fresh_model(config, store)
+        objective = TokenObjective(model)
+        stream = SampleStream(store.num_train, config.training.global_batch_size, config.seed)
+        run = Training(
+            model=model,
+            objective=objective,
+            batch=lambda step: data.training_batch(stream, step, world),
+            validate=lambda: data.heldout_loss(objective, world),
+            config=config.training,
+            seed=config.seed,
+        )
+        metrics = train_model(run, output, world)
+        if world.is_main:
+            save_model(output, model, config.family)
+            write_scores(output, metrics, data, first_position=0)
+
+
+def _fresh_model(config: TrainConfig, store: TokenStore) -> GPT | DPAR:
+    common = {
+        "codebook_size": store.codebook_size,
+        "num_tokens": store.num_tokens,
+        "num_classes": store.num_classes,
+        "dropout": config.dropout,
+        "class_dropout_prob": config.class_dropout_prob,
+    }
+    size = asdict(config.model)
+    if config.family == "llamagen":
+        return GPT(GPTConfig(**size, **common))
+    return DPAR(DPARConfig(**size, **common, position_embedding=config.position_embedding))
+
+
+if __name__ == "__main__":
+    main(train, TrainConfig)

@@ -1,0 +1,153 @@
+"""The training loop of every model: forward, backward, step, log, checkpoint.
+
+Randomness of step s on rank r is seeded from (seed, s, r), so weights, optimiser and step number are the whole state: a
+run that was killed goes on from its last checkpoint to the same weights, bit for bit on CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from conf.schema import TrainingConfig
+from stages.artifact import RECORD
+from stages.distributed import World, all_reduce_sum, barrier
+from stages.progress import Progress
+from stages.training.checkpoint import load_latest, save_checkpoint
+from stages.training.log import MetricLog
+from stages.training.optim import learning_rate, make_optimizer
+from stages.training.stream import prefetch
+
+logger = logging.getLogger(__name__)
+Batch = TypeVar("Batch")
+CHECKPOINTS = Path(RECORD) / "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Generic[Batch]):
+    """What differs between the models that the loop trains.
+
+    Attributes:
+        model: The weights that are trained and kept.
+        objective: Module around `model`: `objective(batch)` gives the loss and named scalars to log.
+        batch: This process's batch of a step, made ahead in a thread.
+        validate: Held-out metrics, computed at every checkpoint.
+        config: Steps, batch, optimiser.
+        seed: Of dropout and everything else random in the forward pass.
+    """
+
+    model: nn.Module
+    objective: nn.Module
+    batch: Callable[[int], Batch]
+    validate: Callable[[], dict[str, float]]
+    config: TrainingConfig
+    seed: int
+
+
+def train_model(run: Training[Any], output: Path, world: World) -> dict[str, float]:
+    """Train to the last step, from the last checkpoint if there is one, and return the final held-out metrics."""
+    run.objective.to(world.device)
+    optimizer = make_optimizer(run.model, run.config)
+    first = _resume(run, optimizer, output, world)
+    objective = DistributedDataParallel(run.objective) if world.size > 1 else run.objective
+    log = MetricLog(output, first, enabled=world.is_main)
+    progress = Progress(output, "steps", run.config.steps, done=first, enabled=world.is_main)
+    since = time.perf_counter()
+    run.objective.train()
+    for step, batch in prefetch(run.batch, range(first, run.config.steps)):
+        metrics = train_step(run, objective, optimizer, batch, step, world)
+        done = step + 1
+        if done % run.config.log_every == 0 or done == run.config.steps:
+            numbers = _mean_over_ranks(metrics, world)
+            _check_finite(numbers, done)
+            elapsed, since = time.perf_counter() - since, time.perf_counter()
+            images = run.config.global_batch_size * ((done - 1) % run.config.log_every + 1)
+            log.write(done, numbers | {"images_per_second": images / elapsed})
+            progress.update(done, f"loss {numbers['loss']:.4f}")
+        if done % run.config.checkpoint_every == 0 and done < run.config.steps:
+            log.write(done, _validate(run))
+            _save(run, optimizer, output, done, world)
+    return _finish(run, optimizer, output, log, world)
+
+
+def train_step(
+    run: Training[Any], objective: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, step: int, world: World
+) -> dict[str, Tensor]:
+    """One optimiser step. The named scalars stay on the device: reading them would make the host wait."""
+    torch.manual_seed(_stream_seed(run.seed, step, world.rank))
+    rate = learning_rate(step, run.config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    bfloat16 = run.config.precision == "bfloat16"
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=bfloat16):
+        loss, metrics = objective(batch)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip)
+    optimizer.step()
+    return {"loss": loss.detach(), "grad_norm": norm, "learning_rate": torch.tensor(rate), **metrics}
+
+
+def _resume(run: Training[Any], optimizer: torch.optim.Optimizer, output: Path, world: World) -> int:
+    """Load the newest checkpoint; the number of steps done."""
+    state = load_latest(output / CHECKPOINTS, world.device)
+    if state is None:
+        return 0
+    run.model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    logger.info("going on from step %d", state["step"])
+    return int(state["step"])
+
+
+def _save(run: Training[Any], optimizer: torch.optim.Optimizer, output: Path, done: int, world: World) -> None:
+    if world.is_main:
+        state = {"model": run.model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+        # The last one is kept with the artifact as its training state; before that, one spare.
+        save_checkpoint(output / CHECKPOINTS, done, state, keep=1 if done == run.config.steps else 2)
+    barrier()
+
+
+def _finish(
+    run: Training[Any], optimizer: torch.optim.Optimizer, output: Path, log: MetricLog, world: World
+) -> dict[str, float]:
+    final = _validate(run)
+    log.write(run.config.steps, final)
+    _save(run, optimizer, output, run.config.steps, world)
+    return final
+
+
+def _validate(run: Training[Any]) -> dict[str, float]:
+    run.objective.eval()
+    with torch.no_grad():
+        metrics = run.validate()
+    run.objective.train()
+    return metrics
+
+
+def _mean_over_ranks(metrics: dict[str, Tensor], world: World) -> dict[str, float]:
+    stacked = torch.stack([value.float().to(world.device) for value in metrics.values()])
+    means = (all_reduce_sum(stacked) / world.size).tolist()
+    return dict(zip(metrics, means, strict=True))
+
+
+def _check_finite(numbers: dict[str, float], step: int) -> None:
+    if not math.isfinite(numbers["loss"]):
+        raise RuntimeError(
+            f"loss is {numbers['loss']} at step {step}, expected a finite number: lower training.learning_rate or "
+            "lengthen training.warmup_steps"
+        )
+
+
+def _stream_seed(seed: int, step: int, rank: int) -> int:
+    digest = hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,78 @@
+"""Which sample is trained on when: a pure function of (seed, step), whatever the number of processes.
+
+Global step s takes samples s*G .. (s+1)*G of an endless stream of epochs, each a permutation of the training images.
+Nothing is padded or repeated at the epoch's edge, and the step number is the loader's whole state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from stages.distributed import World
+from stages.errors import InputError
+
+Integers = npt.NDArray[np.int64]
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class SampleStream:
+    """The endless stream of (image, epoch) pairs of a training run."""
+
+    num_images: int
+    global_batch_size: int
+    seed: int
+
+    def rank_slice(self, step: int, world: World) -> tuple[Integers, Integers]:
+        """Images that this process trains on in `step`, and the epoch of each.
+
+        Raises:
+            InputError: The global batch cannot be shared equally.
+        """
+        if self.global_batch_size % world.size:
+            raise InputError(
+                f"training.global_batch_size is {self.global_batch_size}, expected a multiple of the "
+                f"{world.size} processes: change it or runtime.processes"
+            )
+        share = self.global_batch_size // world.size
+        first = step * self.global_batch_size + world.rank * share
+        places = np.arange(first, first + share, dtype=np.int64)
+        epochs = places // self.num_images
+        images = np.empty(share, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            images[chosen] = _epoch_order(self.num_images, self.seed, int(epoch))[places[chosen] % self.num_images]
+        return images, epochs
+
+    def views(self, images: Integers, epochs: Integers, num_views: int) -> Integers:
+        """View of each image in its epoch: a hash, so that no generator's state has to be kept."""
+        mixed = images.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= (epochs.astype(np.uint64) << np.uint64(32)) + np.uint64(self.seed)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finaliser
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        return ((mixed ^ (mixed >> np.uint64(31))) % np.uint64(num_views)).astype(np.int64)
+
+
+def prefetch(make: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, Batch]]:
+    """Yield (step, make(step)); the next one is made in a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
+        ahead = pool.submit(make, steps[0]) if steps else None
+        for step in steps:
+            assert ahead is not None
+            batch = ahead.result()
+            if step + 1 in steps:
+                ahead = pool.submit(make, step + 1)
+            yield step, batch
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_images: int, seed: int, epoch: int) -> Integers:
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    return generator.permutation(num_images)

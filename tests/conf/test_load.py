@@ -1,0 +1,65 @@
+"""Layers of settings, and the one line that a wrong one gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conf.load import SettingsError, describe, load_settings, names
+
+
+def test_later_layers_win() -> None:
+    settings, runtime = load_settings(
+        "demo", None, ["patch_index.target_mean_length=2.0", "runtime.processes=2", "train.training.learning_rate=1e-4"]
+    )
+    assert settings.dataset.source == "twemoji"
+    assert settings.patch_index.target_mean_length == 2.0
+    assert settings.train.training.learning_rate == 1e-4
+    assert runtime.processes == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.modle=B", "train.modle: unknown setting"),
+        ("patch_index.threshold=high", "patch_index.threshold.*found 'high'"),
+        ("train.training.steps=0", "train.training.steps.*greater than 0, found 0"),
+        ("patch_index.target_mean_length=2", "threshold, target_mean_length"),
+        ("threshold=7", "expected stage.field=value"),
+        ("patch_index.threshold", "expected stage.field=value"),
+        ("patch_index.threshold=[1", "not YAML"),
+        ("runtime.device=tpu", "device.*found 'tpu'"),
+    ],
+)
+def test_a_wrong_override_is_one_line_with_its_address(override: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words) as caught:
+        load_settings(None, None, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_presets_and_ablations_name_those_there_are() -> None:
+    with pytest.raises(SettingsError, match=r"preset is 'dmo', expected one of .*demo"):
+        load_settings("dmo")
+    with pytest.raises(SettingsError, match="ablation is 'x'"):
+        load_settings("demo", "x")
+
+
+@pytest.mark.parametrize("preset", names("preset"))
+def test_every_preset_loads_and_says_what_it_is_for(preset: str) -> None:
+    load_settings(preset)
+    assert describe("preset", preset).endswith(".")
+
+
+@pytest.mark.parametrize("ablation", names("ablation"))
+def test_every_ablation_changes_the_demo(ablation: str) -> None:
+    assert load_settings("demo", ablation)[0] != load_settings("demo")[0]
+    assert describe("ablation", ablation).endswith(".")
+
+
+def test_environment_sets_runtime_settings_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DPAR_HOME", str(tmp_path))
+    monkeypatch.setenv("DPAR_TRAIN", "{}")
+    settings, runtime = load_settings()
+    assert runtime.home == tmp_path
+    assert settings == load_settings()[0]

@@ -1,0 +1,76 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.report import collect, read_metrics
+from stages.errors import ArtifactError
+
+SCORES = {
+    "fd_lite0": 0.5,
+    "fd_lite0_heldout": 0.1,
+    "fd_lite0_reconstruction": 0.2,
+    "fd_lite0_marginals": 0.8,
+    "fd_lite0_random": 0.9,
+    "recall_lite0": 0.25,
+    "num_samples": 450,
+}
+
+
+def artifact(home: Path, stage: str, metrics: dict[str, float] | None, *pictures: str) -> Path:
+    path = home / stage / f"{stage}-0123"
+    path.mkdir(parents=True)
+    if metrics is not None:
+        (path / "metrics.json").write_text(json.dumps(metrics))
+    for name in pictures:
+        (path / name).write_bytes(b"png")
+    return path
+
+
+def test_ladder_runs_from_the_best_possible_to_the_worst(tmp_path: Path) -> None:
+    report = collect({"evaluate": artifact(tmp_path, "evaluate", SCORES)})
+    assert [(rung.name, rung.value) for rung in report.ladder] == [
+        ("fd_lite0_heldout", 0.1),
+        ("fd_lite0_reconstruction", 0.2),
+        ("fd_lite0", 0.5),
+        ("fd_lite0_marginals", 0.8),
+        ("fd_lite0_random", 0.9),
+    ]
+    assert all(rung.meaning for rung in report.ladder)
+
+
+def test_other_scores_keep_their_order_and_name_without_network_finds_the_meaning(tmp_path: Path) -> None:
+    report = collect({"evaluate": artifact(tmp_path, "evaluate", SCORES)})
+    assert [score.name for score in report.scores] == ["recall_lite0", "num_samples"]
+    assert "real images" in report.scores[0].meaning
+    assert report.scores[1].meaning == ""
+
+
+def test_without_a_ladder_the_distance_of_the_samples_stands_alone(tmp_path: Path) -> None:
+    report = collect({"evaluate": artifact(tmp_path, "evaluate", {"fid": 2.5, "fd_lite0": 0.3})})
+    assert [rung.name for rung in report.ladder] == ["fid"]
+    assert [score.name for score in report.scores] == ["fd_lite0"]
+
+
+def test_a_run_that_stops_early_reports_its_last_stage_with_numbers(tmp_path: Path) -> None:
+    report = collect(
+        {
+            "dataset": artifact(tmp_path, "dataset", {"num_images": 3}),
+            "tokenize": artifact(tmp_path, "tokenize", None),
+        }
+    )
+    assert report.source == "dataset"
+    assert [score.name for score in report.scores] == ["num_images"]
+    assert report.ladder == report.pictures == ()
+
+
+def test_only_pictures_that_exist_are_named(tmp_path: Path) -> None:
+    sample = artifact(tmp_path, "sample", None, "patches.png")
+    assert [path for path, _ in collect({"sample": sample}).pictures] == [sample / "patches.png"]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"fid": "2.5"}'])
+def test_damaged_metrics_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"metrics\.json.*dpar verify"):
+        read_metrics(tmp_path)

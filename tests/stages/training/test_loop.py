@@ -1,0 +1,188 @@
+"""The loop: learns, resumes bit for bit after a kill, agrees over processes, refuses a loss that is no number."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conf.schema import TrainingConfig
+from stages.distributed import World
+from stages.training.checkpoint import load_latest, save_checkpoint
+from stages.training.log import MetricLog
+from stages.training.loop import CHECKPOINTS, Training, train_model
+from stages.training.optim import learning_rate, make_optimizer
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+class Regression(nn.Module):
+    """A small net with dropout, so that resuming needs the random numbers right."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs, targets = batch
+        loss = (self.model(inputs) - targets).square().mean()
+        return loss, {"error": loss.detach().sqrt()}
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+    return inputs, inputs.sum(dim=1, keepdim=True)
+
+
+def training(make_batch: Callable[[int], Any] = batch, **changes: Any) -> Training[Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 1))
+    config = TrainingConfig(
+        **{"steps": 60, "global_batch_size": 16, "learning_rate": 0.01, "precision": "float32"}
+        | {"checkpoint_every": 20, "log_every": 10}
+        | changes
+    )
+    return Training(
+        model=model,
+        objective=Regression(model),
+        batch=make_batch,
+        validate=lambda: {"heldout_loss": 1.0},
+        config=config,
+        seed=5,
+    )
+
+
+def lines(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "record/metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_and_is_logged(tmp_path: Path) -> None:
+    assert train_model(training(), tmp_path, WORLD) == {"heldout_loss": 1.0}
+    losses = {line["step"]: line["loss"] for line in lines(tmp_path) if "loss" in line}
+    assert list(losses) == [10, 20, 30, 40, 50, 60]
+    assert losses[60] < 0.5 * losses[10]
+    assert [line["step"] for line in lines(tmp_path) if "heldout_loss" in line] == [20, 40, 60]
+
+
+def test_an_interrupted_run_ends_with_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
+    whole = training()
+    train_model(whole, tmp_path / "whole", WORLD)
+
+    def breaks(step: int) -> tuple[Tensor, Tensor]:
+        if step == 47:
+            raise KeyboardInterrupt
+        return batch(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_model(training(breaks), tmp_path / "broken", WORLD)
+    assert lines(tmp_path / "broken")[-1]["step"] == 40
+    resumed = training()
+    train_model(resumed, tmp_path / "broken", WORLD)
+    for expected, found in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(expected, found)
+    strip = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(tmp_path / "whole")]
+    assert [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(tmp_path / "broken")] == strip
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_try(tmp_path: Path) -> None:
+    def poisoned(step: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch(step)
+        return inputs, targets * float("nan") if step >= 25 else targets
+
+    with pytest.raises(RuntimeError, match=r"loss is nan at step 30.*learning_rate"):
+        train_model(training(poisoned), tmp_path, WORLD)
+    state = load_latest(tmp_path / CHECKPOINTS, WORLD.device)
+    assert state is not None
+    assert state["step"] == 20
+
+
+def test_sigkill_at_any_point_leaves_a_run_that_ends_the_same(tmp_path: Path) -> None:
+    """A real process is killed twice at unplanned points, then left to finish."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys, time, runpy
+            from pathlib import Path
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            import test_loop as t
+            def slow(step):
+                time.sleep(0.01)
+                return t.batch(step)
+            run = t.training(slow, steps=200, checkpoint_every=10)
+            t.train_model(run, Path(sys.argv[1]), t.WORLD)
+            t.torch.save(run.model.state_dict(), sys.argv[1] + ".pt")
+            """
+        )
+    )
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / name)], env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+
+    killed = 0
+    for number in (2, 6):
+        process = start("killed")
+        while process.poll() is None and len(list((tmp_path / "killed" / CHECKPOINTS).glob("step-*"))) < 2:
+            time.sleep(0.01)
+        time.sleep(0.02 * number)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.wait()
+    assert killed == 2
+    assert start("killed").wait() == 0
+    assert start("whole").wait() == 0
+    states = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("killed", "whole")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_checkpoints_keep_two_and_pass_by_a_damaged_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"step": step})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002.pt", "step-000000003.pt"]
+    (tmp_path / "step-000000003.pt").write_bytes(b"torn")
+    state = load_latest(tmp_path, torch.device("cpu"))
+    assert state == {"step": 2}
+    assert "step-000000003.pt cannot be read" in caplog.text
+
+
+def test_the_log_cuts_what_a_resumed_run_makes_again(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path, 0, enabled=True)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0})
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed here
+    MetricLog(tmp_path, 2, enabled=True)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_learning_rate_warms_up_then_follows_its_decay() -> None:
+    cosine = TrainingConfig(steps=100, warmup_steps=10, learning_rate=1.0, decay="cosine")
+    assert learning_rate(0, cosine) == pytest.approx(0.1)
+    assert learning_rate(9, cosine) == pytest.approx(1.0)
+    assert learning_rate(55, cosine) == pytest.approx(0.5)
+    assert learning_rate(99, cosine) < 0.001
+    constant = TrainingConfig(steps=100, learning_rate=1e-4)
+    assert {learning_rate(step, constant) for step in (0, 50, 99)} == {1e-4}
+
+
+def test_weight_decay_spares_norms_and_biases() -> None:
+    model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    decayed, spared = make_optimizer(model, TrainingConfig(steps=1)).param_groups
+    assert [p.ndim for p in decayed["params"]] == [2, 2]
+    assert decayed["weight_decay"] == 0.05
+    assert [p.ndim for p in spared["params"]] == [1, 1, 1]
+    assert spared["weight_decay"] == 0.0
