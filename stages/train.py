@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeCon
 
 
 def _fresh_model(config: TrainConfig, store: TokenStore) -> GPT | DPAR:
-    common = {
+    common: dict[str, Any] = {
         "codebook_size": store.codebook_size,
         "num_tokens": store.num_tokens,
         "num_classes": store.num_classes,

@@ -177,11 +177,9 @@ class UnitWriter:
         checksum = google_crc32c.value(data)
         data += checksum.to_bytes(CRC_BYTES, "little")
         path = self.path / key
-        write_atomic(path, lambda file: file.write(data))
+        _write_bytes(path, data)
         if path.read_bytes() != data:
-            raise ArtifactError(
-                f"{path} read back differs from what was written: the disk or the file system is faulty"
-            )
+            raise ArtifactError(f"{path} does not read back as it was written: the disk or file system is faulty")
         return {"bytes": len(data), "crc32c": checksum, "sha256": hashlib.sha256(data).hexdigest()}
 
     def _manifest_path(self, unit: int) -> Path:

@@ -1,0 +1,253 @@
+"""DPAR: a light encoder on tokens, a deep global transformer on patches, a light decoder on tokens.
+
+The encoder reads x_0 .. x_{T-2} and pools each patch of them into one vector. The global transformer reads
+[class, patch 0, patch 1, ...]; its output after patch k-1 serves every token of patch k. The decoder predicts x_j from
+the encoder's state of x_{j-1} and the global output of the patch that x_j belongs to.
+
+Source: DPAR (arXiv 2512.21867), section 3. Names of weights follow the authors' code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from models.attention import PackedCausalAttention, causal_attention
+from models.config import DPARConfig
+from models.layers import Block, LabelEmbedder, RMSNorm, dynamic_rope, grid_rope, index_rope, init_weights
+
+
+@dataclass(frozen=True)
+class PackedPatches:
+    """The patches of a batch, laid out for the model. P patches over the encoder's T - 1 tokens of all images.
+
+    Rows of the global sequence are packed image after image, the class row of each before its patches.
+    """
+
+    global_lengths: list[int]
+    """Rows of each image in the global sequence: its patches and one for the class. Numbers of the host."""
+    tokens: Int[Tensor, "P L"]
+    """Tokens of each patch as rows of the flattened encoder output; short patches repeat their last one."""
+    valid: Bool[Tensor, "P L"]
+    """Which of `tokens` are real."""
+    first: Int[Tensor, " P"]
+    """Position of a patch's first token in its image."""
+    last: Int[Tensor, " P"]
+    """Position of its last token."""
+    number: Int[Tensor, " P"]
+    """Number of the patch in its image."""
+    class_rows: Int[Tensor, " B"]
+    """Global row of each image's class."""
+    patch_rows: Int[Tensor, " P"]
+    """Global row of each patch."""
+    target_rows: Int[Tensor, "B T"]
+    """Global row whose output serves the prediction of each token."""
+
+    def to(self, device: torch.device) -> PackedPatches:
+        """The same patches with their tensors on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return PackedPatches(**moved)
+
+
+def pack_patches(starts: Bool[Tensor, "B T"]) -> PackedPatches:
+    """Lay out patches for the model, on the CPU, from where they start in every image.
+
+    The encoder's patches end at token T - 2; a last one cut short there is never read by a prediction.
+
+    Raises:
+        ValueError: The first token of an image opens no patch.
+    """
+    if not bool(starts[:, 0].all()):
+        raise ValueError("the first token of an image opens no patch, expected every image to start one")
+    batch, width = starts.shape[0], starts.shape[1] - 1
+    images, first = starts[:, :-1].nonzero(as_tuple=True)
+    flat = images * width + first
+    lengths = torch.diff(flat, append=torch.tensor([batch * width]))
+    offsets = torch.arange(int(lengths.max()))
+    counts = torch.bincount(images, minlength=batch)
+    class_rows = torch.cumsum(counts + 1, 0) - (counts + 1)
+    number = torch.arange(len(flat)) - (class_rows - torch.arange(batch))[images]
+    return PackedPatches(
+        global_lengths=(counts + 1).tolist(),
+        tokens=flat[:, None] + torch.minimum(offsets, lengths[:, None] - 1),
+        valid=offsets < lengths[:, None],
+        first=first,
+        last=first + lengths - 1,
+        number=number,
+        class_rows=class_rows,
+        patch_rows=class_rows[images] + 1 + number,
+        target_rows=class_rows[:, None] + starts.long().cumsum(1) - 1,
+    )
+
+
+class DPAR(nn.Module):
+    """The three stacks around one token embedding and one output head, which starts at zero."""
+
+    def __init__(self, config: DPARConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_embedding = LabelEmbedder(config.num_classes, config.dim, config.class_dropout_prob)
+        self.tok_embeddings = nn.Embedding(config.codebook_size, config.dim)
+        self.tok_dropout = nn.Dropout(config.dropout)
+        self.local_encoder = Encoder(config)
+        self.layers = nn.ModuleList(
+            Block(config.dim, config.num_heads, config.dropout) for _ in range(config.global_layers)
+        )
+        self.decoder_start_embedding = nn.Embedding(1, config.dim)
+        self.local_decoder = Decoder(config)
+        self.norm = RMSNorm(config.dim)
+        self.output = nn.Linear(config.dim, config.codebook_size, bias=False)
+        self.apply(init_weights)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(
+        self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of every token, float32."""
+        if tokens.shape != patches.target_rows.shape or tokens.shape[1] != self.config.num_tokens:
+            raise ValueError(
+                f"tokens are {tuple(tokens.shape)} and patches are of {tuple(patches.target_rows.shape)}, "
+                f"expected (images, {self.config.num_tokens}) of both"
+            )
+        states = self.tok_embeddings(tokens[:, :-1])  # (B, T - 1, D)
+        states, pooled = self.local_encoder(states, patches, self.token_rope(tokens.device)[1:-1])
+        context = self.global_context(pooled, labels, patches)
+        start = self.decoder_start_embedding.weight.expand(len(tokens), 1, -1)
+        states = torch.cat([start.type_as(states), states], dim=1)  # (B, T, D): row j knows x_0 .. x_{j-1}
+        hidden = self.local_decoder(states, context, patches.target_rows, self.token_rope(tokens.device)[:-1])
+        return self.output(self.norm(hidden)).float()
+
+    def loss(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches) -> Float[Tensor, ""]:
+        """Mean cross-entropy of all tokens, nats."""
+        return F.cross_entropy(self(tokens, labels, patches).flatten(0, 1), tokens.flatten())
+
+    def global_context(
+        self, pooled: Float[Tensor, "P D"], labels: Int[Tensor, " B"], patches: PackedPatches
+    ) -> Float[Tensor, "G D"]:
+        """Output of the global stack, packed: [class, patches] of each image."""
+        classes = self.cls_embedding(labels)
+        rows = pooled.new_zeros(len(pooled) + len(classes), pooled.shape[1])
+        hidden = rows.index_copy(0, patches.class_rows, classes.type_as(rows)).index_copy(0, patches.patch_rows, pooled)
+        rope = self.patch_rope(patches.first, patches.last, patches.number)
+        rope = rope.new_zeros(len(hidden), *rope.shape[1:]).index_copy(0, patches.patch_rows, rope)
+        attend = PackedCausalAttention(patches.global_lengths, hidden.device)
+        hidden = self.tok_dropout(hidden)
+        for layer in self.layers:
+            hidden = layer(hidden, rope, attend)
+        return hidden
+
+    def patch_rope(
+        self, first: Int[Tensor, " P"], last: Int[Tensor, " P"], number: Int[Tensor, " P"]
+    ) -> Float[Tensor, "P R 2"]:
+        """Rotations of patches in the global stack (section 3.3); the class position has zeros."""
+        if self.config.position_embedding == "patch_index_1d":
+            return index_rope(number, self.head_dim)
+        redundant = self.config.position_embedding == "dynamic"
+        return dynamic_rope(first, last, self.config.grid, self.head_dim, redundant=redundant)
+
+    def token_rope(self, device: torch.device) -> Float[Tensor, "L R 2"]:
+        """Rotations of [decoder start, x_0, ..., x_{T-1}]."""
+        return grid_rope(self.config.grid, self.head_dim, device, class_row=True)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.config.dim // self.config.num_heads
+
+
+class Encoder(nn.Module):
+    """Causal blocks over tokens, each followed by a pooling of tokens into patches (section 3.2)."""
+
+    def __init__(self, config: DPARConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Block(config.dim, config.num_heads, dropout=0.0) for _ in range(config.encoder_layers)
+        )
+        self.cross_attn_layers = nn.ModuleList(
+            PatchPooling(config.dim, config.num_heads) for _ in range(config.encoder_layers)
+        )
+
+    def forward(
+        self, states: Float[Tensor, "B S D"], patches: PackedPatches, rope: Float[Tensor, "S R 2"]
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "P D"]]:
+        """Token states for the decoder and patch states for the global stack."""
+        pooled: Tensor | None = None
+        for layer, pooling in zip(self.layers, self.cross_attn_layers, strict=True):
+            states = layer(states, rope, causal_attention)
+            members = states.flatten(0, 1)[patches.tokens]  # (P, L, D)
+            pooled = max_pool(members, patches.valid) if pooled is None else pooled
+            pooled = pooling(pooled, members, patches.valid)
+        assert pooled is not None, "an encoder has at least one layer"
+        return states, pooled
+
+
+class PatchPooling(nn.Module):
+    """Cross-attention of one query a patch to the patch's own tokens, added to the query."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.cross_attn_norm_q = RMSNorm(dim)
+        self.cross_attn_norm_kv = RMSNorm(dim)
+        self.wq = nn.Linear(dim, dim, bias=False)
+        self.wk = nn.Linear(dim, dim, bias=False)
+        self.wv = nn.Linear(dim, dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self, pooled: Float[Tensor, "P D"], members: Float[Tensor, "P L D"], valid: Bool[Tensor, "P L"]
+    ) -> Float[Tensor, "P D"]:
+        """New patch states."""
+        query = self.wq(self.cross_attn_norm_q(pooled)).unflatten(-1, (self.num_heads, 1, -1))  # (P, H, 1, K)
+        normed = self.cross_attn_norm_kv(members)
+        keys, values = (w(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for w in (self.wk, self.wv))
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=valid[:, None, None])  # (P, H, 1, K)
+        return pooled + self.wo(mixed.flatten(1))
+
+
+class Decoder(nn.Module):
+    """Causal blocks over tokens; before each, the global output of a token's patch is normed, projected and added."""
+
+    def __init__(self, config: DPARConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Block(config.dim, config.num_heads, dropout=0.0) for _ in range(config.decoder_layers)
+        )
+        self.cross_attn_layers = nn.ModuleList(ContextProjection(config.dim) for _ in range(config.decoder_layers))
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        context: Float[Tensor, "G D"],
+        target_rows: Int[Tensor, "B T"],
+        rope: Float[Tensor, "T R 2"],
+    ) -> Float[Tensor, "B T D"]:
+        """Features that the head reads. The projection acts on patches and is gathered to their tokens."""
+        for projection, layer in zip(self.cross_attn_layers, self.layers, strict=True):
+            hidden = hidden + projection(context)[target_rows]
+            hidden = layer(hidden, rope, causal_attention)
+        return hidden
+
+
+class ContextProjection(nn.Module):
+    """What is left of cross-attention when there is one key: norm and linear."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.cross_attn_norm_kv = RMSNorm(dim)
+        self.wo = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, context: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """What a patch's tokens get from the global stack."""
+        return self.wo(self.cross_attn_norm_kv(context))
+
+
+def max_pool(members: Float[Tensor, "P L D"], valid: Bool[Tensor, "P L"]) -> Float[Tensor, "P D"]:
+    """Element-wise maximum over a patch's tokens: the first query."""
+    return members.masked_fill(~valid[..., None], -torch.inf).amax(dim=1)

@@ -1,0 +1,92 @@
+"""LlamaGen's transformer over VQ tokens, and its unconditional twin, the entropy model.
+
+Conditional: the sequence is [class, x_0, ..., x_{T-2}], and position j predicts x_j. Unconditional: the sequence is
+[x_0, ..., x_{T-2}], and position j predicts x_{j+1}; nothing predicts x_0.
+
+Source: LlamaGen (arXiv 2406.06525), section 2.2; DPAR, section 3.1 for the entropy model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from models.attention import KVCache, causal_attention
+from models.config import GPTConfig
+from models.layers import Block, LabelEmbedder, RMSNorm, grid_rope, init_weights
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer. The output head starts at zero, so the first loss is ln(codebook size) exactly."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.num_classes is not None:
+            self.cls_embedding = LabelEmbedder(config.num_classes, config.dim, config.class_dropout_prob)
+        self.tok_embeddings = nn.Embedding(config.codebook_size, config.dim)
+        self.tok_dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            Block(config.dim, config.num_heads, config.dropout) for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.dim)
+        self.output = nn.Linear(config.dim, config.codebook_size, bias=False)
+        self.apply(init_weights)
+        nn.init.zeros_(self.output.weight)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether a class position comes first."""
+        return self.config.num_classes is not None
+
+    def forward(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B S V"]:
+        """Logits of the predicted tokens, S = T with a class and T - 1 without. The last token is read by no one."""
+        if tokens.shape[1] != self.config.num_tokens:
+            raise ValueError(f"{tokens.shape[1]} tokens an image, the model was made for {self.config.num_tokens}")
+        hidden = self.tok_embeddings(tokens[:, :-1])
+        if self.conditional:
+            assert labels is not None, "a conditional model needs labels"
+            hidden = torch.cat([self.cls_embedding(labels)[:, None], hidden], dim=1)
+        hidden = self.tok_dropout(hidden)  # (B, S, D)
+        rope = self._rope(hidden.device)[: hidden.shape[1]]
+        for layer in self.layers:
+            hidden = layer(hidden, rope, causal_attention)
+        return self.output(self.norm(hidden)).float()
+
+    def loss(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, ""]:
+        """Mean cross-entropy of the predicted tokens, nats."""
+        targets = tokens if self.conditional else tokens[:, 1:]
+        return F.cross_entropy(self(tokens, labels).flatten(0, 1), targets.flatten())
+
+    def entropy(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "*B"]:
+        """Entropy of each token given those before it, nats, float32.
+
+        The first token has no prediction: its entry is ln(codebook size), and the patch rule never reads it.
+        """
+        first = torch.full((len(tokens), 1), math.log(self.config.codebook_size), device=tokens.device)
+        return torch.cat([first, token_entropy(self(tokens))], dim=1)
+
+    def new_caches(self) -> list[KVCache]:
+        """Empty caches for `step`, one a layer."""
+        return [KVCache(self.config.num_tokens) for _ in self.layers]
+
+    def step(self, hidden: Float[Tensor, "B D"], position: int, caches: list[KVCache]) -> Float[Tensor, "*B"]:
+        """Logits after one more position, whose embedding is `hidden`."""
+        rope = self._rope(hidden.device)[position]
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden = layer(hidden, rope, cache.step(position))
+        return self.output(self.norm(hidden)).float()
+
+    def _rope(self, device: torch.device) -> Float[Tensor, "L R 2"]:
+        head_dim = self.config.dim // self.config.num_heads
+        return grid_rope(self.config.grid, head_dim, device, class_row=self.conditional)
+
+
+def token_entropy(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+    """Entropy of each distribution, nats, in float32 whatever the logits are: it is compared with a threshold."""
+    log_probs = F.log_softmax(logits.float(), dim=-1)
+    return -(log_probs.exp() * log_probs).sum(dim=-1)

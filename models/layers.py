@@ -1,0 +1,172 @@
+"""Blocks that LlamaGen, the entropy model and DPAR share: norms, rotary attention, SwiGLU, class embedding.
+
+Names of weights are LlamaGen's, so that its released checkpoints load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values (..., H, K) to attended values (..., H, K): masks, packing and caches hide in here."""
+
+_ROPE_BASE = 10000.0
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 and cast back before the weight."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Normalised features."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions; which positions see which is the caller's `attend`."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+        self.resid_dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Float[Tensor, "... D"], rope: Float[Tensor, "... R 2"], attend: Attend
+    ) -> Float[Tensor, "... D"]:
+        """Mixed features; `rope` holds the cosines and sines of each position, R = K / 2."""
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (..., H, K)
+        mixed = attend(apply_rope(q, rope), apply_rope(k, rope), v)
+        return self.resid_dropout(self.wo(mixed.flatten(-2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, its hidden width two thirds of 4 D, rounded up to a multiple of 256."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        hidden = -(-int(2 * 4 * dim / 3) // 256) * 256
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.ffn_dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """w2 (silu(w1 x) * w3 x)."""
+        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block of LlamaGen."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(dim, num_heads, dropout)
+        self.feed_forward = FeedForward(dim, dropout)
+        self.attention_norm = RMSNorm(dim)
+        self.ffn_norm = RMSNorm(dim)
+
+    def forward(
+        self, x: Float[Tensor, "... D"], rope: Float[Tensor, "... R 2"], attend: Attend
+    ) -> Float[Tensor, "... D"]:
+        """The input plus attention, then plus feed-forward."""
+        x = x + self.attention(self.attention_norm(x), rope, attend)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class LabelEmbedder(nn.Module):
+    """Class embeddings, and one more for "no class", which guidance needs."""
+
+    def __init__(self, num_classes: int, dim: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def forward(self, labels: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
+        """Embedding of each label; in training some labels are replaced by the null class `num_classes`."""
+        if self.training and self.dropout_prob > 0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
+            labels = torch.where(dropped, self.num_classes, labels)
+        return self.embedding_table(labels)
+
+
+def init_weights(module: nn.Module) -> None:
+    """LlamaGen's initialisation: normal with standard deviation 0.02 everywhere; norms keep their ones."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+def apply_rope(x: Float[Tensor, "... H K"], rope: Float[Tensor, "... R 2"]) -> Float[Tensor, "... H K"]:
+    """Rotate adjacent pairs of channels, in float32; a row of zeros in `rope` gives zeros."""
+    pairs = x.float().unflatten(-1, (-1, 2))  # (..., H, R, 2)
+    cos, sin = rope.unsqueeze(-3).unbind(-1)  # (..., 1, R)
+    even, odd = pairs.unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def rope_of(angles: Float[Tensor, "... R"]) -> Float[Tensor, "... R 2"]:
+    """Cosines and sines of angles."""
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def frequencies(count: int, width: int, device: torch.device | None = None) -> Float[Tensor, " count"]:
+    """The first `count` of the frequencies base^(-2 i / width)."""
+    exponents = torch.arange(count, dtype=torch.float32, device=device) * 2 / width
+    return _ROPE_BASE**-exponents
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(mode=False)  # a table first made while sampling must still serve training
+def grid_rope(grid: int, head_dim: int, device: torch.device, *, class_row: bool) -> Float[Tensor, "L R 2"]:
+    """Rotations of all positions of a token grid: half of the pairs turn by the row, half by the column.
+
+    `class_row` puts a row of zeros, not of angle zero, before the first token: queries and keys of the class position
+    become zero vectors. LlamaGen's released weights were trained so.
+    """
+    position = torch.arange(grid * grid, device=device)
+    freqs = frequencies(head_dim // 4, head_dim // 2, device)
+    angles = torch.cat([(position // grid)[:, None] * freqs, (position % grid)[:, None] * freqs], dim=1)
+    table = rope_of(angles)
+    return torch.cat([torch.zeros_like(table[:1]), table]) if class_row else table
+
+
+def dynamic_rope(
+    first: Int[Tensor, " P"], last: Int[Tensor, " P"], grid: int, head_dim: int, *, redundant: bool
+) -> Float[Tensor, "P R 2"]:
+    """Rotations of patches that span tokens `first` to `last` of one row: by the row, and by both columns.
+
+    Half of the pairs turn by the row. With redundancy the other half is (start, end, end, start) at four sets of
+    frequencies, without it (start, end) at two. Source: DPAR, section 3.3 and supplement, table S3.
+
+    Raises:
+        ValueError: The head width cannot be shared out so.
+    """
+    if head_dim % 16:
+        raise ValueError(f"head width is {head_dim}, expected a multiple of 16 for dynamic position embeddings")
+    row, start, end = (x[:, None].float() for x in (first // grid, first % grid, last % grid))
+    by_row = row * frequencies(head_dim // 4, head_dim // 2, first.device)
+    if redundant:
+        column = frequencies(head_dim // 16, head_dim // 8, first.device)
+        by_column = [start * column, end * column, end * column, start * column]
+    else:
+        column = frequencies(head_dim // 8, head_dim // 4, first.device)
+        by_column = [start * column, end * column]
+    return rope_of(torch.cat([by_row, *by_column], dim=1))
+
+
+def index_rope(index: Int[Tensor, " P"], head_dim: int) -> Float[Tensor, "P R 2"]:
+    """Rotations by a single number, e.g. the number of a patch in its image."""
+    return rope_of(index[:, None].float() * frequencies(head_dim // 2, head_dim, index.device))

@@ -1,0 +1,262 @@
+"""Sampling with caches: LlamaGen token by token, and DPAR with boundaries decided once, while drawing.
+
+Random numbers are given: one uniform number a (sample, position) draws a token by the inverse of the cumulative
+distribution, so an image depends on its own numbers and not on the batch it is drawn in.
+
+The encoder, the pooling and the entropy model know no class: with guidance they run once for both halves of the batch,
+and only the global stack and the decoder run twice. A global step is taken only for images whose patch has closed, and
+each patch is projected for the decoder once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from models.attention import KVCache
+from models.dpar import DPAR, max_pool
+from models.gpt import GPT, token_entropy
+from models.patching import PatchRule, opens_patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a token is drawn from logits. The defaults draw from the model's own distribution."""
+
+    cfg_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether an unconditional half is needed."""
+        return self.cfg_scale > 1.0
+
+
+class Boundaries(Protocol):
+    """Decides, token by token, where patches open."""
+
+    def begin(self, batch: int, num_tokens: int) -> None:
+        """Start a batch of images."""
+
+    def opens(self, position: int, previous: Int[Tensor, " B"], open_lengths: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+        """Whether the token at `position` >= 1 opens a patch, given the token before it and the open patch's length."""
+
+
+class EntropyBoundaries:
+    """The rule of the patch index, on entropies that a cached entropy model computes on the way."""
+
+    def __init__(self, model: GPT, rule: PatchRule) -> None:
+        self.model, self.rule = model, rule
+        self._caches: list[KVCache] = []
+
+    def begin(self, batch: int, num_tokens: int) -> None:
+        """Forget the images before.
+
+        Raises:
+            ValueError: The entropy model was made for another number of tokens.
+        """
+        if self.model.config.num_tokens != num_tokens:
+            raise ValueError(
+                f"the entropy model was made for {self.model.config.num_tokens} tokens an image, the sampled model for "
+                f"{num_tokens}: use an entropy model of the same tokenizer and image size"
+            )
+        self._caches = self.model.new_caches()
+
+    def opens(self, position: int, previous: Int[Tensor, " B"], open_lengths: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+        """Apply the rule to the entropy of the token at `position`, which the token before it brings."""
+        logits = self.model.step(self.model.tok_embeddings(previous), position - 1, self._caches)
+        return opens_patch(self.rule, position, token_entropy(logits), open_lengths)
+
+
+class GivenBoundaries:
+    """Boundaries known beforehand: of static patches, (T,), or of every image, (B, T)."""
+
+    def __init__(self, starts: Bool[Tensor, "*B T"]) -> None:
+        self.starts = starts
+
+    def begin(self, batch: int, num_tokens: int) -> None:
+        """Check that they belong to these images."""
+        if self.starts.shape not in {(num_tokens,), (batch, num_tokens)}:
+            raise ValueError(f"boundaries are {tuple(self.starts.shape)}, expected ({num_tokens},) or ({batch}, ...)")
+
+    def opens(self, position: int, previous: Int[Tensor, " B"], open_lengths: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
+        """Look it up."""
+        return self.starts[..., position].expand(len(previous))
+
+
+def sample_gpt(
+    model: GPT, labels: Int[Tensor, " B"], uniforms: Float[Tensor, "B T"], options: SamplingOptions
+) -> Int[Tensor, "B T"]:
+    """Tokens drawn from a class-conditional GPT."""
+    caches = model.new_caches()
+    hidden = model.cls_embedding(_with_null(labels, model.cls_embedding.num_classes, options))
+    tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
+    for position in range(model.config.num_tokens):
+        logits = _guide(model.step(hidden, position, caches), options)
+        tokens[:, position] = draw(logits, uniforms[:, position], options)
+        hidden = _twice(model.tok_embeddings(tokens[:, position]), options)
+    return tokens
+
+
+def sample_dpar(
+    model: DPAR,
+    labels: Int[Tensor, " B"],
+    uniforms: Float[Tensor, "B T"],
+    options: SamplingOptions,
+    boundaries: Boundaries,
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Tokens drawn from a DPAR model, and where their patches start."""
+    decoding = DPARDecoding(model, labels, options, boundaries)
+    tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
+    for position in range(model.config.num_tokens):
+        logits = decoding.step(tokens[:, position - 1] if position else None)
+        tokens[:, position] = draw(logits, uniforms[:, position], options)
+    return tokens, decoding.starts
+
+
+class DPARDecoding:
+    """The state of a batch of images that are being drawn; `step` advances all of them by one token."""
+
+    def __init__(
+        self, model: DPAR, labels: Int[Tensor, " B"], options: SamplingOptions, boundaries: Boundaries
+    ) -> None:
+        self.model, self.options, self.boundaries = model, options, boundaries
+        self.labels = _with_null(labels, model.cls_embedding.num_classes, options)
+        batch, num_tokens = len(labels), model.config.num_tokens
+        device = labels.device
+        self.position = 0
+        self.starts = torch.zeros(batch, num_tokens, dtype=torch.bool, device=device)
+        self.open_lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.num_patches = torch.zeros(batch, dtype=torch.int64, device=device)  # closed ones
+        self._encoder_caches = [KVCache(num_tokens) for _ in model.local_encoder.layers]
+        self._global_caches = [KVCache(num_tokens + 1) for _ in model.layers]
+        self._decoder_caches = [KVCache(num_tokens) for _ in model.local_decoder.layers]
+        self._encoded: list[Tensor] = []  # per encoder layer (B, T, D): the pooling reads a patch's tokens again
+        self._token_rope = model.token_rope(device)
+        self._projections: Tensor | None = None  # (decoder layers, B or 2 B, D): of the open patch's context
+        boundaries.begin(batch, num_tokens)
+
+    def step(self, previous: Int[Tensor, " B"] | None) -> Float[Tensor, "B V"]:
+        """Guided logits of the next token, given the token before it (None before the first)."""
+        if previous is None:
+            self._global_step(self.model.cls_embedding(self.labels), torch.arange(len(self.starts)))
+            state = self.model.decoder_start_embedding.weight.expand(len(self.starts), -1)
+            self.starts[:, 0] = True
+        else:
+            state = self._encode(previous)
+            opened = self.boundaries.opens(self.position, previous, self.open_lengths)
+            self.starts[:, self.position] = opened
+            self._close_patches(opened.nonzero()[:, 0])
+            self.open_lengths = torch.where(opened, 0, self.open_lengths)
+        self.open_lengths = self.open_lengths + 1
+        logits = self._decode(state)
+        self.position += 1
+        return _guide(logits, self.options)
+
+    def _encode(self, previous: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
+        """Encoder state of the token at position - 1."""
+        place = self.position - 1
+        state = self.model.tok_embeddings(previous)
+        for index, layer in enumerate(self.model.local_encoder.layers):
+            state = layer(state, self._token_rope[place + 1], self._encoder_caches[index].step(place))
+            if len(self._encoded) <= index:
+                self._encoded.append(state.new_zeros(len(state), self.model.config.num_tokens, state.shape[1]))
+            self._encoded[index][:, place] = state
+        return state
+
+    def _close_patches(self, images: Int[Tensor, " R"]) -> None:
+        """Pool the open patch of the given images, which ends at position - 1, and take its global step."""
+        if not len(images):
+            return
+        last = torch.full_like(images, self.position - 1)
+        lengths = self.open_lengths[images]
+        first = last - lengths + 1
+        offsets = torch.arange(int(lengths.max()), device=images.device)
+        places, valid = torch.minimum(first[:, None] + offsets, last[:, None]), offsets < lengths[:, None]
+        pooled: Tensor | None = None
+        for encoded, pooling in zip(self._encoded, self.model.local_encoder.cross_attn_layers, strict=True):
+            members = encoded[images[:, None], places]  # (R, L, D)
+            pooled = max_pool(members, valid) if pooled is None else pooled
+            pooled = pooling(pooled, members, valid)
+        assert pooled is not None
+        rope = self.model.patch_rope(first, last, self.num_patches[images])
+        self.num_patches[images] += 1
+        self._global_step(_twice(pooled, self.options), images, rope)
+
+    def _global_step(
+        self, hidden: Float[Tensor, "R D"], images: Int[Tensor, " R"], rope: Float[Tensor, "R R2 2"] | None = None
+    ) -> None:
+        """Feed one row (the class where `rope` is None) and keep its output's projections for the decoder."""
+        images = images.to(hidden.device)
+        rows, places = _halves(images, len(self.starts), self.options), self.num_patches[images]
+        places = _twice(places, self.options)
+        if rope is None:
+            rope = torch.zeros(len(images), self.model.head_dim // 2, 2, device=hidden.device)
+        rope = _twice(rope, self.options)
+        filled = int(places.max()) + 1
+        for layer, cache in zip(self.model.layers, self._global_caches, strict=True):
+            hidden = layer(hidden, rope, cache.ragged_step(len(self.labels), rows, places, filled))
+        projected = torch.stack([projection(hidden) for projection in self.model.local_decoder.cross_attn_layers])
+        if self._projections is None:
+            self._projections = projected.new_zeros(len(projected), len(self.labels), projected.shape[-1])
+        self._projections[:, rows] = projected
+
+    def _decode(self, state: Float[Tensor, "B D"]) -> Float[Tensor, "B2 V"]:
+        """Logits of both halves for the token at `position`."""
+        assert self._projections is not None
+        hidden = _twice(state, self.options)
+        layers = zip(self.model.local_decoder.layers, self._projections, self._decoder_caches, strict=True)
+        for layer, projection, cache in layers:
+            hidden = layer(hidden + projection, self._token_rope[self.position], cache.step(self.position))
+        return self.model.output(self.model.norm(hidden)).float()
+
+
+def draw(logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], options: SamplingOptions) -> Int[Tensor, " B"]:
+    """The token at which the cumulative distribution first exceeds each uniform number in [0, 1)."""
+    probabilities = filter_logits(logits / max(options.temperature, 1e-5), options).double().softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    token = torch.searchsorted(cumulative, (uniforms.double() * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return token.clamp_(max=logits.shape[1] - 1)
+
+
+def filter_logits(logits: Float[Tensor, "B V"], options: SamplingOptions) -> Float[Tensor, "B V"]:
+    """Minus infinity for tokens outside the top k, then outside the smallest set that holds top p, as LlamaGen does."""
+    if 0 < options.top_k < logits.shape[-1]:
+        smallest = logits.topk(options.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if options.top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)  # probability of the likelier tokens
+        before[:, 0] = 0.0  # the likeliest token always stays
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before > options.top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return logits
+
+
+def _guide(logits: Float[Tensor, "B2 V"], options: SamplingOptions) -> Float[Tensor, "B V"]:
+    """Classifier-free guidance: the unconditional logits plus `cfg_scale` times the difference."""
+    if not options.guided:
+        return logits
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + options.cfg_scale * (conditional - unconditional)
+
+
+def _with_null(labels: Int[Tensor, " B"], null: int, options: SamplingOptions) -> Int[Tensor, " B2"]:
+    """The labels, and for guidance the null class of each behind them."""
+    return torch.cat([labels, torch.full_like(labels, null)]) if options.guided else labels
+
+
+def _twice(rows: Tensor, options: SamplingOptions) -> Tensor:
+    """Rows for both halves of a guided batch."""
+    return torch.cat([rows, rows]) if options.guided else rows
+
+
+def _halves(images: Int[Tensor, " R"], batch: int, options: SamplingOptions) -> Int[Tensor, " R2"]:
+    """Rows of the given images in both halves."""
+    return torch.cat([images, images + batch]) if options.guided else images

@@ -1,0 +1,139 @@
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import stages.entropy_map
+from conf.schema import EntropyMapConfig, RuntimeConfig
+from models.config import GPTConfig
+from models.gpt import GPT
+from stages.entropy_map import entropy_map
+from stages.errors import ArtifactError
+from stages.job import Job
+from stages.stores.entropies import EntropyStore
+from stages.stores.tokens import TokenFacts, TokenStore, token_writer
+from stages.weights import load_gpt, save_model
+
+N, A, T, V = 11, 2, 16, 40
+CONFIG = EntropyMapConfig(batch_size=3, precision="float32")
+ROOT = Path(stages.entropy_map.__file__).parents[1]
+
+
+def write_tokens(path: Path) -> None:
+    generator = np.random.default_rng(0)
+    facts = TokenFacts(
+        num_images=N,
+        num_train=8,
+        num_classes=2,
+        num_views=A,
+        num_tokens=T,
+        grid=4,
+        chunk_rows=4,
+        codebook_size=V,
+        image_size=64,
+        views="flip",
+        view_names=["center", "mirrored/center"],
+        vq_sha256="0" * 64,
+    )
+    writer = token_writer(path, facts)
+    tokens = generator.integers(0, V, (N, A, T)).astype(np.uint16)
+    for unit in writer.pending():
+        rows = writer.spec.rows(unit)
+        writer.write(unit, tokens=tokens[rows], labels=np.zeros(N, np.uint16)[rows])
+    writer.finish()
+
+
+def write_model(folder: Path, num_tokens: int = T) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(dim=32, num_layers=2, num_heads=4, codebook_size=V, num_tokens=num_tokens, num_classes=None))
+    with torch.no_grad():  # the head starts at zero, which makes every entropy the same
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    save_model(folder, model, "gpt")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_tokens(folder / "tokenize" / "tokens.zarr")
+    write_model(folder / "entropy_model")
+    return {"tokenize": folder / "tokenize", "entropy_model": folder / "entropy_model"}
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("entropy_map")
+    entropy_map(CONFIG, inputs, output, RuntimeConfig(device="cpu", threads=1))
+    return output
+
+
+def content(output: Path) -> dict[str, bytes]:
+    files = (path for path in output.rglob("*") if path.is_file())
+    names = {path.relative_to(output).as_posix(): path.read_bytes() for path in files}
+    return {name: data for name, data in names.items() if not name.startswith("record/")}
+
+
+def test_entropies_are_those_of_the_models_predictions(whole: Path, inputs: dict[str, Path]) -> None:
+    store = EntropyStore.open(whole / "entropies.zarr")
+    tokens = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+    model = load_gpt(inputs["entropy_model"])
+    images, views = np.arange(N).repeat(A), np.tile(np.arange(A), N)
+    with torch.inference_mode():
+        wanted = model.entropy(torch.from_numpy(tokens.fetch(images, views).astype(np.int64))).numpy()
+    found = store.fetch(images, views)
+    assert found.std() > 0.01
+    assert np.abs(found - wanted).max() < 1e-4
+    assert np.abs(found[:, 0] - math.log(V)).max() < 1e-6
+    assert 0 <= found.min() <= found.max() <= math.log(V) + 1e-4
+
+
+def test_the_store_says_what_it_was_made_from(whole: Path, inputs: dict[str, Path]) -> None:
+    store = EntropyStore.open(whole / "entropies.zarr")
+    assert store.tokens_digest == TokenStore.open(inputs["tokenize"] / "tokens.zarr").digest
+    assert (store.num_train, store.grid, store.codebook_size, store.facts.chunk_rows) == (8, 4, V, 4)
+    metrics = json.loads((whole / "metrics.json").read_text())
+    entropies = store.fetch(np.arange(N).repeat(A), np.tile(np.arange(A), N))[:, 1:]
+    assert metrics["mean_entropy"] == pytest.approx(entropies[: 8 * A].mean(), rel=1e-5)
+    assert metrics["heldout_mean_entropy"] == pytest.approx(entropies[8 * A :].mean(), rel=1e-5)
+
+
+def test_a_killed_run_is_continued_to_the_same_bytes(whole: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "killed")
+    for name in ("metrics.json", "record/units/entropies-000001.json", "entropies.zarr/entropy/c/1/0/0"):
+        (tmp_path / "killed" / name).unlink()
+    kept = tmp_path / "killed" / "entropies.zarr/entropy/c/2/1/0"
+    before = kept.stat().st_mtime_ns
+    entropy_map(CONFIG, inputs, tmp_path / "killed", RuntimeConfig(device="cpu", threads=1))
+    assert content(tmp_path / "killed") == content(whole)
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_two_processes_write_the_same_bytes(whole: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
+    job = Job(
+        stage="entropy_map",
+        config=CONFIG.model_dump(mode="json"),
+        inputs=inputs,
+        output=tmp_path / "out",
+        runtime={"device": "cpu", "threads": 1},
+    )
+    job.write(tmp_path / "job.json")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command = [*torchrun, "stages.entropy_map", "--job", str(tmp_path / "job.json")]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert content(tmp_path / "out") == content(whole)
+
+
+def test_a_model_for_other_tokens_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
+    write_model(tmp_path / "entropy_model", num_tokens=64)
+    with pytest.raises(ArtifactError, match=r"holds a model for \(tokens, codes, classes\) \(64, 40, None\)"):
+        entropy_map(CONFIG, inputs | {"entropy_model": tmp_path / "entropy_model"}, tmp_path / "out", RuntimeConfig())

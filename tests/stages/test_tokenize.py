@@ -1,0 +1,114 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import stages.tokenize
+from conf.schema import DatasetConfig, RuntimeConfig, TokenizeConfig
+from models.config import VQConfig
+from models.vq import VQModel
+from stages.dataset import dataset
+from stages.errors import InputError
+from stages.images import decode, pixels_to_float, views
+from stages.job import Job
+from stages.stores.files import ImageIndex
+from stages.stores.tokens import TokenStore
+from stages.tokenize import tokenize
+from stages.weights import save_vq
+
+CONFIG = TokenizeConfig(image_size=32, views="flip", batch_size=6, chunk_rows=8)
+ROOT = Path(stages.tokenize.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def inputs(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    config = DatasetConfig(root=image_root, heldout_fraction=0.2)
+    dataset(config, {"images": image_root}, folder / "dataset", RuntimeConfig(threads=1))
+    torch.manual_seed(0)
+    model = VQModel(
+        VQConfig(channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, z_channels=32, codebook_size=64)
+    )
+    save_vq(folder / "tokenizer", model)
+    return {"dataset": folder / "dataset", "tokenizer": folder / "tokenizer", "images": image_root}
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("tokenize")
+    tokenize(CONFIG, inputs, output, RuntimeConfig(device="cpu", threads=1))
+    return output
+
+
+def content(output: Path) -> dict[str, bytes]:
+    files = (path for path in output.rglob("*") if path.is_file())
+    names = {path.relative_to(output).as_posix(): path.read_bytes() for path in files}
+    return {name: data for name, data in names.items() if not name.startswith("record/")}
+
+
+def test_tokens_are_the_encoders_of_each_view(whole: Path, inputs: dict[str, Path]) -> None:
+    store, index = TokenStore.open(whole / "tokens.zarr"), ImageIndex.open(inputs["dataset"])
+    model = stages.tokenize.load_vq(inputs["tokenizer"])
+    for image in (0, 9, len(index) - 1):
+        pixels = np.stack(views(decode(index.read(inputs["images"], image)), 32, "flip"))
+        with torch.inference_mode():
+            wanted = model.encode(pixels_to_float(pixels)).numpy()
+        found = store.fetch(np.array([image, image]), np.array([0, 1]))
+        assert (found == wanted).mean() > 0.98  # another batch may move a tie between two codes
+    assert np.array_equal(store.labels, index.labels)
+
+
+def test_the_store_says_what_it_was_made_from(whole: Path, inputs: dict[str, Path]) -> None:
+    facts = TokenStore.open(whole / "tokens.zarr").facts
+    index = ImageIndex.open(inputs["dataset"])
+    assert (facts.num_images, facts.num_train, facts.num_classes) == (45, index.num_train, 3)
+    assert (facts.num_views, facts.grid, facts.num_tokens, facts.codebook_size) == (2, 8, 64, 64)
+    assert (facts.view_names, facts.image_size) == (["center", "mirrored/center"], 32)
+    assert json.loads((whole / "classes.json").read_text()) == index.classes
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert 0 < metrics["codebook_usage"] <= 1
+    assert 0 < metrics["unigram_entropy"] <= np.log(64)
+
+
+def test_a_killed_run_is_continued_to_the_same_bytes(whole: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "killed")
+    for name in ("metrics.json", "classes.json", "record/units/tokens-000003.json", "tokens.zarr/tokens/c/3/1/0"):
+        (tmp_path / "killed" / name).unlink()
+    kept = tmp_path / "killed" / "tokens.zarr/tokens/c/2/0/0"
+    before = kept.stat().st_mtime_ns
+    tokenize(CONFIG, inputs, tmp_path / "killed", RuntimeConfig(device="cpu", threads=1))
+    assert content(tmp_path / "killed") == content(whole)
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_two_processes_write_the_same_bytes(whole: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
+    job = Job(
+        stage="tokenize",
+        config=CONFIG.model_dump(mode="json"),
+        inputs=inputs,
+        output=tmp_path / "out",
+        runtime={"device": "cpu", "threads": 1},
+    )
+    job.write(tmp_path / "job.json")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command = [*torchrun, "stages.tokenize", "--job", str(tmp_path / "job.json")]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert content(tmp_path / "out") == content(whole)
+
+
+def test_an_image_changed_after_indexing_is_named(inputs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(inputs["images"], tmp_path / "images")
+    (tmp_path / "images" / "discs" / "03.png").write_bytes((tmp_path / "images" / "discs" / "04.png").read_bytes())
+    with pytest.raises(InputError, match=r"discs/03\.png is not the file that the dataset stage indexed"):
+        tokenize(
+            CONFIG, inputs | {"images": tmp_path / "images"}, tmp_path / "out", RuntimeConfig(device="cpu", threads=1)
+        )
