@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,8 @@ class Stage:
         reads_images: It opens image files: "images" is among its inputs, and the dataset's digest stands for them.
         spmd: It runs under torchrun.
         packages: Installed packages whose version (major.minor) can change its numbers.
+        external: What it reads from outside the graph, so that its digest belongs in the key: the image files, or a
+            weights file that the settings name.
         summary: One line for people.
     """
 
@@ -24,6 +27,7 @@ class Stage:
     reads_images: bool = False
     spmd: bool = True
     packages: tuple[str, ...] = ("torch",)
+    external: Literal["images", "checkpoint", "weights"] | None = None
 
     @property
     def entry(self) -> tuple[str, str]:
@@ -41,8 +45,9 @@ STAGES: dict[str, Stage] = {
             reads_images=True,
             spmd=False,
             packages=("pillow",),
+            external="images",
         ),
-        Stage(name="tokenizer", inputs=("dataset",), summary="VQ weights", reads_images=True),
+        Stage(name="tokenizer", inputs=("dataset",), summary="VQ weights", reads_images=True, external="checkpoint"),
         Stage(
             name="tokenize",
             inputs=("dataset", "tokenizer"),
@@ -73,6 +78,7 @@ STAGES: dict[str, Stage] = {
             summary="scores against the training images",
             reads_images=True,
             packages=("torch", "pillow", "numpy"),
+            external="weights",
         ),
     )
 }

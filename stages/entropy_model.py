@@ -16,7 +16,7 @@ from models.gpt import GPT
 from stages.distributed import process_group
 from stages.job import Inputs, main
 from stages.stores.tokens import TokenStore
-from stages.training.data import TokenData, TokenObjective
+from stages.training.data import GPTObjective, TokenData
 from stages.training.loop import Training, train_model
 from stages.training.stream import SampleStream
 from stages.training.token_scores import write_scores
@@ -26,7 +26,7 @@ from stages.weights import save_model
 def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `model.safetensors`, its config and the held-out loss beside that of the best unigram model."""
     with process_group(runtime) as world:
-        data = TokenData(TokenStore.open(inputs["tokenize"] / "tokens.zarr"), patches=None)
+        data = TokenData(TokenStore.open(inputs["tokenize"] / "tokens.zarr"))
         torch.manual_seed(config.seed)
         model = GPT(
             GPTConfig(
@@ -37,7 +37,7 @@ def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runt
                 dropout=config.dropout,
             )
         )
-        objective = TokenObjective(model)
+        objective = GPTObjective(model)
         stream = SampleStream(data.store.num_train, config.training.global_batch_size, config.seed)
         run = Training(
             model=model,
@@ -49,7 +49,7 @@ def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runt
         )
         metrics = train_model(run, output, world)
         if world.is_main:
-            save_model(output, model, "gpt")
+            save_model(output, "gpt", model, model.config)
             write_scores(output, metrics, data, first_position=1)
 
 

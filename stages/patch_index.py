@@ -28,6 +28,7 @@ from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchFacts, write_patches
 
 SEARCH_ROWS = 65536  # views that the search for a threshold looks at: the mean of so many is known to about 0.1 %
+SEARCH_BLOCK = 4096  # of them at a time, which bounds the memory of the rule's intermediate arrays
 ENTROPY_BINS = 100
 
 Entropies = NDArray[np.float32]
@@ -159,10 +160,11 @@ def _search(config: PatchIndexConfig, store: EntropyStore, target: float) -> flo
     total = store.num_train * store.num_views
     rows = np.linspace(0, total - 1, min(total, SEARCH_ROWS)).astype(np.int64)
     entropies = store.fetch(rows % store.num_train, rows // store.num_train)
+    blocks = np.split(entropies, range(SEARCH_BLOCK, len(entropies), SEARCH_BLOCK))
 
     def mean_length(threshold: float) -> float:
-        starts = _by_entropy(config, store, threshold)(entropies)
-        return float(starts.size / starts.sum())
+        mark = _by_entropy(config, store, threshold)
+        return entropies.size / sum(int(mark(block).sum()) for block in blocks)
 
     low, high = 0.0, float(np.float32(math.log(store.codebook_size)))
     shortest, longest = mean_length(low), mean_length(high)

@@ -1,6 +1,6 @@
 """Where images come from: a folder of class folders, or the emoji that a Python package carries.
 
-Nothing here opens an image. Only the standard library is used, so that the pipeline can look at a source too.
+Nothing here opens an image or needs a package beside the settings', so that the pipeline can look at a source too.
 """
 
 from __future__ import annotations

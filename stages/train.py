@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from conf.schema import RuntimeConfig, TrainConfig
 from models.config import DPARConfig, GPTConfig
@@ -16,8 +17,9 @@ from stages.distributed import process_group
 from stages.job import Inputs, main
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
-from stages.training.data import TokenData, TokenObjective
+from stages.training.data import GPTObjective, TokenData
 from stages.training.loop import Training, train_model
+from stages.training.patched import DPARObjective, PatchedData
 from stages.training.stream import SampleStream
 from stages.training.token_scores import write_scores
 from stages.weights import save_model
@@ -30,11 +32,8 @@ def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeCon
     """
     with process_group(runtime) as world:
         store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-        patches = PatchIndex.open(inputs["patch_index"], store.digest) if config.family == "dpar" else None
-        data = TokenData(store, patches)
         torch.manual_seed(config.seed)
-        model = _fresh_model(config, store)
-        objective = TokenObjective(model)
+        model, objective, data = _family(config, store, inputs)
         stream = SampleStream(store.num_train, config.training.global_batch_size, config.seed)
         run = Training(
             model=model,
@@ -46,11 +45,13 @@ def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeCon
         )
         metrics = train_model(run, output, world)
         if world.is_main:
-            save_model(output, model, config.family)
+            save_model(output, config.family, model, model.config)
             write_scores(output, metrics, data, first_position=0)
 
 
-def _fresh_model(config: TrainConfig, store: TokenStore) -> GPT | DPAR:
+def _family(config: TrainConfig, store: TokenStore, inputs: Inputs) -> tuple[GPT | DPAR, nn.Module, TokenData]:
+    """A fresh model, its loss, and the batches it reads."""
+    size = asdict(config.model)
     common: dict[str, Any] = {
         "codebook_size": store.codebook_size,
         "num_tokens": store.num_tokens,
@@ -58,10 +59,12 @@ def _fresh_model(config: TrainConfig, store: TokenStore) -> GPT | DPAR:
         "dropout": config.dropout,
         "class_dropout_prob": config.class_dropout_prob,
     }
-    size = asdict(config.model)
     if config.family == "llamagen":
-        return GPT(GPTConfig(**size, **common))
-    return DPAR(DPARConfig(**size, **common, position_embedding=config.position_embedding))
+        gpt = GPT(GPTConfig(**size, **common))
+        return gpt, GPTObjective(gpt), TokenData(store)
+    dpar = DPAR(DPARConfig(**size, **common, position_embedding=config.position_embedding))
+    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
+    return dpar, DPARObjective(dpar), PatchedData(store, index)
 
 
 if __name__ == "__main__":

@@ -37,25 +37,30 @@ def load_vq(artifact: Path, device: torch.device | str = "cpu") -> VQModel:
     return _fill(VQModel(VQConfig(**config)), artifact / VQ_FILE).to(device).eval()
 
 
-def save_model(artifact: Path, model: GPT | DPAR, family: str) -> None:
+def save_model(artifact: Path, family: str, model: nn.Module, config: GPTConfig | DPARConfig) -> None:
     """Write a trained model's weights (float32) and config; `family` is "gpt", "llamagen" or "dpar"."""
     _save(artifact / MODEL_FILE, model)
-    write_json(artifact / CONFIG_FILE, {"family": family, "config": asdict(model.config)})
+    write_json(artifact / CONFIG_FILE, {"family": family, "config": asdict(config)})
 
 
 def load_model(artifact: Path, device: torch.device | str = "cpu") -> GPT | DPAR:
     """The class-conditional model of a finished `train` artifact, in evaluation mode."""
     saved = read_json(artifact / CONFIG_FILE)
-    fresh = DPAR(DPARConfig(**saved["config"])) if saved["family"] == "dpar" else GPT(GPTConfig(**saved["config"]))
-    return _fill(fresh, artifact / MODEL_FILE).to(device).eval()
+    if saved["family"] != "dpar":
+        return load_gpt(artifact, device)
+    return _fill(DPAR(DPARConfig(**saved["config"])), artifact / MODEL_FILE).to(device).eval()
 
 
 def load_gpt(artifact: Path, device: torch.device | str = "cpu") -> GPT:
-    """The entropy model of a finished `entropy_model` artifact, in evaluation mode."""
-    model = load_model(artifact, device)
-    if not isinstance(model, GPT):
-        raise ArtifactError(f"{artifact} holds a {type(model).__name__}, expected a GPT: it is not an entropy model")
-    return model
+    """A GPT, e.g. the entropy model of a finished `entropy_model` artifact, in evaluation mode.
+
+    Raises:
+        ArtifactError: It holds another kind of model, or is damaged.
+    """
+    saved = read_json(artifact / CONFIG_FILE)
+    if saved["family"] not in {"gpt", "llamagen"}:
+        raise ArtifactError(f"{artifact} holds a model of family {saved['family']}, expected a GPT")
+    return _fill(GPT(GPTConfig(**saved["config"])), artifact / MODEL_FILE).to(device).eval()
 
 
 def _save(path: Path, model: nn.Module) -> None:

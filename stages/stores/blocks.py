@@ -23,7 +23,6 @@ from stages.stores.units import (
     ArraySpec,
     StoreSpec,
     file_size,
-    is_missing,
     store_digest,
 )
 
@@ -80,7 +79,7 @@ class BlockStore:
             ArtifactError: No store, incomplete, of another layout, or a chunk file missing, cut or grown.
         """
         self.path = path
-        attributes = self._read(path / "zarr.json", "attributes").get(ATTRIBUTES, {})
+        attributes = _parse(path / "zarr.json", lambda metadata: dict(metadata["attributes"].get(ATTRIBUTES, {})))
         if attributes.get("format") != FORMAT or attributes.get("complete") is not True:
             raise ArtifactError(
                 f"{path} has format {attributes.get('format')} and complete={attributes.get('complete')}, "
@@ -95,7 +94,7 @@ class BlockStore:
         self.arrays = {array.name: self._map(array) for array in self.spec.arrays}
 
     def verify(self) -> None:
-        """Read every chunk and check its CRC-32C and entries, and over all of them the store's digest.
+        """Read every chunk and check its CRC-32C, and over all of them the store's digest.
 
         Raises:
             ArtifactError: The first damage found, by array, chunk and file; or whole chunks that are not the store's.
@@ -108,12 +107,6 @@ class BlockStore:
                     f"{self._chunk_name(array, key)} is damaged, its checksum differs: run its stage again"
                 )
             hashes[key] = hashlib.sha256(data).hexdigest()
-        for mapped in self.arrays.values():
-            for place, chunk in enumerate(mapped.chunks):
-                if is_missing(chunk, mapped.spec.missing).any():
-                    raise ArtifactError(
-                        f"{mapped.spec.name} of {self.path}, chunk {place}, holds entries never written"
-                    )
         if store_digest(self.facts, hashes) != self.digest:
             raise ArtifactError(
                 f"{self.path} does not have the digest {self.digest}: chunks or facts were swapped; run its stage again"
@@ -146,12 +139,15 @@ class BlockStore:
     def _check_layout(self, array: ArraySpec) -> None:
         """The few facts of the Zarr metadata that reading raw files relies on."""
         path = self.path / array.name / "zarr.json"
-        found = {
-            "shape": self._read(path, "shape"),
-            "data_type": self._read(path, "data_type"),
-            "chunk_shape": self._read(path, "chunk_grid")["configuration"]["chunk_shape"],
-            "codecs": [codec["name"] for codec in self._read(path, "codecs")],
-        }
+        found = _parse(
+            path,
+            lambda metadata: {
+                "shape": metadata["shape"],
+                "data_type": metadata["data_type"],
+                "chunk_shape": metadata["chunk_grid"]["configuration"]["chunk_shape"],
+                "codecs": [codec["name"] for codec in metadata["codecs"]],
+            },
+        )
         wanted = {
             "shape": list(array.shape),
             "data_type": array.dtype,
@@ -166,9 +162,10 @@ class BlockStore:
         chunk = key.removeprefix(f"{array.name}/c/")
         return f"array {array.name}, chunk {chunk} of {self.path.name} (file {self.path / key})"
 
-    @staticmethod
-    def _read(path: Path, field: str) -> Any:
-        try:
-            return read_json(path)[field]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{path} is missing or damaged ({error}): run its stage again") from error
+
+def _parse(path: Path, pick: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """What `pick` takes from a metadata file."""
+    try:
+        return pick(read_json(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} is missing or damaged ({error}): run its stage again") from error

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from stages.artifact import write_atomic
 from stages.errors import ArtifactError
 from stages.stores.blocks import Integers
 
@@ -46,23 +47,7 @@ def write_patches(
     """
     text = {"format": FORMAT, **{name: str(value) for name, value in asdict(facts).items()}, **rule}
     schema = _schema(facts.num_tokens).with_metadata(text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    written = 0
-    with pq.ParquetWriter(
-        partial, schema, compression="zstd", compression_level=3, use_dictionary=False, write_page_checksum=True
-    ) as writer:
-        for starts in blocks:
-            view, first = divmod(written, facts.num_images)
-            if starts.shape != (min(chunk_rows, facts.num_images - first), facts.num_tokens):
-                raise ValueError(f"patch starts from image {first} of view {view} have shape {starts.shape}")
-            writer.write_table(_table(schema, view, first, starts), row_group_size=chunk_rows)
-            written += len(starts)
-    if written != facts.num_images * facts.num_views:
-        raise ValueError(f"{written} rows were given, expected {facts.num_images} images x {facts.num_views} views")
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomic(path, lambda file: _write_blocks(file, schema, facts, blocks, chunk_rows))
 
 
 class PatchIndex:
@@ -100,6 +85,23 @@ class PatchIndex:
         """Patch starts (n, T) of the given images, each in its view: true where a token opens a patch."""
         bits = np.unpackbits(self._masks[images, views], axis=-1, count=self.facts.num_tokens, bitorder="little")
         return bits.astype(np.bool_)
+
+
+def _write_blocks(
+    file: IO[bytes], schema: pa.Schema, facts: PatchFacts, blocks: Iterable[NDArray[np.bool_]], chunk_rows: int
+) -> None:
+    written = 0
+    with pq.ParquetWriter(
+        file, schema, compression="zstd", compression_level=3, use_dictionary=False, write_page_checksum=True
+    ) as writer:
+        for starts in blocks:
+            view, first = divmod(written, facts.num_images)
+            if starts.shape != (min(chunk_rows, facts.num_images - first), facts.num_tokens):
+                raise ValueError(f"patch starts from image {first} of view {view} have shape {starts.shape}")
+            writer.write_table(_table(schema, view, first, starts), row_group_size=chunk_rows)
+            written += len(starts)
+    if written != facts.num_images * facts.num_views:
+        raise ValueError(f"{written} rows were given, expected {facts.num_images} images x {facts.num_views} views")
 
 
 def _schema(num_tokens: int) -> pa.Schema:

@@ -1,8 +1,8 @@
-"""Batches of tokens: what a step trains on, with the patches of each image."""
+"""Batches of tokens, and the loss of a GPT on them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from models.dpar import DPAR, PackedPatches, pack_patches
 from models.gpt import GPT
 from stages.distributed import World, all_reduce_sum
-from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
 from stages.training.stream import Integers, SampleStream
 
@@ -24,37 +22,30 @@ class TokenBatch:
 
     tokens: Int[Tensor, "B T"]
     labels: Int[Tensor, " B"]
-    patches: PackedPatches | None
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on `device`."""
-        patches = None if self.patches is None else self.patches.to(device)
-        return TokenBatch(self.tokens.to(device), self.labels.to(device), patches)
+        return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
 
 
-class TokenObjective(nn.Module):
-    """Mean cross-entropy of a batch, in nats, by whichever model reads tokens."""
+class GPTObjective(nn.Module):
+    """Mean cross-entropy of a batch, nats: conditional or not, as the model is."""
 
-    def __init__(self, model: GPT | DPAR) -> None:
+    def __init__(self, model: GPT) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, and nothing else to log."""
         batch = batch.to(next(self.model.parameters()).device)
-        if isinstance(self.model, DPAR):
-            assert batch.patches is not None, "the train stage gives a DPAR its patch index"
-            return self.model.loss(batch.tokens, batch.labels, batch.patches), {}
-        conditional = self.model.config.num_classes is not None
-        return self.model.loss(batch.tokens, batch.labels if conditional else None), {}
+        return self.model.loss(batch.tokens, batch.labels if self.model.conditional else None), {}
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """The tokens of a finished `tokenize` artifact, with or without a patch index, as batches."""
+    """The tokens of a finished `tokenize` artifact as batches."""
 
     store: TokenStore
-    patches: PatchIndex | None
 
     def training_batch(self, stream: SampleStream, step: int, world: World) -> TokenBatch:
         """This process's share of a step, each image in a view of its own."""
@@ -62,26 +53,24 @@ class TokenData:
         return self.batch(images, stream.views(images, epochs, self.store.num_views))
 
     def batch(self, images: Integers, views: Integers) -> TokenBatch:
-        """Tokens, labels and patches of the given images and views."""
+        """Tokens and labels of the given images and views."""
         tokens = torch.from_numpy(self.store.fetch(images, views).astype(np.int64))
-        labels = torch.from_numpy(self.store.labels[images].astype(np.int64))
-        packed = None if self.patches is None else pack_patches(torch.from_numpy(self.patches.starts(images, views)))
-        return TokenBatch(tokens, labels, packed)
+        return TokenBatch(tokens, torch.from_numpy(self.store.labels[images].astype(np.int64)))
 
     def first_view(self, first: int, last: int) -> npt.NDArray[np.uint16]:
         """Tokens (n, T) of the first view of images `first` up to `last`."""
         images = np.arange(first, last)
         return self.store.fetch(images, np.zeros_like(images))
 
-    def heldout_loss(self, objective: TokenObjective, world: World, batch_size: int = 128) -> dict[str, float]:
+    def heldout_loss(self, objective: nn.Module, world: World, batch_size: int = 128) -> dict[str, float]:
         """Mean loss on the first view of the held-out images, float32; empty when none are held out."""
         rows = np.arange(self.store.num_train, len(self.store))
+        if not len(rows):
+            return {}
         total = torch.zeros(2, dtype=torch.float64)  # sum of losses, images
         for first in range(world.rank * batch_size, len(rows), world.size * batch_size):
             images = rows[first : first + batch_size]
             loss, _ = objective(self.batch(images, np.zeros_like(images)))
-            total += torch.tensor([float(loss) * len(images), len(images)], dtype=torch.float64)
-        if not len(rows):
-            return {}
+            total += torch.tensor([loss.item() * len(images), len(images)], dtype=torch.float64)
         total_loss, count = all_reduce_sum(total.to(world.device)).tolist()
         return {"heldout_loss": total_loss / count}

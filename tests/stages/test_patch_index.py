@@ -147,7 +147,8 @@ def test_the_same_settings_make_the_same_bytes(entropy_map: Path, tmp_path: Path
         run(entropy_map, tmp_path / name, threshold=4.5)
     for file in ("patches.parquet", "rule.json", "metrics.json", "histograms.png"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-    assert Image.open(tmp_path / "one" / "histograms.png").size[0] >= 800
+    with Image.open(tmp_path / "one" / "histograms.png") as picture:
+        assert picture.size[0] >= 800
 
 
 def test_incomplete_entropies_are_refused(entropy_map: Path, tmp_path: Path) -> None:

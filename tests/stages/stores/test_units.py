@@ -233,7 +233,7 @@ def test_tokens_outside_the_codebook_are_not_handed_out(store: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["zarr.json", "tokens/zarr.json"])
-@pytest.mark.parametrize("text", [None, "", "{}", '{"attributes": '])
+@pytest.mark.parametrize("text", [None, "", "{}", "[]", '{"attributes": [1], "shape": 1, "chunk_grid": 0}', '{"a'])
 def test_damaged_metadata_is_named(store: Path, file: str, text: str | None) -> None:
     (store / file).unlink() if text is None else (store / file).write_text(text)
     with pytest.raises(ArtifactError, match=f"{file} is missing or damaged|has format None"):

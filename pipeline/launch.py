@@ -1,0 +1,152 @@
+"""The process of a stage: started, watched, ended, and its error told as one line.
+
+The child leads a process group of its own, so that all of it can be ended; it holds the artifact's lock, so that it is
+never two that write; and the kernel ends it when its parent dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conf.schema import RuntimeConfig
+from pipeline.graph import Stage
+from stages.artifact import RECORD, read_json
+from stages.job import ERROR_FILE, Job
+
+OnProgress = Callable[[dict[str, Any]], None]
+GRACE_S = 15.0  # between asking a stage to end and killing it
+_POLL_S = 0.2
+_TAIL_LINES = 20
+_PR_SET_PDEATHSIG = 1
+_QUIET = {"DO_NOT_TRACK": "true", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+
+
+class StageFailed(RuntimeError):
+    """A stage's process ended badly. `code` is 2 when the user can mend it, else 1."""
+
+    def __init__(self, stage: str, message: str, code: int, log: Path) -> None:
+        super().__init__(f"stage {stage} failed: {message} (log: {log})")
+        self.stage, self.message, self.code, self.log = stage, message, code, log
+
+
+def launch(
+    stage: Stage, job: Job, runtime: RuntimeConfig, *, code_root: Path, lock: int, on_progress: OnProgress
+) -> None:
+    """Run a stage's process to its end, with its output in `record/log.txt`.
+
+    Raises:
+        StageFailed: It did not end well.
+    """
+    record = job.output / RECORD
+    record.mkdir(parents=True, exist_ok=True)
+    for stale in (job.output / ERROR_FILE, record / "progress.json"):
+        stale.unlink(missing_ok=True)
+    job_path = record / "job.json"
+    job.write(job_path)
+    try:
+        with (record / "log.txt").open("ab") as log:
+            process = subprocess.Popen(
+                _command(stage, runtime, job_path),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | _QUIET | {"PYTHONPATH": str(code_root)},
+                pass_fds=(lock,),
+                start_new_session=True,
+                preexec_fn=_die_with_parent(),
+            )
+            _watch(process, record / "progress.json", on_progress)
+    finally:
+        job_path.unlink(missing_ok=True)  # it holds paths of this machine
+    if process.returncode != 0:
+        raise _failure(stage, job, process.returncode)
+
+
+def _command(stage: Stage, runtime: RuntimeConfig, job_path: Path) -> list[str]:
+    command = [sys.executable, "-m"]
+    if stage.spmd:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={runtime.processes}", "-m"]
+    return [*command, stage.entry[0], "--job", str(job_path)]
+
+
+def _watch(process: subprocess.Popen[bytes], progress: Path, on_progress: OnProgress) -> None:
+    """Wait for the process and pass its progress on; on any exception (Ctrl-C, cancellation) end all of it first."""
+    seen = ""
+    try:
+        while process.poll() is None:
+            seen = _pass_on(progress, seen, on_progress)
+            time.sleep(_POLL_S)
+        _pass_on(progress, seen, on_progress)
+    except BaseException:
+        _end(process)
+        raise
+
+
+def _pass_on(progress: Path, seen: str, on_progress: OnProgress) -> str:
+    try:
+        text = progress.read_text(encoding="utf-8")
+        if text != seen:
+            on_progress(read_json(progress))
+    except (OSError, ValueError):  # not there yet, or just being replaced
+        return seen
+    return text
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask the whole process group to end, then insist. A second Ctrl-C must not cut this short."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
+    try:
+        _signal_group(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+        _signal_group(process, signal.SIGKILL)  # also for grandchildren that outlived the leader
+        process.wait()
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, previous)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:  # all of it has ended
+        return
+
+
+def _failure(stage: Stage, job: Job, returncode: int) -> StageFailed:
+    log = job.output / RECORD / "log.txt"
+    try:
+        error = read_json(job.output / ERROR_FILE)
+        return StageFailed(stage.name, error["message"], error["code"], log)
+    except (OSError, ValueError, KeyError):
+        pass
+    if returncode < 0:
+        name = signal.Signals(-returncode).name
+        hint = ", perhaps for want of memory: lower the stage's batch size" if name == "SIGKILL" else ""
+        return StageFailed(stage.name, f"its process was ended by {name}{hint}", 1, log)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "it left no output")
+    return StageFailed(stage.name, f"exit code {returncode}, last line: {last}", 1, log)
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """For Linux, a hook that asks the kernel to end the child when this process dies."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def hook() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return hook

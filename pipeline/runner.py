@@ -1,0 +1,190 @@
+"""The one way to run a stage: the command line and Prefect both call `run_stage`.
+
+An artifact is committed before any server hears of it, so a dead server costs nothing but the view.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from conf.schema import RuntimeConfig, Settings
+from pipeline.cache import Cache, Manifest
+from pipeline.graph import Stage
+from pipeline.keys import Parts, key_of, key_parts
+from pipeline.launch import launch
+from pipeline.plan import StageStatus, plan
+from pipeline.project import DPAR, Project
+from stages.artifact import read_json
+from stages.errors import InputError
+from stages.job import Job
+from stages.sources import image_root
+
+__all__ = ["Observer", "StageResult", "StageStatus", "plan", "run_stage"]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage's artifact came to be there. "waited": another process was making it and finished."""
+
+    stage: str
+    state: Literal["cached", "ran", "waited"]
+    key: str
+    path: Path
+    digest: str
+    metrics: dict[str, float]
+    duration_s: float
+
+
+class Observer(Protocol):
+    """Is told what happens, after it is safe on disk. It must not raise."""
+
+    def stage_started(self, stage: str, key: str, work: Path) -> None:
+        """The stage's process is about to start in `work`."""
+
+    def stage_progress(self, stage: str, progress: dict[str, Any]) -> None:
+        """The stage has got further; see `stages.progress`."""
+
+    def stage_finished(self, result: StageResult) -> None:
+        """The artifact is there: made, found, or waited for."""
+
+    def stage_failed(self, stage: str, error: BaseException) -> None:
+        """The stage failed or was stopped."""
+
+
+class Silence:
+    """An observer that does nothing."""
+
+    def stage_started(self, stage: str, key: str, work: Path) -> None:
+        """Nothing."""
+
+    def stage_progress(self, stage: str, progress: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def stage_finished(self, result: StageResult) -> None:
+        """Nothing."""
+
+    def stage_failed(self, stage: str, error: BaseException) -> None:
+        """Nothing."""
+
+
+def run_stage(
+    stage: Stage,
+    settings: Settings,
+    runtime: RuntimeConfig,
+    *,
+    force: bool = False,
+    observer: Observer | None = None,
+    project: Project = DPAR,
+) -> StageResult:
+    """Make a stage's artifact unless it is there.
+
+    Args:
+        stage: Of `project.graph`; its inputs must be finished.
+        settings: Of the whole run.
+        runtime: Where and how.
+        force: Make it again; what is there stays until the new one is complete.
+        observer: Is told of start, progress and end.
+        project: The graph and its code.
+
+    Raises:
+        InputError: An input is not finished, or a file that the settings name is missing.
+        StageFailed: The stage's process did not end well.
+    """
+    observer = observer or Silence()
+    cache = Cache(runtime.home)
+    inputs = _finished_inputs(stage, settings, runtime, project, cache)
+    parts = key_parts(project, stage, settings, cache.home, {name: found.digest for name, found in inputs.items()})
+    key = key_of(parts)
+    before = cache.lookup(key)
+    waited: list[bool] = []
+    if before is None or force:
+        with cache.lock(key, on_wait=lambda: waited.append(_say_waiting(key))) as lock:
+            # Someone may have finished it between the look and the lock; a forced run wants one made after it began.
+            found = cache.lookup(key)
+            if found is None or (force and found == before):
+                run = _Run(stage, settings, runtime, project, cache, observer)
+                result = run.make(parts, {name: cache.path(m.key) for name, m in inputs.items()}, lock)
+                observer.stage_finished(result)
+                return result
+            before = found
+    result = _result(cache, before, "waited" if waited else "cached")
+    observer.stage_finished(result)
+    return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One execution of a stage's process."""
+
+    stage: Stage
+    settings: Settings
+    runtime: RuntimeConfig
+    project: Project
+    cache: Cache
+    observer: Observer
+
+    def make(self, parts: Parts, inputs: dict[str, Path], lock: int) -> StageResult:
+        """Run the process in the work folder of its key, then commit."""
+        key = key_of(parts)
+        work = self.cache.work(key)
+        work.mkdir(parents=True, exist_ok=True)
+        section = getattr(self.settings, self.stage.name)
+        if self.stage.reads_images:
+            inputs = inputs | {"images": image_root(self.settings.dataset)}
+        job = Job(
+            stage=self.stage.name,
+            config=section.model_dump(mode="json"),
+            inputs=inputs,
+            output=work,
+            runtime=self.runtime.model_dump(mode="json"),
+        )
+        name = self.stage.name
+        self.observer.stage_started(name, key, work)
+        started = time.monotonic()
+        try:
+            launch(
+                self.stage,
+                job,
+                self.runtime,
+                code_root=self.project.code_root,
+                lock=lock,
+                on_progress=lambda progress: self.observer.stage_progress(name, progress),
+            )
+        except BaseException as error:
+            self.observer.stage_failed(name, error)
+            raise
+        manifest = self.cache.commit(parts, time.monotonic() - started)
+        return _result(self.cache, manifest, "ran")
+
+
+def _finished_inputs(
+    stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project, cache: Cache
+) -> dict[str, Manifest]:
+    statuses = {status.stage: status for status in plan(settings, runtime, project)} if stage.inputs else {}
+    found = {}
+    for name in stage.inputs:
+        key = statuses[name].key
+        manifest = cache.lookup(key) if key is not None else None
+        if manifest is None:
+            raise InputError(
+                f"{stage.name} reads {name}, which is {statuses[name].state} ({statuses[name].reason}): "
+                f"run it first, `dpar run --until {name}`"
+            )
+        found[name] = manifest
+    return found
+
+
+def _result(cache: Cache, manifest: Manifest, state: Literal["cached", "ran", "waited"]) -> StageResult:
+    path = cache.path(manifest.key)
+    metrics = read_json(path / "metrics.json") if "metrics.json" in manifest.files else {}
+    return StageResult(manifest.stage, state, manifest.key, path, manifest.digest, metrics, manifest.duration_s)
+
+
+def _say_waiting(key: str) -> bool:
+    logger.warning("another process is making %s: waiting for it", key)
+    return True
