@@ -1,152 +1,153 @@
-"""The command `dpar`. Errors are one line on standard error; exit codes: 1 failure, 2 the user's to mend, 130 stopped."""
+"""The command `dpar`: what a person types to make artifacts, to look at them and to look after them."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
-from conf.load import SettingsError, describe, load_settings, names
-from conf.schema import RuntimeConfig, Settings
+from conf.load import describe, names
+from conf.schema import RuntimeConfig
 from pipeline import bench as gates
-from pipeline import cache, display, report, runner, selection
+from pipeline import display
+from pipeline.cli_upkeep import app as upkeep_app
+from pipeline.failures import describe_failure
 from pipeline.graph import STAGES
-from pipeline.launch import StageFailed
+from pipeline.options import (
+    Ablation,
+    AsJson,
+    DryRun,
+    Forced,
+    ForcedStages,
+    From,
+    Overrides,
+    Preset,
+    StageName,
+    Until,
+    load,
+)
+from pipeline.plan import StageStatus, explain, plan
+from pipeline.report import collect
+from pipeline.runner import run_stage
+from pipeline.selection import asked_for, known_stage, select
 from stages.errors import InputError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pipeline")
 INTERRUPTED = 130
 
 app = typer.Typer(
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="From a folder of images to a trained, sampled and scored DPAR model. What is unchanged is not made again.",
 )
-mlflow_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The tracking store.")
-app.add_typer(mlflow_app, name="mlflow")
-
-Preset = Annotated[str | None, typer.Option(metavar="NAME", help="Settings to start from; see `dpar presets`.")]
-Ablation = Annotated[str | None, typer.Option(metavar="NAME", help="Change to the preset; see `dpar presets`.")]
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change one setting; can be given again.")
-]
-From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Start here; what it reads must be cached.")]
-Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
-Forced = Annotated[
-    list[str], typer.Option("--force", metavar="STAGE", help="Make it again though it is cached; can be given again.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be made, and why.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-StageName = Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {', '.join(STAGES)}.")]
+app.add_typer(upkeep_app)
 
 
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logger.setLevel(logging.DEBUG if debug else logging.NOTSET)
 
 
 @app.command()
 def run(
+    *,
     preset: Preset = None,
     ablation: Ablation = None,
     from_stage: From = None,
     until_stage: Until = None,
-    force: Forced = [],
-    overrides: Overrides = [],
+    force: ForcedStages,
+    overrides: Overrides,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make what is not made yet, in the order of the graph, and show the scores."""
-    settings, runtime = load_settings(preset, ablation, overrides)
+    """Make what is not made yet, and show the scores."""
+    settings, runtime = load(preset, ablation, overrides)
     wanted = select(from_stage, until_stage, force)
     statuses = asked_for(plan(settings, runtime), wanted, force)
-    if dry_run or all(status.state == "cached" for status in statuses):
+    if dry_run:
         _show_statuses(statuses, as_json)
-    else:
+        return
+    if any(status.state != "cached" for status in statuses):
         from pipeline.flows import run_pipeline
 
-        with make_screen(_console(as_json)) as screen:
-            run_pipeline(preset, ablation, overrides, stages=wanted, force=force, observer=screen)
-    if not dry_run:
-        _show_report(settings, runtime, wanted)
+        with display.make_screen(display.make_console(stderr=as_json)) as screen:
+            run_pipeline(
+                preset,
+                ablation,
+                overrides,
+                from_stage=from_stage,
+                until_stage=until_stage,
+                force=force,
+                observer=screen,
+            )
+        statuses = asked_for(plan(settings, runtime), wanted)
+    elif not as_json:
+        _show_statuses(statuses, as_json)
+    _show_report(statuses, runtime, as_json)
 
 
 @app.command()
 def stage(
     name: StageName,
+    *,
     preset: Preset = None,
     ablation: Ablation = None,
-    force: Annotated[bool, typer.Option("--force", help="Make it again though it is cached.")] = False,
-    overrides: Overrides = [],
+    force: Forced = False,
+    overrides: Overrides,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Run one stage here, without Prefect. What it reads must be cached."""
-    settings, runtime = load_settings(preset, ablation, overrides)
-    statuses = asked_for(plan(settings, runtime), [known_stage(name)], [name] if force else [])
+    known_stage(name)
+    settings, runtime = load(preset, ablation, overrides)
+    statuses = asked_for(plan(settings, runtime), [name], [name] if force else [])
     if dry_run:
         _show_statuses(statuses, as_json)
         return
-    with make_screen(_console(as_json)) as screen:
+    with display.make_screen(display.make_console(stderr=as_json)) as screen:
         run_stage(STAGES[name], settings, runtime, force=force, observer=screen)
-    _show_report(settings, runtime, [name])
+    _show_report(asked_for(plan(settings, runtime), [name]), runtime, as_json)
 
 
 @app.command()
-def up(overrides: Overrides = []) -> None:
-    """Start Prefect and MLflow on this machine, and serve the pipeline to Prefect's page."""
-    from pipeline import servers
-
-    _, runtime = load_settings(overrides=overrides)
-    addresses = servers.up(runtime)
-    print(f"Prefect  {addresses.prefect}\nMLflow   {addresses.mlflow}\nstop them with `dpar down`")
-
-
-@app.command()
-def down(overrides: Overrides = []) -> None:
-    """Stop what `dpar up` started."""
-    from pipeline import servers
-
-    _, runtime = load_settings(overrides=overrides)
-    servers.down(runtime)
-
-
-@app.command()
-def status(
-    preset: Preset = None, ablation: Ablation = None, overrides: Overrides = [], as_json: AsJson = False
-) -> None:
+def status(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
     """Show which stages are cached, stale or missing, and why."""
-    settings, runtime = load_settings(preset, ablation, overrides)
-    _show_statuses(plan(settings, runtime), as_json)
+    _show_statuses(plan(*load(preset, ablation, overrides)), as_json)
 
 
 @app.command()
 def why(
     name: StageName,
+    *,
     preset: Preset = None,
     ablation: Ablation = None,
-    overrides: Overrides = [],
+    overrides: Overrides,
     as_json: AsJson = False,
 ) -> None:
-    """Show every change that makes a stage stale."""
+    """Show every change that makes a stage run again."""
+    changes = explain(STAGES[known_stage(name)], *load(preset, ablation, overrides))
+    if as_json:
+        _show_json({"stage": name, "changes": changes})
+    else:
+        typer.echo("\n".join(changes) if changes else f"{name} is cached: nothing has changed")
 
 
 @app.command()
-def config(
-    preset: Preset = None, ablation: Ablation = None, overrides: Overrides = [], as_json: AsJson = False
-) -> None:
-    """Print the resolved settings; as YAML they are a preset."""
-    settings, runtime = load_settings(preset, ablation, overrides)
-    tree = settings.model_dump(mode="json") | {"runtime": runtime.model_dump(mode="json")}
-    print(json.dumps(tree, indent=2) if as_json else yaml.safe_dump(tree, sort_keys=False).rstrip())
+def config(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
+    """Print all settings as they resolve."""
+    settings, runtime = load(preset, ablation, overrides)
+    tree = {**settings.model_dump(mode="json"), "runtime": runtime.model_dump(mode="json")}
+    if as_json:
+        _show_json(tree)
+    else:
+        typer.echo(yaml.safe_dump(tree, sort_keys=False), nl=False)
 
 
 @app.command()
@@ -154,18 +155,84 @@ def presets(as_json: AsJson = False) -> None:
     """List presets and ablations, and what each is for."""
     found = {kind: {name: describe(kind, name) for name in names(kind)} for kind in ("preset", "ablation")}
     if as_json:
-        print(json.dumps(found, indent=2))
+        _show_json(found)
         return
     for kind, described in found.items():
         for name, purpose in described.items():
-            print(f"--{kind} {name:<20} {purpose}")
+            typer.echo(f"--{kind} {name:<18} {purpose}")
 
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="demo: what its models learned; cli: waiting times.")],
-    preset: Preset = "demo",
-    overrides: Overrides = [],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="demo: what its models learned; cli: how long one waits.")
+    ],
+    *,
+    overrides: Overrides,
     as_json: AsJson = False,
 ) -> None:
-    """Check measured numbers against their bounds; exit code 1 when one is missed."""
+    """Hold numbers of the demo against their bounds.
+
+    Exit code 1 when one is missed.
+    """
+    statuses = plan(*load("demo", overrides=overrides))
+    if name not in ("demo", "cli"):
+        raise InputError(f"benchmark is {name!r}, expected demo or cli")
+    missing = [status.stage for status in statuses if status.state != "cached"]
+    if missing:
+        raise InputError(f"not cached: {', '.join(missing)}: make them with `dpar run --preset demo`")
+    measured = gates.cli_gates(overrides) if name == "cli" else gates.demo_gates(_artifacts(statuses))
+    if as_json:
+        _show_json({"gates": [asdict(gate) for gate in measured]})
+    else:
+        display.make_console().print(display.gate_table(measured))
+    if not all(gate.met for gate in measured):
+        raise typer.Exit(1)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; an error becomes one line on standard error."""
+    try:
+        code = app(args=list(arguments) or ["--help"], prog_name="dpar", standalone_mode=False)
+    except Exception as error:
+        if logger.isEnabledFor(logging.DEBUG):
+            traceback.print_exception(error)
+        failure = describe_failure(error)
+        typer.echo(f"dpar: {failure.line}", err=True)
+        return failure.code
+    if code == INTERRUPTED:  # typer returns it in place of KeyboardInterrupt
+        typer.echo("dpar: stopped; the same command again goes on from here", err=True)
+    return int(code or 0)
+
+
+def main() -> None:
+    """Entry point of the command `dpar`."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def _artifacts(statuses: Iterable[StageStatus]) -> dict[str, Any]:
+    return {status.stage: status.path for status in statuses if status.state == "cached"}
+
+
+def _show_statuses(statuses: Sequence[StageStatus], as_json: bool) -> None:
+    if as_json:
+        _show_json({"stages": [asdict(status) for status in statuses]})
+    else:
+        display.make_console().print(display.status_table(statuses))
+
+
+def _show_report(statuses: Sequence[StageStatus], runtime: RuntimeConfig, as_json: bool) -> None:
+    report = collect(_artifacts(statuses))
+    if as_json:
+        scores = {score.name: score.value for score in (*report.ladder, *report.scores)}
+        _show_json({"stages": [asdict(status) for status in statuses], "scores": scores})
+    else:
+        display.print_report(display.make_console(), report, runtime.home)
+
+
+def _show_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -10,12 +10,13 @@ from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.bench import Gate
+from pipeline.plan import StageStatus
 from pipeline.report import Report, Score
-from pipeline.runner import StageResult, StageStatus
+from pipeline.runner import Observer, StageResult
 
 LINE_PERIOD_S = 15.0
 KEY_CHARACTERS = 10  # of a key's hash: enough to tell two apart by eye
@@ -23,28 +24,17 @@ STYLES = {"cached": "green", "stale": "yellow", "missing": "cyan", "ran": "green
 _WIDE = 1000  # a file or a pipe has no width: wrapping would only cut what a program reads
 
 
-def make_console() -> Console:
-    """A console on standard output that takes text as it is: no markup, no guesses about colors of numbers."""
-    width = None if sys.stdout.isatty() else _WIDE
-    return Console(width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+def make_console(*, stderr: bool = False) -> Console:
+    """A console on standard output (or error) that takes text as it is: no markup, no colored numbers."""
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else _WIDE
+    return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
 
 
-class Screen(Protocol):
-    """What a running pipeline tells a person; also an observer of the runner."""
+class Screen(Observer, Protocol):
+    """What a person sees of a run, from its start to its end."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *error: object) -> None: ...
-    def stage_started(self, stage: str, key: str, work_dir: Path, config: Mapping[str, Any]) -> None:
-        """A stage begins to run."""
-
-    def stage_progress(self, stage: str, progress: Mapping[str, Any]) -> None:
-        """It has done so much: {"what", "done", "total", "per_second", "note"}."""
-
-    def stage_finished(self, result: StageResult) -> None:
-        """It is done, or was done already."""
-
-    def stage_failed(self, stage: str, error: BaseException) -> None:
-        """It ended without an artifact."""
 
 
 def make_screen(console: Console) -> Screen:
@@ -59,8 +49,8 @@ class BarScreen:
         self._console = console
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=28),
-            TextColumn("{task.fields[detail]}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[detail]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
             transient=True,
         )
@@ -74,14 +64,15 @@ class BarScreen:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def stage_started(self, stage: str, key: str, work_dir: Path, config: Mapping[str, Any]) -> None:
+    def stage_started(self, stage: str, key: str, work: Path) -> None:
         """Open the stage's bar; it pulses until there is a first number."""
         self._open(stage)
 
     def stage_progress(self, stage: str, progress: Mapping[str, Any]) -> None:
         """Move the stage's bar."""
         bar = self._open(stage)
-        self._progress.update(bar, total=progress["total"], completed=progress["done"], detail=progress_text(progress))
+        done, total = progress["done"], progress["total"]
+        self._progress.update(bar, completed=done, total=total, detail=progress_text(progress), refresh=True)
 
     def stage_finished(self, result: StageResult) -> None:
         """Replace the bar by a line."""
@@ -91,7 +82,7 @@ class BarScreen:
     def stage_failed(self, stage: str, error: BaseException) -> None:
         """Replace the bar by a line; the error itself is the last thing the command says."""
         self._close(stage)
-        self._console.print(Text(f"x {stage}  failed", style="red"))
+        self._console.print(Text(f"x {stage:<13}  failed", style="red"))
 
     def _open(self, stage: str) -> TaskID:
         if stage not in self._bars:
@@ -117,16 +108,16 @@ class LineScreen:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def stage_started(self, stage: str, key: str, work_dir: Path, config: Mapping[str, Any]) -> None:
+    def stage_started(self, stage: str, key: str, work: Path) -> None:
         """Say which stage starts and where its log grows."""
-        self._console.print(f"> {stage}  started  log {work_dir / 'record' / 'log.txt'}")
+        self._console.print(f"> {stage:<13}  started  log {work / 'record' / 'log.txt'}")
         self._next_line = time.monotonic() + LINE_PERIOD_S
 
     def stage_progress(self, stage: str, progress: Mapping[str, Any]) -> None:
         """Say how far the stage is, at most once in `LINE_PERIOD_S`."""
         if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_PERIOD_S
-            self._console.print(f"  {stage}  {progress_text(progress)}")
+            self._console.print(f"  {stage:<13}  {progress_text(progress)}")
 
     def stage_finished(self, result: StageResult) -> None:
         """Say that the stage is done."""
@@ -134,7 +125,7 @@ class LineScreen:
 
     def stage_failed(self, stage: str, error: BaseException) -> None:
         """Say that the stage failed; the error itself is the last thing the command says."""
-        self._console.print(f"x {stage}  failed")
+        self._console.print(f"x {stage:<13}  failed")
 
 
 def finished_line(result: StageResult, *, ascii_only: bool = False) -> Text:
@@ -152,7 +143,8 @@ def progress_text(progress: Mapping[str, Any]) -> str:
     parts = [f"{progress['what']} {done:,}/{total:,}"]
     if rate > 0:
         parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
-        parts.append(f"{duration((total - done) / rate)} left")
+        if done < total:
+            parts.append(f"{duration((total - done) / rate)} left")
     return "  ".join([*parts, progress["note"]]).rstrip()
 
 
@@ -170,6 +162,16 @@ def duration(seconds: float) -> str:
 def short_key(key: str | None) -> str:
     """The stage's name is told beside a key: the first characters of the hash say enough."""
     return "-" if key is None else key.rpartition("-")[2][:KEY_CHARACTERS]
+
+
+def size(count: int) -> str:
+    """Bytes as people say them: `812 B`, `3.4 MB`."""
+    amount, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if amount < 1000:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
 
 
 def status_table(statuses: Iterable[StageStatus]) -> Table:
@@ -193,7 +195,8 @@ def gate_table(gates: Iterable[Gate]) -> Table:
 
 def score_table(scores: Iterable[Score]) -> Table:
     """Scores with a few words on how to read each."""
-    table = _table("score", "value", "meaning")
+    scores = list(scores)
+    table = _table("score", "value", "meaning" if any(score.meaning for score in scores) else "")
     for score in scores:
         table.add_row(score.name, number(score.value), Text(score.meaning, style="dim"))
     return table

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from pipeline.graph import STAGES, downstream, upstream
-from pipeline.runner import StageStatus
+from pipeline.plan import StageStatus
 from stages.errors import InputError
 
 
@@ -59,8 +59,10 @@ def asked_for(statuses: Iterable[StageStatus], wanted: Iterable[str], force: Ite
                 f"{name} is {by_name[name].state} ({by_name[name].reason}), expected cached: "
                 f"leave out --from, or make it with `dpar run --until {name}`"
             )
-    forced = {name: replace(by_name[name], state="stale", reason="asked for by --force") for name in force}
-    return [(by_name | forced)[name] for name in _ordered(wanted)]
+    for name in force:
+        if by_name[name].state == "cached":
+            by_name[name] = replace(by_name[name], state="stale", reason="asked for by --force")
+    return [by_name[name] for name in _ordered(wanted)]
 
 
 def _ordered(names: set[str]) -> list[str]:

@@ -73,8 +73,9 @@ def read_lpips(path: Path | None) -> LPIPS:
     with torch.no_grad():
         for index, conv in enumerate(model.convs):
             layer = tree["VGG16_0"][f"Conv_{index}"]
-            conv.weight.copy_(torch.from_numpy(np.array(layer["kernel"]).transpose(3, 2, 0, 1)))  # HWIO -> OIHW
-            conv.bias.copy_(torch.from_numpy(np.array(layer["bias"])))
+            kernel = np.array(layer["kernel"]).transpose(3, 2, 0, 1)  # HWIO -> OIHW
+            conv.get_parameter("weight").copy_(torch.from_numpy(kernel))
+            conv.get_parameter("bias").copy_(torch.from_numpy(np.array(layer["bias"])))
         for index, head in enumerate(model.heads):
             head.copy_(torch.from_numpy(np.array(tree[f"NetLinLayer_{index}"]["Conv_0"]["kernel"]).reshape(-1)))
     return model.eval()

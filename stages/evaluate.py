@@ -1,0 +1,254 @@
+"""Stage `evaluate`: scores of the samples against the training images, on a ladder of other image sets.
+
+The ladder puts a score in its place. Every rung has the same number of images: held-out images (the mark of a perfect
+model), their reconstructions by the tokenizer, the samples, images of tokens drawn from each position's marginal, and
+images of random tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from conf.schema import EvaluateConfig, RuntimeConfig
+from models.vq import VQModel
+from stages.artifact import RECORD, read_json, write_atomic, write_json
+from stages.distributed import World, barrier, process_group
+from stages.images import center_crop, decode, float_to_pixels
+from stages.job import Inputs, main
+from stages.progress import Progress
+from stages.scores.features import INCEPTION_SHA256, Extractor, Inception, Lite0
+from stages.scores.frechet import FeatureStats, frechet_distance
+from stages.scores.inception_score import inception_score
+from stages.scores.precision_recall import precision_recall
+from stages.scores.unigram import sample_marginals
+from stages.stores.files import ImageIndex
+from stages.stores.samples import SampleStore
+from stages.stores.tokens import TokenStore
+from stages.weights import load_vq
+
+Pixels = npt.NDArray[np.uint8]
+Rows = npt.NDArray[np.int64]
+RUNGS = ("heldout", "reconstruction", "samples", "marginals", "random")
+_SPLITS = 10
+_FULL_COUNT = 50_000
+_UNIT = 512  # images whose features are one file, the unit of work and of resume
+
+
+def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
+    """Write `metrics.json` (flat), `scores.json` (how they were made) and `features.npz`."""
+    with process_group(runtime) as world:
+        extractor = _extractor(config, world)
+        sets = ImageSets.open(config, inputs, world)
+        units = [(name, unit) for name, images in sets.items() for unit in range(images.num_units)]
+        folder = output / RECORD / "features"
+        mine = [unit for unit in units[world.rank :: world.size] if not _unit_path(folder, *unit).exists()]
+        progress = Progress(output, "batches", len(mine), enabled=world.is_main)
+        for done, (name, unit) in enumerate(mine, 1):
+            features, logits = _extract(extractor, sets[name].unit(unit), config.batch_size)
+            arrays = {"features": features, "logits": logits}
+            write_atomic(_unit_path(folder, name, unit), lambda file, a=arrays: np.savez(file, **a))  # type: ignore[misc]
+            progress.update(done, name)
+        barrier()
+        if world.is_main:
+            found = {name: _collected(folder, name, images) for name, images in sets.items()}
+            _write_scores(config, inputs, output, extractor, found)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that are made or read a few at a time."""
+
+    rows: Rows
+    make: Callable[[Rows], Pixels]
+
+    @property
+    def num_units(self) -> int:
+        """Parts whose features are one file each."""
+        return -(-len(self.rows) // _UNIT)
+
+    def unit(self, number: int) -> Callable[[int], Iterator[Pixels]]:
+        """Batches of one part, given the batch size."""
+        rows = self.rows[number * _UNIT : (number + 1) * _UNIT]
+
+        def batches(size: int) -> Iterator[Pixels]:
+            for first in range(0, len(rows), size):
+                yield self.make(rows[first : first + size])
+
+        return batches
+
+
+class ImageSets:
+    """The sets that are scored, and the reference."""
+
+    def __init__(self, inputs: Inputs, world: World, seed: int) -> None:
+        self.index = ImageIndex.open(inputs["dataset"])
+        self.tokens = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+        self.samples = SampleStore.open(inputs["sample"] / "samples.zarr")
+        self.vq: VQModel = load_vq(inputs["tokenizer"], world.device)
+        self.root, self.seed, self.device = inputs["images"], seed, world.device
+
+    @classmethod
+    def open(cls, config: EvaluateConfig, inputs: Inputs, world: World) -> dict[str, ImageSet]:
+        """The reference, all samples, and with held-out images the rungs of the ladder."""
+        self = cls(inputs, world, config.seed)
+        training = np.arange(self.index.num_train)
+        if config.max_reference is not None and len(training) > config.max_reference:
+            training = training[np.linspace(0, len(training) - 1, config.max_reference).astype(np.int64)]
+        sets = {
+            "reference": ImageSet(training, self._real),
+            "samples": ImageSet(np.arange(len(self.samples)), self.samples.images),
+        }
+        heldout = np.arange(self.index.num_train, len(self.index))[: len(self.samples)]
+        if not config.ladder or not len(heldout):
+            return sets
+        count = len(heldout)
+        train_tokens = self.tokens.fetch(np.arange(self.index.num_train), np.zeros(self.index.num_train, np.int64))
+        marginals = sample_marginals(train_tokens, count, self.seed)
+        shape = (count, self.tokens.num_tokens)
+        random = np.random.default_rng(self.seed + 1).integers(self.tokens.codebook_size, size=shape)
+        return sets | {
+            "heldout": ImageSet(heldout, self._real),
+            "reconstruction": ImageSet(
+                heldout, lambda rows: self._decode(self.tokens.fetch(rows, np.zeros_like(rows)))
+            ),
+            "marginals": ImageSet(np.arange(count), lambda rows: self._decode(marginals[rows])),
+            "random": ImageSet(np.arange(count), lambda rows: self._decode(random[rows])),
+        }
+
+    def _real(self, rows: Rows) -> Pixels:
+        size = self.samples.facts.image_size
+        return np.stack([center_crop(decode(self.index.read(self.root, int(row))), size) for row in rows])
+
+    def _reconstructed(self, rows: Rows) -> Pixels:
+        return self._decode(self.tokens.fetch(rows, np.zeros_like(rows)))
+
+    @torch.inference_mode()
+    def _decode(self, tokens: npt.NDArray[np.integer]) -> Pixels:
+        return float_to_pixels(self.vq.decode(torch.from_numpy(tokens.astype(np.int64)).to(self.device)))
+
+
+def score_names(extractor: Extractor, num_samples: int) -> dict[str, str]:
+    """Honest names: `fid` only of the certified FID weights on 50,000 samples; else the network is in the name.
+
+    Even then the reference is this data set's training images: a score equals a published one only where that is the
+    published reference.
+    """
+    if extractor.name == "lite0":
+        return {"frechet": "fd_lite0", "score": "is_lite0", "precision": "precision_lite0", "recall": "recall_lite0"}
+    certified = extractor.sha256 == INCEPTION_SHA256 and num_samples == _FULL_COUNT
+    return {
+        "frechet": "fid" if certified else "fid_uncertified",
+        "score": "inception_score",
+        "precision": "precision",
+        "recall": "recall",
+    }
+
+
+def _extractor(config: EvaluateConfig, world: World) -> Extractor:
+    if config.extractor == "lite0":
+        return Lite0(config.input_size, world.device)
+    assert config.weights is not None, "the schema asks for them"
+    return Inception(config.weights, world.device)
+
+
+def _extract(
+    extractor: Extractor, batches: Callable[[int], Iterator[Pixels]], size: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    pairs = [extractor.extract(batch) for batch in batches(size)]
+    return np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])
+
+
+def _unit_path(folder: Path, name: str, unit: int) -> Path:
+    return folder / f"{name}-{unit:05d}.npz"
+
+
+def _collected(folder: Path, name: str, images: ImageSet) -> dict[str, npt.NDArray[np.float32]]:
+    parts = []
+    for unit in range(images.num_units):
+        with np.load(_unit_path(folder, name, unit)) as saved:
+            parts.append({field: saved[field] for field in ("features", "logits")})
+    return {field: np.concatenate([part[field] for part in parts]) for field in ("features", "logits")}
+
+
+def _write_scores(
+    config: EvaluateConfig,
+    inputs: Inputs,
+    output: Path,
+    extractor: Extractor,
+    found: dict[str, dict[str, npt.NDArray[np.float32]]],
+) -> None:
+    names = score_names(extractor, len(found["samples"]["features"]))
+    reference = found["reference"]["features"]
+    samples = found["samples"]
+    splits = min(_SPLITS, len(samples["logits"]))
+    precision, recall = precision_recall(reference, samples["features"], neighbours=config.neighbours)
+    metrics: dict[str, float] = {
+        **_ladder(names["frechet"], found),
+        names["score"]: inception_score(samples["logits"], splits=splits, seed=config.seed)[0],
+        names["precision"]: precision,
+        names["recall"]: recall,
+        "num_samples": len(samples["features"]),
+        "num_reference": len(reference),
+        **_from_inputs(inputs),
+    }
+    write_json(output / "metrics.json", metrics)
+    write_json(
+        output / "scores.json",
+        {
+            "extractor": extractor.name,
+            "weights_sha256": extractor.sha256,
+            "input_size": config.input_size if extractor.name == "lite0" else 299,
+            "reference": "training images, center crop",
+            "inception_score_splits": splits,
+            "inception_score_order": f"shuffled with seed {config.seed}",
+            "neighbours": config.neighbours,
+            "num_images": {name: len(arrays["features"]) for name, arrays in found.items()},
+        },
+    )
+    features = {name: arrays["features"] for name, arrays in found.items()}
+    write_atomic(output / "features.npz", lambda file: np.savez(file, allow_pickle=False, **features))
+
+
+def _ladder(name: str, found: dict[str, dict[str, npt.NDArray[np.float32]]]) -> dict[str, float]:
+    """Distance of each set to the reference. On the ladder the samples are as many as the held-out images."""
+    reference = FeatureStats.of(found["reference"]["features"])
+
+    def distance(features: npt.NDArray[np.float32]) -> float:
+        return frechet_distance(reference, FeatureStats.of(features))
+
+    scores = {name: distance(found["samples"]["features"])}
+    if "heldout" not in found:
+        return scores
+    count = len(found["heldout"]["features"])
+    rungs = {rung: distance(found[rung]["features"][:count]) for rung in RUNGS}
+    scores |= {f"{name}_{rung}": value for rung, value in rungs.items()}
+    return scores | {
+        "ratio_to_marginals": rungs["samples"] / rungs["marginals"],
+        "ratio_to_random": rungs["samples"] / rungs["random"],
+    }
+
+
+def _from_inputs(inputs: Inputs) -> dict[str, float]:
+    """Numbers of earlier stages that belong beside the scores in a comparison of runs."""
+    numbers: dict[str, float] = {}
+    for stage, fields in (
+        ("tokenizer", ("psnr",)),
+        ("entropy_model", ("heldout_loss", "unigram_loss")),
+        ("train", ("heldout_loss", "unigram_loss")),
+        ("patch_index", ("mean_length", "patches_per_image")),
+        ("sample", ("sample_mean_patch_length",)),
+    ):
+        metrics = read_json(inputs[stage] / "metrics.json")
+        prefix = "" if stage == "sample" else f"{stage}_"
+        numbers |= {f"{prefix}{field}": metrics[field] for field in fields if field in metrics}
+    return numbers
+
+
+if __name__ == "__main__":
+    main(evaluate, EvaluateConfig)

@@ -1,0 +1,133 @@
+"""The pictures that a person looks at: a grid of samples, and real images with their patches and entropies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+Pixels = npt.NDArray[np.uint8]
+_MARGIN = 6
+_BACKGROUND = (255, 255, 255)
+_INK = (40, 40, 40)
+_OUTLINE = (214, 39, 40)
+_SCALE = 3  # of small samples, so that 64 px can be seen
+_SMALL = 128  # images below this side are enlarged
+_CAPTION = 13  # height of the text below a picture
+_TOKEN_PIXELS = 24  # side of a token in the patch picture, at least
+# Dark blue over green to yellow: as light as it is surprising, and readable without colour vision.
+_HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
+
+
+def sample_grid(
+    images: Pixels, labels: npt.NDArray[np.integer], class_names: Sequence[str], columns: int
+) -> Image.Image:
+    """One row a class, its name on the left, at most `columns` of its images (N, H, W, 3) beside it."""
+    scale = _SCALE if images.shape[1] < _SMALL else 1
+    side = images.shape[1] * scale
+    font = ImageFont.load_default(size=max(14, side // 9))
+    text_width = int(max(font.getlength(name) for name in class_names)) + 3 * _MARGIN
+    step = side + _MARGIN
+    canvas = Image.new("RGB", (text_width + columns * step, len(class_names) * step + _MARGIN), _BACKGROUND)
+    pen = ImageDraw.Draw(canvas)
+    for row, name in enumerate(class_names):
+        top = _MARGIN + row * step
+        pen.text((_MARGIN, top + side // 2), name, fill=_INK, font=font, anchor="lm")
+        for column, image in enumerate(images[labels == row][:columns]):
+            canvas.paste(_enlarged(image, side), (text_width + column * step, top))
+    return canvas
+
+
+def patch_picture(
+    images: Pixels, starts: npt.NDArray[np.bool_], entropies: npt.NDArray[np.float32], grid: int
+) -> Image.Image:
+    """A row for each image: itself, its patches outlined, and the entropy of each token on a scale in nats.
+
+    Args:
+        images: (n, H, W, 3).
+        starts: Where patches start, (n, T) in raster order.
+        entropies: (n, T), nats; the first of an image is no prediction and is drawn grey.
+        grid: Tokens along one side.
+    """
+    token = max(_TOKEN_PIXELS, -(-images.shape[1] // grid))
+    side = token * grid
+    font_size = max(15, side // 14)
+    font, head = ImageFont.load_default(size=font_size), font_size + 2 * _MARGIN
+    step, row_step = side + 2 * _MARGIN, side + _CAPTION + 2 * _MARGIN
+    low, high = float(entropies[:, 1:].min()), float(entropies[:, 1:].max())
+    bar = side // 3
+    canvas = Image.new("RGB", (3 * step + bar + _MARGIN, head + len(images) * row_step), _BACKGROUND)
+    pen = ImageDraw.Draw(canvas)
+    for column, title in enumerate(("image", "patches", "entropy, nats")):
+        pen.text((_MARGIN + column * step + side // 2, head // 2), title, fill=_INK, font=font, anchor="mm")
+    for row, (image, start, entropy) in enumerate(zip(images, starts, entropies, strict=True)):
+        top = head + row * row_step
+        large = _enlarged(image, side)
+        canvas.paste(large, (_MARGIN, top))
+        outlined = _faded(large)
+        _outline(outlined, start, grid, token)
+        canvas.paste(outlined, (_MARGIN + step, top))
+        heat = _heat_map(entropy, grid, low, high).resize((side, side), Image.Resampling.NEAREST)
+        canvas.paste(heat, (_MARGIN + 2 * step, top))
+        text = f"{int(start.sum())} patches for {grid * grid} tokens, mean length {grid * grid / start.sum():.2f}"
+        _caption(canvas, (_MARGIN + step, top + side), text, side)
+    _colour_bar(canvas, (_MARGIN + 3 * step, head), (bar, side), low, high)
+    return canvas
+
+
+def _enlarged(image: Pixels, side: int) -> Image.Image:
+    """Pixels stay squares: smoothing would hide what the tokenizer does."""
+    return Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+
+
+def _faded(image: Image.Image) -> Image.Image:
+    """Half white, so that outlines stand out."""
+    return Image.blend(image, Image.new("RGB", image.size, _BACKGROUND), 0.35)
+
+
+def _outline(picture: Image.Image, starts: npt.NDArray[np.bool_], grid: int, token: int) -> None:
+    """A line between neighbouring tokens of different patches, and a frame around everything."""
+    pen = ImageDraw.Draw(picture)
+    width = max(2, token // 10)
+    patch = np.cumsum(starts).reshape(grid, grid)
+    for y, x in np.argwhere(patch[:, 1:] != patch[:, :-1]):
+        pen.line([((x + 1) * token, y * token), ((x + 1) * token, (y + 1) * token)], fill=_OUTLINE, width=width)
+    for y, x in np.argwhere(patch[1:] != patch[:-1]):
+        pen.line([(x * token, (y + 1) * token), ((x + 1) * token, (y + 1) * token)], fill=_OUTLINE, width=width)
+    pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline=_OUTLINE, width=width)
+
+
+def _heat_map(entropy: npt.NDArray[np.float32], grid: int, low: float, high: float) -> Image.Image:
+    colours = _colours((entropy - low) / max(high - low, 1e-9))
+    colours[0] = 200  # the first token has no prediction
+    return Image.fromarray(colours.reshape(grid, grid, 3))
+
+
+def _colour_bar(canvas: Image.Image, place: tuple[int, int], size: tuple[int, int], low: float, high: float) -> None:
+    """The scale of the entropies, high at the top."""
+    width, height = size
+    ramp = _colours(np.linspace(1, 0, height))[:, None].repeat(width // 3, axis=1)
+    canvas.paste(Image.fromarray(ramp), place)
+    font_size = max(13, height // 16)
+    font = ImageFont.load_default(size=font_size)
+    pen = ImageDraw.Draw(canvas)
+    for share in (0.0, 0.5, 1.0):
+        y = place[1] + min(height - font_size, int((1 - share) * height))
+        label = f"{low + share * (high - low):.1f}"
+        pen.text((place[0] + width // 3 + _MARGIN, y), label, fill=_INK, font=font)
+
+
+def _caption(canvas: Image.Image, place: tuple[int, int], text: str, width: int) -> None:
+    size = _CAPTION
+    while size > 7 and ImageFont.load_default(size=size).getlength(text) > width:
+        size -= 1
+    ImageDraw.Draw(canvas).text(place, text, fill=_INK, font=ImageFont.load_default(size=size))
+
+
+def _colours(values: npt.NDArray[np.floating]) -> Pixels:
+    """Colours (..., 3) of values in [0, 1]."""
+    knots = np.linspace(0, 1, len(_HEAT))
+    channels = [np.interp(np.clip(values, 0, 1), knots, _HEAT[:, channel]) for channel in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)

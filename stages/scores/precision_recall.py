@@ -1,0 +1,58 @@
+"""Improved precision and recall: are samples inside the manifold of real images, and the other way round?
+
+Source: Kynkäänniemi et al. (arXiv 1904.06991), algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+Doubles = npt.NDArray[np.float64]
+_BLOCK_ROWS = 2048
+
+
+def precision_recall(
+    real: npt.NDArray[np.floating], generated: npt.NDArray[np.floating], *, neighbours: int
+) -> tuple[float, float]:
+    """Share of generated features (M, D) near a real one (N, D), and share of real ones near a generated one.
+
+    "Near" is within the distance of the other's k-th nearest neighbour among its own kind.
+
+    Raises:
+        ValueError: Not more features than `neighbours`.
+    """
+    if min(len(real), len(generated)) <= neighbours:
+        raise ValueError(
+            f"{len(real)} real and {len(generated)} generated features, expected more than {neighbours} neighbours"
+        )
+    # Distances do not change with the origin, but their rounding does: features share a large offset.
+    offset = real.mean(axis=0, dtype=np.float64)
+    centred_real, centred_generated = real.astype(np.float64) - offset, generated.astype(np.float64) - offset
+    precision = _share_inside(centred_generated, centred_real, _radii(centred_real, neighbours))
+    recall = _share_inside(centred_real, centred_generated, _radii(centred_generated, neighbours))
+    return precision, recall
+
+
+def _radii(features: Doubles, neighbours: int) -> Doubles:
+    """Squared distance of each feature to its k-th neighbour, itself not counted."""
+    blocks = [
+        np.partition(block, neighbours, axis=1)[:, neighbours] for block in _squared_distances(features, features)
+    ]
+    return np.concatenate(blocks)
+
+
+def _share_inside(points: Doubles, centres: Doubles, radii: Doubles) -> float:
+    inside = [(block <= radii).any(axis=1) for block in _squared_distances(points, centres)]
+    return float(np.concatenate(inside).mean())
+
+
+def _squared_distances(rows: Doubles, columns: Doubles) -> Iterator[Doubles]:
+    """Squared distances of all pairs, a block of rows at a time."""
+    squares = (columns**2).sum(axis=1)
+    for first in range(0, len(rows), _BLOCK_ROWS):
+        block = rows[first : first + _BLOCK_ROWS]
+        distances = (block**2).sum(axis=1)[:, None] + squares - 2 * block @ columns.T
+        yield distances.clip(min=0.0)
