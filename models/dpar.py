@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from models.attention import PackedCausalAttention, causal_attention
+from models.attention import causal_attention, packed_causal_attention
 from models.config import DPARConfig
 from models.layers import Block, LabelEmbedder, RMSNorm, dynamic_rope, grid_rope, index_rope, init_weights
 
@@ -32,7 +32,7 @@ class PackedPatches:
     global_lengths: list[int]
     """Rows of each image in the global sequence: its patches and one for the class. Numbers of the host."""
     tokens: Int[Tensor, "P L"]
-    """Tokens of each patch as rows of the flattened encoder output; short patches repeat their last one."""
+    """Tokens of each patch as rows of the flattened encoder output; short patches repeat their last token."""
     valid: Bool[Tensor, "P L"]
     """Which of `tokens` are real."""
     first: Int[Tensor, " P"]
@@ -41,10 +41,8 @@ class PackedPatches:
     """Position of its last token."""
     number: Int[Tensor, " P"]
     """Number of the patch in its image."""
-    class_rows: Int[Tensor, " B"]
-    """Global row of each image's class."""
-    patch_rows: Int[Tensor, " P"]
-    """Global row of each patch."""
+    global_order: Int[Tensor, " G"]
+    """What stands in each global row: its place in [class of every image, all patches]."""
     target_rows: Int[Tensor, "B T"]
     """Global row whose output serves the prediction of each token."""
 
@@ -72,16 +70,17 @@ def pack_patches(starts: Bool[Tensor, "B T"]) -> PackedPatches:
     offsets = torch.arange(int(lengths.max()))
     counts = torch.bincount(images, minlength=batch)
     class_rows = torch.cumsum(counts + 1, 0) - (counts + 1)
-    number = torch.arange(len(flat)) - (class_rows - torch.arange(batch))[images]
+    patch_rows = torch.arange(len(flat)) + images + 1
+    global_order = torch.empty(batch + len(flat), dtype=torch.int64)
+    global_order[torch.cat([class_rows, patch_rows])] = torch.arange(batch + len(flat))
     return PackedPatches(
         global_lengths=(counts + 1).tolist(),
         tokens=flat[:, None] + torch.minimum(offsets, lengths[:, None] - 1),
         valid=offsets < lengths[:, None],
         first=first,
         last=first + lengths - 1,
-        number=number,
-        class_rows=class_rows,
-        patch_rows=class_rows[images] + 1 + number,
+        number=patch_rows - class_rows[images] - 1,
+        global_order=global_order,
         target_rows=class_rows[:, None] + starts.long().cumsum(1) - 1,
     )
 
@@ -131,13 +130,11 @@ class DPAR(nn.Module):
         self, pooled: Float[Tensor, "P D"], labels: Int[Tensor, " B"], patches: PackedPatches
     ) -> Float[Tensor, "G D"]:
         """Output of the global stack, packed: [class, patches] of each image."""
-        classes = self.cls_embedding(labels)
-        rows = pooled.new_zeros(len(pooled) + len(classes), pooled.shape[1])
-        hidden = rows.index_copy(0, patches.class_rows, classes.type_as(rows)).index_copy(0, patches.patch_rows, pooled)
         rope = self.patch_rope(patches.first, patches.last, patches.number)
-        rope = rope.new_zeros(len(hidden), *rope.shape[1:]).index_copy(0, patches.patch_rows, rope)
-        attend = PackedCausalAttention(patches.global_lengths, hidden.device)
+        rope = torch.cat([rope.new_zeros(len(labels), *rope.shape[1:]), rope])[patches.global_order]
+        hidden = torch.cat([self.cls_embedding(labels), pooled]).index_select(0, patches.global_order)
         hidden = self.tok_dropout(hidden)
+        attend = packed_causal_attention(patches.global_lengths, hidden.device)
         for layer in self.layers:
             hidden = layer(hidden, rope, attend)
         return hidden
@@ -180,9 +177,11 @@ class Encoder(nn.Module):
         pooled: Tensor | None = None
         for layer, pooling in zip(self.layers, self.cross_attn_layers, strict=True):
             states = layer(states, rope, causal_attention)
-            members = states.flatten(0, 1)[patches.tokens]  # (P, L, D)
-            pooled = max_pool(members, patches.valid) if pooled is None else pooled
-            pooled = pooling(pooled, members, patches.valid)
+            rows = states.flatten(0, 1)
+            if pooled is None:
+                pooled = F.embedding(patches.tokens, rows).amax(dim=1)  # a repeated token changes no maximum
+            keys_values = F.embedding(patches.tokens, pooling.keys_values(rows))  # (P, L, 2 D)
+            pooled = pooling(pooled, keys_values, patches.valid)
         assert pooled is not None, "an encoder has at least one layer"
         return states, pooled
 
@@ -200,14 +199,20 @@ class PatchPooling(nn.Module):
         self.wv = nn.Linear(dim, dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
 
+    def keys_values(self, states: Float[Tensor, "N D"]) -> Float[Tensor, "N 2*D"]:
+        """Key and value of each token, side by side: computed once a token, then gathered to its patch."""
+        normed = self.cross_attn_norm_kv(states)
+        return torch.cat([self.wk(normed), self.wv(normed)], dim=-1)
+
     def forward(
-        self, pooled: Float[Tensor, "P D"], members: Float[Tensor, "P L D"], valid: Bool[Tensor, "P L"]
+        self, pooled: Float[Tensor, "P D"], keys_values: Float[Tensor, "P L 2*D"], valid: Bool[Tensor, "P L"]
     ) -> Float[Tensor, "P D"]:
-        """New patch states."""
-        query = self.wq(self.cross_attn_norm_q(pooled)).unflatten(-1, (self.num_heads, 1, -1))  # (P, H, 1, K)
-        normed = self.cross_attn_norm_kv(members)
-        keys, values = (w(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for w in (self.wk, self.wv))
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=valid[:, None, None])  # (P, H, 1, K)
+        """New patch states. Sums of products, because matrices of one row and a few columns are slower to multiply."""
+        query = self.wq(self.cross_attn_norm_q(pooled)).unflatten(-1, (1, self.num_heads, -1))
+        keys, values = keys_values.unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # (P, L, H, K)
+        scores = (query * keys).sum(dim=-1) * keys.shape[-1] ** -0.5  # (P, L, H)
+        weights = scores.masked_fill(~valid[..., None], -torch.inf).softmax(dim=1).type_as(values)
+        mixed = (weights[..., None] * values).sum(dim=1)  # (P, H, K)
         return pooled + self.wo(mixed.flatten(1))
 
 
@@ -230,7 +235,7 @@ class Decoder(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Features that the head reads. The projection acts on patches and is gathered to their tokens."""
         for projection, layer in zip(self.cross_attn_layers, self.layers, strict=True):
-            hidden = hidden + projection(context)[target_rows]
+            hidden = hidden + F.embedding(target_rows, projection(context))
             hidden = layer(hidden, rope, causal_attention)
         return hidden
 
@@ -247,7 +252,3 @@ class ContextProjection(nn.Module):
         """What a patch's tokens get from the global stack."""
         return self.wo(self.cross_attn_norm_kv(context))
 
-
-def max_pool(members: Float[Tensor, "P L D"], valid: Bool[Tensor, "P L"]) -> Float[Tensor, "P D"]:
-    """Element-wise maximum over a patch's tokens: the first query."""
-    return members.masked_fill(~valid[..., None], -torch.inf).amax(dim=1)

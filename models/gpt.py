@@ -47,9 +47,10 @@ class GPT(nn.Module):
         """Logits of the predicted tokens, S = T with a class and T - 1 without. The last token is read by no one."""
         if tokens.shape[1] != self.config.num_tokens:
             raise ValueError(f"{tokens.shape[1]} tokens an image, the model was made for {self.config.num_tokens}")
+        if self.conditional != (labels is not None):
+            raise ValueError(f"labels are {labels}, expected them exactly when the model has classes")
         hidden = self.tok_embeddings(tokens[:, :-1])
-        if self.conditional:
-            assert labels is not None, "a conditional model needs labels"
+        if labels is not None:
             hidden = torch.cat([self.cls_embedding(labels)[:, None], hidden], dim=1)
         hidden = self.tok_dropout(hidden)  # (B, S, D)
         rope = self._rope(hidden.device)[: hidden.shape[1]]
@@ -62,8 +63,8 @@ class GPT(nn.Module):
         targets = tokens if self.conditional else tokens[:, 1:]
         return F.cross_entropy(self(tokens, labels).flatten(0, 1), targets.flatten())
 
-    def entropy(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "*B"]:
-        """Entropy of each token given those before it, nats, float32.
+    def entropy(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """Entropy of each token given those before it, nats, float32. Of the unconditional model.
 
         The first token has no prediction: its entry is ln(codebook size), and the patch rule never reads it.
         """
@@ -74,7 +75,7 @@ class GPT(nn.Module):
         """Empty caches for `step`, one a layer."""
         return [KVCache(self.config.num_tokens) for _ in self.layers]
 
-    def step(self, hidden: Float[Tensor, "B D"], position: int, caches: list[KVCache]) -> Float[Tensor, "*B"]:
+    def step(self, hidden: Float[Tensor, "B D"], position: int, caches: list[KVCache]) -> Float[Tensor, "B V"]:
         """Logits after one more position, whose embedding is `hidden`."""
         rope = self._rope(hidden.device)[position]
         for layer, cache in zip(self.layers, caches, strict=True):

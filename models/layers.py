@@ -29,8 +29,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Normalised features."""
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
 
 
 class Attention(nn.Module):
@@ -47,8 +46,9 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "... D"], rope: Float[Tensor, "... R 2"], attend: Attend
     ) -> Float[Tensor, "... D"]:
         """Mixed features; `rope` holds the cosines and sines of each position, R = K / 2."""
-        q, k, v = self.wqkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (..., H, K)
-        mixed = attend(apply_rope(q, rope), apply_rope(k, rope), v)
+        qk, v = self.wqkv(x).unflatten(-1, (3 * self.num_heads, -1)).split((2 * self.num_heads, self.num_heads), dim=-2)
+        q, k = apply_rope(qk, rope).chunk(2, dim=-2)  # (..., H, K)
+        mixed = attend(q, k, v)
         return self.resid_dropout(self.wo(mixed.flatten(-2)))
 
 
@@ -110,11 +110,13 @@ def init_weights(module: nn.Module) -> None:
 
 
 def apply_rope(x: Float[Tensor, "... H K"], rope: Float[Tensor, "... R 2"]) -> Float[Tensor, "... H K"]:
-    """Rotate adjacent pairs of channels, in float32; a row of zeros in `rope` gives zeros."""
-    pairs = x.float().unflatten(-1, (-1, 2))  # (..., H, R, 2)
-    cos, sin = rope.unsqueeze(-3).unbind(-1)  # (..., 1, R)
-    even, odd = pairs.unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    """Rotate adjacent pairs of channels, in float32; a row of zeros in `rope` gives zeros.
+
+    A pair is a complex number and its rotation a product, which is one kernel where sines and cosines take six.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (..., H, R)
+    turned = pairs * torch.view_as_complex(rope).unsqueeze(-2)
+    return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
 def rope_of(angles: Float[Tensor, "... R"]) -> Float[Tensor, "... R 2"]:
@@ -146,7 +148,7 @@ def grid_rope(grid: int, head_dim: int, device: torch.device, *, class_row: bool
 def dynamic_rope(
     first: Int[Tensor, " P"], last: Int[Tensor, " P"], grid: int, head_dim: int, *, redundant: bool
 ) -> Float[Tensor, "P R 2"]:
-    """Rotations of patches that span tokens `first` to `last` of one row: by the row, and by both columns.
+    """Rotations of patches that span tokens `first` to `last`: by the row of the first, and by both columns.
 
     Half of the pairs turn by the row. With redundancy the other half is (start, end, end, start) at four sets of
     frequencies, without it (start, end) at two. Source: DPAR, section 3.3 and supplement, table S3.

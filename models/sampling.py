@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from models.attention import KVCache
-from models.dpar import DPAR, max_pool
+from models.dpar import DPAR
 from models.gpt import GPT, token_entropy
 from models.patching import PatchRule, opens_patch
 
@@ -137,7 +137,7 @@ class DPARDecoding:
         self._encoder_caches = [KVCache(num_tokens) for _ in model.local_encoder.layers]
         self._global_caches = [KVCache(num_tokens + 1) for _ in model.layers]
         self._decoder_caches = [KVCache(num_tokens) for _ in model.local_decoder.layers]
-        self._encoded: list[Tensor] = []  # per encoder layer (B, T, D): the pooling reads a patch's tokens again
+        self._encoded: list[Tensor] = []  # (B, T, ...): first layer's states, then each pooling's keys and values
         self._token_rope = model.token_rope(device)
         self._projections: Tensor | None = None  # (decoder layers, B or 2 B, D): of the open patch's context
         boundaries.begin(batch, num_tokens)
@@ -145,7 +145,8 @@ class DPARDecoding:
     def step(self, previous: Int[Tensor, " B"] | None) -> Float[Tensor, "B V"]:
         """Guided logits of the next token, given the token before it (None before the first)."""
         if previous is None:
-            self._global_step(self.model.cls_embedding(self.labels), torch.arange(len(self.starts)))
+            images = torch.arange(len(self.starts), device=self.starts.device)
+            self._global_step(self.model.cls_embedding(self.labels), images)
             state = self.model.decoder_start_embedding.weight.expand(len(self.starts), -1)
             self.starts[:, 0] = True
         else:
@@ -161,13 +162,17 @@ class DPARDecoding:
 
     def _encode(self, previous: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """Encoder state of the token at position - 1."""
-        place = self.position - 1
+        place, encoder = self.position - 1, self.model.local_encoder
         state = self.model.tok_embeddings(previous)
-        for index, layer in enumerate(self.model.local_encoder.layers):
-            state = layer(state, self._token_rope[place + 1], self._encoder_caches[index].step(place))
-            if len(self._encoded) <= index:
-                self._encoded.append(state.new_zeros(len(state), self.model.config.num_tokens, state.shape[1]))
-            self._encoded[index][:, place] = state
+        pooled_later: list[Tensor] = []
+        for layer, pooling, cache in zip(encoder.layers, encoder.cross_attn_layers, self._encoder_caches, strict=True):
+            state = layer(state, self._token_rope[place + 1], cache.step(place))
+            pooled_later += [] if pooled_later else [state]
+            pooled_later.append(pooling.keys_values(state))
+        if not self._encoded:
+            self._encoded = [x.new_empty(len(x), self.model.config.num_tokens, x.shape[1]) for x in pooled_later]
+        for encoded, new in zip(self._encoded, pooled_later, strict=True):
+            encoded[:, place] = new
         return state
 
     def _close_patches(self, images: Int[Tensor, " R"]) -> None:
@@ -179,21 +184,18 @@ class DPARDecoding:
         first = last - lengths + 1
         offsets = torch.arange(int(lengths.max()), device=images.device)
         places, valid = torch.minimum(first[:, None] + offsets, last[:, None]), offsets < lengths[:, None]
-        pooled: Tensor | None = None
-        for encoded, pooling in zip(self._encoded, self.model.local_encoder.cross_attn_layers, strict=True):
-            members = encoded[images[:, None], places]  # (R, L, D)
-            pooled = max_pool(members, valid) if pooled is None else pooled
+        states, *keys_values = (encoded[images[:, None], places] for encoded in self._encoded)  # (R, L, ...)
+        pooled = states.amax(dim=1)
+        for pooling, members in zip(self.model.local_encoder.cross_attn_layers, keys_values, strict=True):
             pooled = pooling(pooled, members, valid)
-        assert pooled is not None
         rope = self.model.patch_rope(first, last, self.num_patches[images])
         self.num_patches[images] += 1
         self._global_step(_twice(pooled, self.options), images, rope)
 
     def _global_step(
-        self, hidden: Float[Tensor, "R D"], images: Int[Tensor, " R"], rope: Float[Tensor, "R R2 2"] | None = None
+        self, hidden: Float[Tensor, "R2 D"], images: Int[Tensor, " R"], rope: Float[Tensor, "R C 2"] | None = None
     ) -> None:
         """Feed one row (the class where `rope` is None) and keep its output's projections for the decoder."""
-        images = images.to(hidden.device)
         rows, places = _halves(images, len(self.starts), self.options), self.num_patches[images]
         places = _twice(places, self.options)
         if rope is None:

@@ -9,17 +9,27 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from typing import Literal
 
-from pipeline.report import read_metrics
 from stages.errors import ArtifactError
 
 STATUS_BOUND_S = 1.0
 CACHED_RUN_BOUND_S = 10.0
 REPEATS = 5
-LADDER = ("fd_lite0_heldout", "fd_lite0_reconstruction", "fd_lite0", "fd_lite0_marginals", "fd_lite0_random")
-
-Metrics = Mapping[str, float]
+LADDER = tuple(f"fd_lite0_{rung}" for rung in ("heldout", "reconstruction", "samples", "marginals", "random"))
+BELOW_EACH_OTHER = (
+    ("entropy_model_heldout_loss", "entropy_model_unigram_loss"),
+    ("train_heldout_loss", "train_unigram_loss"),
+    *pairwise(LADDER),
+)
+Relation = Literal["<", ">"]
+BOUNDS: tuple[tuple[str, Relation, float], ...] = (
+    ("ratio_to_marginals", "<", 0.8),
+    ("ratio_to_random", "<", 0.7),
+    ("patch_index_mean_length", ">", 1.5),
+    ("patch_index_mean_length", "<", 2.5),
+    ("sample_mean_patch_length", ">", 1.5),  # so the global stack sees at most two thirds of the positions
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,37 +42,19 @@ class Gate:
     met: bool
 
 
-def demo_gates(artifacts: Mapping[str, Path]) -> list[Gate]:
-    """Whether the models of the demo learned: its finished artifacts' numbers against what needs no learning.
+def demo_gates(metrics: Mapping[str, float]) -> list[Gate]:
+    """Whether the models of the demo learned: the numbers of its stage `evaluate` against what needs no learning.
 
     Raises:
         ArtifactError: A number is not there.
     """
-    stages = ("entropy_model", "patch_index", "train", "sample", "evaluate")
-    metrics = {stage: read_metrics(artifacts[stage]) for stage in stages}
-    scores = metrics["evaluate"]
-    patch_length = _number(metrics, "patch_index", "mean_length")
-    for name in LADDER:
-        _number(metrics, "evaluate", name)
+    wanted = {name for pair in BELOW_EACH_OTHER for name in pair} | {name for name, _, _ in BOUNDS}
+    missing = sorted(wanted - metrics.keys())
+    if missing:
+        raise ArtifactError(f"evaluate has no {', '.join(missing)}: make it again, `dpar run --force evaluate`")
     return [
-        *(
-            _below(
-                f"{stage}: held-out loss < unigram loss, nats",
-                _number(metrics, stage, "heldout_loss"),
-                _number(metrics, stage, "unigram_loss"),
-            )
-            for stage in ("entropy_model", "train")
-        ),
-        *(_below(f"{better} < {worse}", scores[better], scores[worse]) for better, worse in pairwise(LADDER)),
-        _below("fd_lite0 / fd_lite0_marginals", scores["fd_lite0"] / scores["fd_lite0_marginals"], 0.8),
-        _below("fd_lite0 / fd_lite0_random", scores["fd_lite0"] / scores["fd_lite0_random"], 0.7),
-        _above("mean patch length, tokens, at least", patch_length, 1.5),
-        _below("mean patch length, tokens, at most", patch_length, 2.5),
-        _below(
-            "share of positions left for the global stack, while sampling",
-            1 / _number(metrics, "sample", "sample_mean_patch_length"),
-            1 / 1.5,
-        ),
+        *(_gate(f"{low} < {high}", metrics[low], "<", metrics[high]) for low, high in BELOW_EACH_OTHER),
+        *(_gate(f"{name} {relation} {bound}", metrics[name], relation, bound) for name, relation, bound in BOUNDS),
     ]
 
 
@@ -74,8 +66,8 @@ def cli_gates(overrides: Sequence[str] = ()) -> list[Gate]:
     """
     shared = ["--preset", "demo", *(word for override in overrides for word in ("--set", override))]
     return [
-        _below("dpar status, s", _median_seconds(["status", *shared], REPEATS), STATUS_BOUND_S),
-        _below("dpar run, all cached, s", _median_seconds(["run", *shared], REPEATS), CACHED_RUN_BOUND_S),
+        _gate("dpar status, s", _median_seconds(["status", *shared], REPEATS), "<", STATUS_BOUND_S),
+        _gate("dpar run, all cached, s", _median_seconds(["run", *shared], REPEATS), "<", CACHED_RUN_BOUND_S),
     ]
 
 
@@ -93,16 +85,6 @@ def _median_seconds(arguments: Sequence[str], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def _number(metrics: Mapping[str, Metrics], stage: str, name: str) -> float:
-    if name not in metrics[stage]:
-        raise ArtifactError(f"{stage}/metrics.json has no {name}: make it again with `dpar run --force {stage}`")
-    return metrics[stage][name]
-
-
-def _below(name: str, value: float, bound: float) -> Gate:
-    """Met when `value < bound`; a NaN meets nothing."""
-    return Gate(name=name, value=value, bound=bound, met=value < bound)
-
-
-def _above(name: str, value: float, bound: float) -> Gate:
-    return Gate(name=name, value=value, bound=bound, met=value >= bound)
+def _gate(name: str, value: float, relation: Relation, bound: float) -> Gate:
+    """A NaN meets nothing."""
+    return Gate(name=name, value=value, bound=bound, met=value < bound if relation == "<" else value > bound)

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +35,7 @@ from pipeline.options import (
     load,
 )
 from pipeline.plan import StageStatus, explain, plan
-from pipeline.report import collect
+from pipeline.report import collect, read_metrics
 from pipeline.runner import run_stage
 from pipeline.selection import asked_for, known_stage, select
 from stages.errors import InputError
@@ -75,7 +76,7 @@ def run(
         _show_statuses(statuses, as_json)
         return
     if any(status.state != "cached" for status in statuses):
-        from pipeline.flows import run_pipeline
+        from pipeline.local import run_pipeline
 
         with display.make_screen(display.make_console(stderr=as_json)) as screen:
             run_pipeline(
@@ -181,7 +182,11 @@ def bench(
     missing = [status.stage for status in statuses if status.state != "cached"]
     if missing:
         raise InputError(f"not cached: {', '.join(missing)}: make them with `dpar run --preset demo`")
-    measured = gates.cli_gates(overrides) if name == "cli" else gates.demo_gates(_artifacts(statuses))
+    measured = (
+        gates.cli_gates(overrides)
+        if name == "cli"
+        else gates.demo_gates(read_metrics(_artifacts(statuses)["evaluate"]))
+    )
     if as_json:
         _show_json({"gates": [asdict(gate) for gate in measured]})
     else:
@@ -210,8 +215,8 @@ def main() -> None:
     sys.exit(run_command(sys.argv[1:]))
 
 
-def _artifacts(statuses: Iterable[StageStatus]) -> dict[str, Any]:
-    return {status.stage: status.path for status in statuses if status.state == "cached"}
+def _artifacts(statuses: Iterable[StageStatus]) -> dict[str, Path]:
+    return {status.stage: status.path for status in statuses if status.state == "cached" and status.path is not None}
 
 
 def _show_statuses(statuses: Sequence[StageStatus], as_json: bool) -> None:

@@ -77,6 +77,7 @@ def up(*, overrides: Overrides) -> None:
     from pipeline import servers
 
     _, runtime = load(overrides=overrides)
+    typer.echo("starting, which can take a minute", err=True)
     addresses = servers.up(runtime)
     typer.echo(f"Prefect  {addresses.prefect}\nMLflow   {addresses.mlflow}\nstop them with `dpar down`")
 
@@ -96,4 +97,4 @@ def sync(*, overrides: Overrides) -> None:
     from pipeline import tracking
 
     _, runtime = load(overrides=overrides)
-    tracking.sync(runtime)
+    typer.echo(f"{tracking.sync(runtime)} runs sent")

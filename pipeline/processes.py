@@ -1,4 +1,4 @@
-"""Long-lived processes: started in a group of their own, waited for until they answer, recognized later, ended whole."""
+"""Long-lived processes: in a group of their own, waited for until they answer, known again later, ended whole."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import psutil
 HOST = "127.0.0.1"  # servers are for the person at this machine
 _GRACE_S = 10.0  # between asking a process to end and killing it
 _POLL_S = 0.1
+_SAME_S = 1.0  # creation times shift a little when the clock is set; a pid is not used again that soon
 _TAIL_LINES = 5
 _PR_SET_PDEATHSIG = 1
 
@@ -58,7 +59,8 @@ class Service:
     def _process(self) -> psutil.Process | None:
         try:
             process = psutil.Process(self.pid)
-            return process if process.create_time() == self.created and _runs(process) else None
+            same = abs(process.create_time() - self.created) < _SAME_S
+            return process if same and _runs(process) else None
         except psutil.NoSuchProcess:
             return None
 
@@ -151,7 +153,8 @@ def listener(port: int) -> str | None:
 def _owner(port: int) -> str:
     with contextlib.suppress(psutil.Error):  # another user's connections may be hidden
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            bound = connection.laddr[1] if connection.laddr else None
+            if connection.status == psutil.CONN_LISTEN and bound == port and connection.pid:
                 return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
     return "another process"
 

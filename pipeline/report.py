@@ -17,22 +17,25 @@ DISTANCES = ("fid", "fid_uncertified", "fd_lite0")
 RUNGS = {
     "heldout": "real images kept from training: as close as so few images can be",
     "reconstruction": "those images through the tokenizer: what a perfect model would reach",
-    "": "images drawn from the model",
+    "samples": "images drawn from the model, as many",
     "marginals": "each token drawn by its frequency at its place: nothing learned beyond counting",
     "random": "tokens drawn at random: nothing learned at all",
 }
 MEANINGS = {
-    "is": "sharp and varied, higher is better",
-    "precision": "share of samples that look like a real image",
-    "recall": "share of real images that look like a sample",
+    **dict.fromkeys(DISTANCES, "distance of all samples to the training images, lower is better"),
+    **dict.fromkeys(("is_lite0", "inception_score"), "sharp and varied, higher is better"),
+    **dict.fromkeys(("precision_lite0", "precision"), "share of samples that look like a training image"),
+    **dict.fromkeys(("recall_lite0", "recall"), "share of training images that look like a sample"),
     "ratio_to_marginals": "samples / marginals, lower is better",
     "ratio_to_random": "samples / random, lower is better",
-    "reconstruction_psnr": "of the tokenizer on held-out images, dB",
+    "tokenizer_psnr": "of reconstructed images, dB",
     "entropy_model_heldout_loss": "nats a token",
     "entropy_model_unigram_loss": "nats a token, by counting alone",
     "train_heldout_loss": "nats a token",
     "train_unigram_loss": "nats a token, by counting alone",
-    "mean_patch_length": "tokens in a patch",
+    "patch_index_mean_length": "tokens a patch, in training images",
+    "patch_index_patches_per_image": "positions of the global stack",
+    "sample_mean_patch_length": "tokens a patch, in samples",
 }
 PICTURES = (("sample", "grid.png", "samples, one row a class"), ("sample", "patches.png", "images cut into patches"))
 
@@ -70,10 +73,12 @@ def collect(artifacts: Mapping[str, Path]) -> Report:
         if (path / "metrics.json").is_file():
             source, metrics = stage, read_metrics(path)
     ladder = _ladder(metrics)
+    rungs = {rung.name for rung in ladder}
+    others = [name for name in metrics if name not in rungs]
     return Report(
         source=source,
         ladder=ladder,
-        scores=tuple(_score(name, metrics[name]) for name in metrics if name not in {rung.name for rung in ladder}),
+        scores=tuple(Score(name=name, value=metrics[name], meaning=MEANINGS.get(name, "")) for name in others),
         pictures=tuple(
             (artifacts[stage] / name, meaning)
             for stage, name, meaning in PICTURES
@@ -99,15 +104,9 @@ def read_metrics(artifact: Path) -> dict[str, float]:
 
 
 def _ladder(metrics: Mapping[str, float]) -> tuple[Score, ...]:
-    base = next((name for name in DISTANCES if name in metrics), None)
-    if base is None:
-        return ()
-    names = {f"{base}_{rung}" if rung else base: meaning for rung, meaning in RUNGS.items()}
+    """The rungs that there are: without held-out images there are none."""
+    base = next((name for name in DISTANCES if name in metrics), "")
+    rungs = {f"{base}_{rung}": meaning for rung, meaning in RUNGS.items()}
     return tuple(
-        Score(name=name, value=metrics[name], meaning=meaning) for name, meaning in names.items() if name in metrics
+        Score(name=name, value=metrics[name], meaning=meaning) for name, meaning in rungs.items() if name in metrics
     )
-
-
-def _score(name: str, value: float) -> Score:
-    """Scores of a feature network carry its name at the end: `recall_lite0` reads as `recall`."""
-    return Score(name=name, value=value, meaning=MEANINGS.get(name) or MEANINGS.get(name.partition("_")[0], ""))

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -35,11 +35,10 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where a browser finds the servers. `already_up`: they had been started before."""
+    """Where a browser finds the servers."""
 
     prefect: str
     mlflow: str
-    already_up: bool
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,8 @@ def environment(runtime: RuntimeConfig) -> dict[str, str]:
 def up(runtime: RuntimeConfig) -> Addresses:
     """Start Prefect, MLflow, and the process that runs what is asked for on Prefect's page.
 
+    An MLflow server that `tracking_uri` names is not started, it runs elsewhere.
+
     Raises:
         InputError: A port is taken.
         ServerError: One of them did not start; the others are ended again.
@@ -77,18 +78,20 @@ def up(runtime: RuntimeConfig) -> Addresses:
     if found is not None:
         return found
     down(runtime)  # what is left when one of them has died
-    ports = {"prefect": runtime.prefect_port, "mlflow": runtime.mlflow_port}
-    for name, port in ports.items():
-        _check_free(name, port)
+    addresses = _addresses(runtime)
+    _check_free("prefect", runtime.prefect_port)
+    if not _tracks_elsewhere(runtime):
+        _check_free("mlflow", runtime.mlflow_port)
     started: list[Service] = []
     try:
-        for service in _start_all(runtime, ports):
+        for service in _start_all(runtime):
             started.append(service)
-            write_json(_state_path(runtime), {"services": [asdict(each) for each in started], "ports": ports})
+            _write_state(runtime, started, None)
     except BaseException:
         down(runtime)
         raise
-    return _addresses(ports, already_up=False)
+    _write_state(runtime, started, addresses)
+    return addresses
 
 
 def down(runtime: RuntimeConfig) -> None:
@@ -101,15 +104,13 @@ def down(runtime: RuntimeConfig) -> None:
 
 def running(runtime: RuntimeConfig) -> Addresses | None:
     """Where the servers that `up` has started are; None unless all of them run."""
-    services, ports = _read_state(runtime)
-    if len(services) == 3 and all(service.alive for service in services):
-        return _addresses(ports, already_up=True)
-    return None
+    services, addresses = _read_state(runtime)
+    return addresses if all(service.alive for service in services) else None
 
 
 @contextmanager
 def prefect_server(runtime: RuntimeConfig) -> Iterator[PrefectServer]:
-    """The Prefect server for a run: that of PREFECT_API_URL, else that of `up`, else one of its own on the same data."""
+    """The Prefect server for a run: PREFECT_API_URL's, else that of `up`, else a temporary one on the same data."""
     found = running(runtime)
     if "PREFECT_API_URL" in os.environ:
         yield PrefectServer(os.environ["PREFECT_API_URL"], wait=lambda: None)
@@ -138,20 +139,21 @@ def temporary_prefect_server(runtime: RuntimeConfig) -> Iterator[PrefectServer]:
         service.end()
 
 
-def _start_all(runtime: RuntimeConfig, ports: Mapping[str, int]) -> Iterator[Service]:
+def _start_all(runtime: RuntimeConfig) -> Iterator[Service]:
     """Yield each process as soon as it exists, so that it can be ended whatever comes next."""
-    prefect = _start_prefect(runtime, ports["prefect"], die_with_parent=False)
+    prefect_port, mlflow_port = runtime.prefect_port, runtime.mlflow_port
+    prefect = _start_prefect(runtime, prefect_port, die_with_parent=False)
     yield prefect
-    mlflow = _start_mlflow(runtime, ports["mlflow"])
-    yield mlflow
-    wait_until(prefect, lambda: answers(ports["prefect"], _PREFECT_HEALTH), _START_TIMEOUT_S)
+    mlflow = None if _tracks_elsewhere(runtime) else _start_mlflow(runtime, mlflow_port)
+    if mlflow is not None:
+        yield mlflow
+    wait_until(prefect, lambda: answers(prefect_port, _PREFECT_HEALTH), _START_TIMEOUT_S)
     since = time.time()
-    runs = _start_runs(runtime, ports["prefect"])
+    runs = _start_runs(runtime, prefect_port)
     yield runs
-    wait_until(mlflow, lambda: answers(ports["mlflow"], _MLFLOW_HEALTH), _START_TIMEOUT_S)
-    wait_until(
-        runs, lambda: all(_polled_since(ports["prefect"], name, since) for name in DEPLOYMENTS), _START_TIMEOUT_S
-    )
+    if mlflow is not None:
+        wait_until(mlflow, lambda: answers(mlflow_port, _MLFLOW_HEALTH), _START_TIMEOUT_S)
+    wait_until(runs, lambda: all(_polled_since(prefect_port, name, since) for name in DEPLOYMENTS), _START_TIMEOUT_S)
 
 
 def _start_prefect(runtime: RuntimeConfig, port: int, *, die_with_parent: bool) -> Service:
@@ -200,17 +202,29 @@ def _check_free(name: str, port: int) -> None:
         )
 
 
-def _addresses(ports: Mapping[str, int], *, already_up: bool) -> Addresses:
-    return Addresses(f"http://{HOST}:{ports['prefect']}", f"http://{HOST}:{ports['mlflow']}", already_up)
+def _tracks_elsewhere(runtime: RuntimeConfig) -> bool:
+    return mlflow_uri(runtime).startswith(("http://", "https://"))
+
+
+def _addresses(runtime: RuntimeConfig) -> Addresses:
+    mlflow = mlflow_uri(runtime) if _tracks_elsewhere(runtime) else f"http://{HOST}:{runtime.mlflow_port}"
+    return Addresses(f"http://{HOST}:{runtime.prefect_port}", mlflow)
 
 
 def _state_path(runtime: RuntimeConfig) -> Path:
     return server_folder(runtime) / "state.json"
 
 
-def _read_state(runtime: RuntimeConfig) -> tuple[list[Service], dict[str, int]]:
+def _write_state(runtime: RuntimeConfig, services: Sequence[Service], addresses: Addresses | None) -> None:
+    """Addresses are written last: without them the servers are not up, only to be ended."""
+    known = asdict(addresses) if addresses is not None else None
+    write_json(_state_path(runtime), {"services": [asdict(service) for service in services], "addresses": known})
+
+
+def _read_state(runtime: RuntimeConfig) -> tuple[list[Service], Addresses | None]:
     path = _state_path(runtime)
     if not path.exists():
-        return [], {}
+        return [], None
     state = read_json(path)
-    return [Service(**fields) for fields in state["services"]], state["ports"]
+    addresses = Addresses(**state["addresses"]) if state["addresses"] is not None else None
+    return [Service(**fields) for fields in state["services"]], addresses

@@ -28,10 +28,16 @@ ADDRESSES = dict([*_fields("", Settings), *_fields("runtime.", RuntimeConfig)])
 
 def test_layers_hold() -> None:
     lint = subprocess.run(
-        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        [Path(sys.executable).with_name("lint-imports"), "--no-logo", "--no-cache"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert lint.returncode == 0, lint.stdout[-3000:]
+
+
+def test_models_know_no_process_group() -> None:
+    # Beside the contracts: import-linter sees of an installed package no more than its top-level name.
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "models").glob("*.py")}
+    assert [path for path, text in texts.items() if "distributed" in text] == []
 
 
 @pytest.mark.parametrize("folder", ["tests", "docker"])

@@ -10,9 +10,11 @@ import yaml
 from PIL import Image
 
 from conf.load import load_settings
+from pipeline import bench as gates
 from pipeline import cli
 from pipeline.cli import run_command
 from pipeline.graph import STAGES
+from pipeline.plan import StageStatus
 
 
 @pytest.fixture
@@ -94,7 +96,7 @@ def test_why_names_the_setting_that_changed_and_accept_keeps_the_artifact(
     assert run_command(["stage", "dataset", *options]) == 0
     capsys.readouterr()
     assert run_command(["why", "dataset", "--json", *changed]) == 0
-    assert answer(capsys) == {"stage": "dataset", "changes": ["setting dataset.heldout_fraction: 0.0 -> 0.5"]}
+    assert answer(capsys) == {"stage": "dataset", "changes": ["setting heldout_fraction: 0.0 -> 0.5"]}
     assert run_command(["why", "dataset", *options]) == 0
     assert "nothing has changed" in capsys.readouterr().out
     assert states(capsys, changed)["dataset"] == "stale"
@@ -130,14 +132,20 @@ def test_gc_asks_first_and_then_removes(
     assert "nothing to remove" in capsys.readouterr().out
 
 
-def test_config_is_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(["config", "--preset", "tiny"]) == 0
-    tree = yaml.safe_load(capsys.readouterr().out)
-    overrides = [f"{section}={json.dumps(fields)}" for section, fields in tree.items() if section != "runtime"]
+def test_config_is_itself_a_preset(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert run_command(["config", "--preset", "tiny", "--json"]) == 0
-    assert answer(capsys) == tree
-    assert tree["train"] == load_settings("tiny")[0].train.model_dump(mode="json")
-    assert overrides
+    tree = answer(capsys)
+    assert run_command(["config", "--preset", "tiny"]) == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text) == tree
+    settings = load_settings("tiny")
+    (tmp_path / "preset").mkdir()
+    (tmp_path / "preset" / "copy.yaml").write_text(text)
+    (tmp_path / "base.yaml").write_text("")
+    monkeypatch.setattr("conf.load.CONF_DIR", tmp_path)
+    assert load_settings("copy") == settings
 
 
 def test_presets_and_ablations_are_listed_with_their_purpose(capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,3 +229,29 @@ def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(options: list[str], tmp_pat
 def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command([]) == 0
     assert "status" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("reconstruction", "code"), [(0.15, 0), (0.0, 1)])
+def test_a_missed_gate_is_the_exit_code(
+    reconstruction: float,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    metrics = {name: bound * (0.9 if relation == "<" else 1.1) for name, relation, bound in gates.BOUNDS}
+    metrics |= dict.fromkeys(("entropy_model_heldout_loss", "train_heldout_loss"), 4.0)
+    metrics |= dict.fromkeys(("entropy_model_unigram_loss", "train_unigram_loss"), 5.0)
+    metrics |= {name: 0.1 * place for place, name in enumerate(gates.LADDER)}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"fd_lite0_reconstruction": reconstruction}))
+    cached = [StageStatus(stage, "cached", "unchanged", f"{stage}-0", tmp_path) for stage in STAGES]
+    monkeypatch.setattr(cli, "plan", lambda *settings: cached)
+    assert run_command(["bench", "demo", "--json"]) == code
+    told = answer(capsys)["gates"]
+    assert {tuple(gate) for gate in told} == {("name", "value", "bound", "met")}
+    assert [gate["name"] for gate in told if not gate["met"]] == ["fd_lite0_heldout < fd_lite0_reconstruction"][:code]
+
+
+def test_a_benchmark_needs_the_finished_demo(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["bench", "cli", *home(options)]) == 2
+    assert "dpar run --preset demo" in capsys.readouterr().err

@@ -7,7 +7,8 @@ from pipeline.report import collect, read_metrics
 from stages.errors import ArtifactError
 
 SCORES = {
-    "fd_lite0": 0.5,
+    "fd_lite0": 0.4,
+    "fd_lite0_samples": 0.5,
     "fd_lite0_heldout": 0.1,
     "fd_lite0_reconstruction": 0.2,
     "fd_lite0_marginals": 0.8,
@@ -32,24 +33,24 @@ def test_ladder_runs_from_the_best_possible_to_the_worst(tmp_path: Path) -> None
     assert [(rung.name, rung.value) for rung in report.ladder] == [
         ("fd_lite0_heldout", 0.1),
         ("fd_lite0_reconstruction", 0.2),
-        ("fd_lite0", 0.5),
+        ("fd_lite0_samples", 0.5),
         ("fd_lite0_marginals", 0.8),
         ("fd_lite0_random", 0.9),
     ]
     assert all(rung.meaning for rung in report.ladder)
 
 
-def test_other_scores_keep_their_order_and_name_without_network_finds_the_meaning(tmp_path: Path) -> None:
+def test_other_scores_keep_their_order_and_are_explained_where_they_need_it(tmp_path: Path) -> None:
     report = collect({"evaluate": artifact(tmp_path, "evaluate", SCORES)})
-    assert [score.name for score in report.scores] == ["recall_lite0", "num_samples"]
-    assert "real images" in report.scores[0].meaning
-    assert report.scores[1].meaning == ""
+    assert [score.name for score in report.scores] == ["fd_lite0", "recall_lite0", "num_samples"]
+    assert "training images" in report.scores[0].meaning
+    assert report.scores[2].meaning == ""
 
 
-def test_without_a_ladder_the_distance_of_the_samples_stands_alone(tmp_path: Path) -> None:
-    report = collect({"evaluate": artifact(tmp_path, "evaluate", {"fid": 2.5, "fd_lite0": 0.3})})
-    assert [rung.name for rung in report.ladder] == ["fid"]
-    assert [score.name for score in report.scores] == ["fd_lite0"]
+def test_without_held_out_images_there_is_no_ladder(tmp_path: Path) -> None:
+    report = collect({"evaluate": artifact(tmp_path, "evaluate", {"fid": 2.5, "inception_score": 3.0})})
+    assert report.ladder == ()
+    assert [score.name for score in report.scores] == ["fid", "inception_score"]
 
 
 def test_a_run_that_stops_early_reports_its_last_stage_with_numbers(tmp_path: Path) -> None:

@@ -1,0 +1,213 @@
+"""How a run looks in MLflow: what each event of its journal becomes there. The only file that knows MLflow.
+
+One flat row for each pipeline run, so that ablations can be compared: all settings as params, all numbers as metrics.
+Below it a run for each stage that really ran; a stage found in the cache is a link to the run that made it. Stores and
+weights are named by path and digest and never copied.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# MLflow must not make a stage wait for a server that is gone; it reads these at each request.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+from pipeline.cache import MANIFEST, Cache
+from pipeline.journal import Event, Journal
+from pipeline.metric_tail import MetricTail, StageRun
+from pipeline.report import collect
+
+EXPERIMENT = "dpar"
+_BATCH = 1000  # metrics that MLflow takes at once
+_LONGEST = 6000  # characters of a param's value
+_DIGEST = 36  # characters of a dataset's digest
+_PICTURES = ("grid.png", "patches.png")
+
+
+class MlflowView:
+    """Writes journals to an MLflow store.
+
+    Args:
+        uri: Of the store.
+        folder: Where the pictures of a local store go, and where it is kept which run belongs to which key.
+    """
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        self._client = MlflowClient(tracking_uri=uri)
+        self._cache = Cache(folder.parent)
+        self._runs = folder / "runs"
+        self._tails: dict[str, MetricTail] = {}
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        local = None if "://" in uri and not uri.startswith("sqlite:") else (folder / "mlartifacts").as_uri()
+        self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, local)
+
+    def send(self, journal: Journal) -> None:
+        """Bring MLflow up to date with a journal; what fails is tried again with the next call.
+
+        Raises:
+            Exception: Whatever MLflow, its database or the network raise.
+        """
+        for event in journal.unsent():
+            getattr(self, f"_{event['event']}")(journal, event)
+            journal.sent += 1
+            journal.save()
+        for place in journal.running.values():
+            self._follow(place["key"], Path(place["work"]))
+
+    def _pipeline_started(self, journal: Journal, event: Event) -> None:
+        if journal.run_id is None:
+            tags = {**event["tags"], **_commit(), "kind": "pipeline", "mlflow.runName": event["name"]}
+            run = self._client.create_run(self._experiment, start_time=event["time_ms"], tags=tags)
+            journal.run_id = run.info.run_id
+            journal.save()
+        params = [Param(name, str(value)[:_LONGEST]) for name, value in _flat(event["settings"]).items()]
+        self._client.log_batch(journal.run_id, params=params)
+        self._client.log_dict(journal.run_id, event["settings"], "settings.yaml")
+
+    def _stage_started(self, journal: Journal, event: Event) -> None:
+        stage, key = event["stage"], event["key"]
+        parent = _known(journal.run_id)
+        known = StageRun.read(self._runs, key)
+        if known is not None and known.open:  # a killed attempt at this very key goes on
+            self._client.update_run(known.run_id, status="RUNNING")
+            self._client.set_tag(known.run_id, "mlflow.parentRunId", parent)
+        else:
+            tags = {"kind": "stage", "stage": stage, "stage.key": key, "mlflow.runName": stage}
+            tags["mlflow.parentRunId"] = parent
+            run = self._client.create_run(self._experiment, start_time=event["time_ms"], tags=tags)
+            StageRun(run.info.run_id).write(self._runs, key)
+        journal.running[stage] = {"key": key, "work": event["work"]}
+
+    def _stage_finished(self, journal: Journal, event: Event) -> None:
+        stage, key, path = event["stage"], event["key"], Path(event["path"])
+        parent = _known(journal.run_id)
+        known = self._follow(key, path) if stage in journal.running else StageRun.read(self._runs, key)
+        if stage in journal.running and known is not None:
+            self._finish_stage(known.run_id, event, path)
+            known.open = False
+            known.write(self._runs, key)
+            del journal.running[stage]
+        else:
+            self._client.log_inputs(parent, [_dataset(stage, event["digest"], path, "reused")])
+        tags = {"key": key, "state": event["state"], "run_id": known.run_id if known else "unknown"}
+        prefix = "" if stage == "evaluate" else f"{stage}."
+        self._client.log_batch(
+            parent,
+            metrics=_metrics({prefix + name: value for name, value in event["metrics"].items()}, event["time_ms"]),
+            tags=[RunTag(f"stage.{stage}.{name}", value) for name, value in tags.items()],
+        )
+        self._log_pictures(parent, path)
+        if stage == "evaluate" and path.exists():
+            self._client.log_text(parent, _score_table(path), "scores.md")
+
+    def _finish_stage(self, run_id: str, event: Event, path: Path) -> None:
+        tags = {"artifact.digest": event["digest"], "artifact.uri": path.as_uri()}
+        self._client.log_batch(
+            run_id,
+            metrics=_metrics(event["metrics"], event["time_ms"]),
+            tags=[RunTag(name, value) for name, value in tags.items()],
+        )
+        self._client.log_inputs(run_id, self._inputs(path))
+        if (path / MANIFEST).exists():
+            self._client.log_artifact(run_id, str(path / MANIFEST))
+        self._log_pictures(run_id, path)
+        self._client.set_terminated(run_id, "FINISHED", event["time_ms"])
+
+    def _stage_failed(self, journal: Journal, event: Event) -> None:
+        place = journal.running.pop(event["stage"], None)
+        known = self._follow(place["key"], Path(place["work"])) if place else None
+        if known is not None:
+            self._client.set_tag(known.run_id, "last_error", event["message"])
+            self._client.set_terminated(known.run_id, event["status"], event["time_ms"])
+        self._client.set_tag(_known(journal.run_id), "last_error", event["message"])
+
+    def _pipeline_finished(self, journal: Journal, event: Event) -> None:
+        self._client.set_terminated(_known(journal.run_id), event["status"], event["time_ms"])
+
+    def _follow(self, key: str, folder: Path) -> StageRun | None:
+        """Send what a stage's metrics.jsonl has that MLflow has not; returns the stage's run."""
+        known = StageRun.read(self._runs, key)
+        if known is None:
+            return None
+        tail = self._tails.pop(key, None)
+        if tail is None or tail.folder != folder:
+            tail = MetricTail(folder)
+        fresh = known.fresh(tail.points())
+        for start in range(0, len(fresh), _BATCH):
+            part = fresh[start : start + _BATCH]
+            now = time.time_ns() // 1_000_000
+            metrics = [Metric(point.name, point.value, now, point.step) for point in part]
+            self._client.log_batch(known.run_id, metrics=metrics)
+            known.add(part)
+            known.write(self._runs, key)
+        self._tails[key] = tail  # only now: after a failure the file is read anew, and what is known is left out
+        return known
+
+    def _inputs(self, path: Path) -> list[DatasetInput]:
+        """What an artifact was made from, by content."""
+        manifest = self._cache.read(path)
+        if manifest is None:
+            return []
+        return [
+            _dataset(stage, digest, made, "input")
+            for stage, digest in manifest.parts["inputs"].items()
+            for made in [made for made, other in self._cache.manifests(stage) if other.digest == digest][:1]
+        ]
+
+    def _log_pictures(self, run_id: str, path: Path) -> None:
+        for picture in (path / name for name in _PICTURES):
+            if picture.exists():
+                self._client.log_artifact(run_id, str(picture))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"seed": 0}}` as `{"train.seed": 0}`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _metrics(values: Mapping[str, float], time_ms: int) -> list[Metric]:
+    return [Metric(name, float(value), time_ms, 0) for name, value in values.items()]
+
+
+def _dataset(name: str, digest: str, path: Path, context: str) -> DatasetInput:
+    """A reference: MLflow shows name and digest and keeps no copy."""
+    source = json.dumps({"uri": path.as_uri()})
+    return DatasetInput(Dataset(name, digest[:_DIGEST], "local", source), [InputTag("mlflow.data.context", context)])
+
+
+def _score_table(path: Path) -> str:
+    report = collect({"evaluate": path})
+    lines = [f"| {score.name} | {score.value:.4g} | {score.meaning} |" for score in (*report.ladder, *report.scores)]
+    return "\n".join(["| score | value | meaning |", "|---|---|---|", *lines, ""])
+
+
+def _commit() -> dict[str, str]:
+    """Tags that say which code ran; none outside a repository."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run([*git, "status", "-s"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"mlflow.source.git.commit": commit.stdout.strip(), "git.dirty": str(bool(changed.stdout.strip())).lower()}
+
+
+def _known(run_id: str | None) -> str:
+    if run_id is None:
+        raise ValueError("a journal must begin with pipeline_started")
+    return run_id

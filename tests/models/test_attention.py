@@ -1,0 +1,60 @@
+"""Packed attention against a dense softmax under xformers' own mask, and cached steps against the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.attention import KVCache, PackedCausalAttention, causal_attention
+
+CPU = torch.device("cpu")
+
+
+def qkv(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(*shape), torch.randn(*shape), torch.randn(*shape)
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 7, 3], [4, 4, 4], [1, 1]])
+@pytest.mark.filterwarnings("ignore")  # xformers warns about extensions that are not built
+def test_packed_attention_equals_a_dense_softmax_under_the_block_diagonal_mask(lengths: list[int]) -> None:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+    total = sum(lengths)
+    q, k, v = qkv(total, 2, 8)
+    bias = BlockDiagonalCausalMask.from_seqlens(lengths).materialize((1, 1, total, total))[0, 0]
+    scores = torch.einsum("qhk,phk->hqp", q, k) / 8**0.5 + bias
+    expected = torch.einsum("hqp,phk->qhk", scores.softmax(dim=-1), v)
+    torch.testing.assert_close(PackedCausalAttention(lengths, CPU)(q, k, v), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cached_steps_equal_the_whole_sequence() -> None:
+    q, k, v = qkv(3, 6, 2, 8)
+    cache = KVCache(capacity=6)
+    steps = [cache.step(t)(q[:, t], k[:, t], v[:, t]) for t in range(6)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), causal_attention(q, k, v), atol=1e-5, rtol=1e-5)
+
+
+def test_ragged_steps_advance_only_their_rows() -> None:
+    q, k, v = qkv(3, 6, 2, 8)
+    whole = causal_attention(q, k, v)
+    cache, counts = KVCache(capacity=6), torch.zeros(3, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(1)
+    while int(counts.min()) < 6:
+        rows = torch.nonzero((torch.rand(3, generator=generator) < 0.6) & (counts < 6))[:, 0]
+        if len(rows):
+            places = counts[rows]
+            attend = cache.ragged_step(3, rows, places, int(places.max()) + 1)
+            found = attend(q[rows, places], k[rows, places], v[rows, places])
+            torch.testing.assert_close(found, whole[rows, places], atol=1e-5, rtol=1e-5)
+            counts[rows] += 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: xformers attends there only")
+def test_xformers_agrees_with_the_cpu() -> None:
+    lengths = [1, 7, 30]
+    q, k, v = qkv(sum(lengths), 2, 16)
+    device = torch.device("cuda")
+    found = PackedCausalAttention(lengths, device)(*(x.to(device, torch.bfloat16) for x in (q, k, v)))
+    torch.testing.assert_close(found.float().cpu(), PackedCausalAttention(lengths, CPU)(q, k, v), atol=2e-2, rtol=2e-2)

@@ -1,0 +1,118 @@
+"""LlamaGen and the entropy model: counts, names, first loss, causality, entropies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from models.config import GPT_SIZES, GPTConfig
+from models.gpt import GPT, token_entropy
+
+
+def meta(name: str, num_classes: int | None) -> GPT:
+    with torch.device("meta"):
+        return GPT(GPTConfig(**asdict(GPT_SIZES[name]), codebook_size=16384, num_tokens=256, num_classes=num_classes))
+
+
+def small(num_classes: int | None = 5, **changes: float) -> GPT:
+    torch.manual_seed(0)
+    config = {"dim": 32, "num_layers": 2, "num_heads": 2, "codebook_size": 50, "num_tokens": 16} | changes
+    model = GPT(GPTConfig(**config, num_classes=num_classes))
+    torch.nn.init.normal_(model.output.weight, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "conditional", "unconditional"),
+    [
+        ("T", 37_743_616, 37_231_104),
+        ("B", 110_888_448, 110_119_680),
+        ("L", 342_910_976, 341_885_952),
+        ("XL", 774_699_520, 773_418_240),
+        ("XXL", 1_410_972_672, 1_409_435_136),
+        ("1B", 1_199_616_000, None),
+        ("3B", 3_096_659_200, None),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: str, conditional: int, unconditional: int | None) -> None:
+    assert sum(p.numel() for p in meta(name, 1000).parameters()) == conditional
+    if unconditional is not None:
+        assert sum(p.numel() for p in meta(name, None).parameters()) == unconditional
+
+
+def test_tensors_have_llamagens_names() -> None:
+    state = meta("B", 1000).state_dict()
+    assert len(state) == 88
+    assert state["cls_embedding.embedding_table.weight"].shape == (1001, 768)
+    assert state["layers.11.attention.wqkv.weight"].shape == (2304, 768)
+    assert state["layers.0.feed_forward.w3.weight"].shape == (2048, 768)
+    assert {"tok_embeddings.weight", "norm.weight", "output.weight", "layers.0.attention_norm.weight"} <= set(state)
+    decayed = [tensor.numel() for tensor in state.values() if tensor.ndim >= 2]
+    assert (len(decayed), sum(decayed)) == (63, 110_869_248)
+    assert len(meta("B", None).state_dict()) == 87
+
+
+@pytest.mark.parametrize("num_classes", [5, None])
+def test_the_first_loss_is_the_logarithm_of_the_codebook(num_classes: int | None) -> None:
+    size = {"dim": 32, "num_layers": 1, "num_heads": 2}
+    model = GPT(GPTConfig(**size, codebook_size=16384, num_tokens=16, num_classes=num_classes))
+    tokens = torch.randint(16384, (2, 16))
+    labels = None if num_classes is None else torch.tensor([0, 4])
+    assert model.loss(tokens, labels).item() == pytest.approx(9.70406, abs=1e-4)
+
+
+def test_no_position_sees_what_it_predicts() -> None:
+    model = small()
+    tokens, labels = torch.randint(50, (1, 16)), torch.tensor([1])
+    before = model(tokens, labels)
+    assert before.shape == (1, 16, 50)
+    for j in (0, 7, 15):
+        changed = tokens.clone()
+        changed[0, j] = (changed[0, j] + 1) % 50
+        after = model(changed, labels)
+        assert torch.equal(before[:, : j + 1], after[:, : j + 1])
+        assert j == 15 or not torch.equal(before[:, j + 1 :], after[:, j + 1 :])
+
+
+def test_the_class_matters_to_every_position() -> None:
+    model, tokens = small(), torch.randint(50, (1, 16))
+    difference = (model(tokens, torch.tensor([1])) - model(tokens, torch.tensor([2]))).abs().amax(dim=-1)
+    assert (difference > 0).all()
+
+
+def test_cached_steps_equal_the_whole_forward() -> None:
+    for model in (small(), small(num_classes=None)):
+        tokens, labels = torch.randint(50, (3, 16)), torch.tensor([0, 1, 2])
+        inputs = model.tok_embeddings(tokens[:, :-1])
+        if model.conditional:
+            inputs = torch.cat([model.cls_embedding(labels)[:, None], inputs], dim=1)
+        caches = model.new_caches()
+        steps = [model.step(inputs[:, t], t, caches) for t in range(inputs.shape[1])]
+        torch.testing.assert_close(torch.stack(steps, dim=1), model(tokens, labels), atol=1e-5, rtol=1e-4)
+
+
+def test_entropies_are_of_the_next_token_and_the_first_is_the_uniform_one() -> None:
+    model, tokens = small(num_classes=None), torch.randint(50, (2, 16))
+    entropies = model.entropy(tokens)
+    assert entropies.shape == (2, 16)
+    assert entropies[:, 0].tolist() == pytest.approx([math.log(50)] * 2)
+    probabilities = model(tokens).double().softmax(dim=-1)
+    torch.testing.assert_close(
+        entropies[:, 1:].double(), -(probabilities * probabilities.log()).sum(dim=-1), atol=1e-5, rtol=1e-5
+    )
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 50
+    assert torch.equal(model.entropy(changed)[:, :10], entropies[:, :10])
+
+
+def test_entropy_is_float32_whatever_the_logits_are() -> None:
+    assert token_entropy(torch.zeros(3, 7, dtype=torch.bfloat16)).dtype == torch.float32
+    assert token_entropy(torch.zeros(7)).item() == pytest.approx(math.log(7))
+
+
+def test_another_number_of_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="4 tokens an image, the model was made for 16"):
+        small()(torch.zeros(1, 4, dtype=torch.int64), torch.tensor([0]))

@@ -1,0 +1,186 @@
+"""A project of three small stages, run as real processes, whose code a test can edit."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from conf.schema import RuntimeConfig
+from pipeline.cache import Cache
+from pipeline.plan import StageStatus, plan
+from pipeline.project import Project
+from pipeline.runner import StageResult, run_stage
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+# The three stages: each reads the number of the one before. `alpha` can be made slow, or to fail, by files beside home.
+HELPER = '''"""Shared arithmetic."""
+
+
+def increase(x):
+    """One more."""
+    return x + 1
+'''
+STAGE = """
+import json, time
+from pathlib import Path
+from conf.schema import Section
+from stages.errors import InputError
+from stages.job import main
+{imports}
+
+
+class Config(Section):
+    value: int = 1
+
+
+def {name}(config, inputs, output, runtime):
+    gate = Path(runtime.home) / "gate-{name}"
+    steps = output / "record" / "steps"
+    while gate.exists():
+        steps.open("a").write("x")
+        time.sleep(0.02)
+    if (Path(runtime.home) / "fail-{name}").exists():
+        raise InputError("the test asked for it")
+    x = {number}
+    (output / "number.json").write_text(json.dumps(x))
+    (output / "metrics.json").write_text(json.dumps({{"x": x}}))
+
+
+if __name__ == "__main__":
+    main({name}, Config)
+"""
+STAGES = {
+    "alpha": STAGE.format(name="alpha", imports="from stages.helper import increase", number="increase(config.value)"),
+    "beta": STAGE.format(
+        name="beta", imports="", number='min(json.loads((inputs["alpha"] / "number.json").read_text()), config.value)'
+    ),
+    "gamma": STAGE.format(
+        name="gamma", imports="", number='json.loads((inputs["beta"] / "number.json").read_text()) * 10'
+    ),
+}
+PROJECT = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from conf.schema import RuntimeConfig, Section
+from pipeline.graph import Stage
+from pipeline.project import Project
+from pipeline.runner import run_stage
+
+
+class Config(Section):
+    value: int = 1
+
+
+GRAPH = {
+    "alpha": Stage(name="alpha", inputs=(), summary="", spmd=False, packages=()),
+    "beta": Stage(name="beta", inputs=("alpha",), summary="", spmd=False, packages=()),
+    "gamma": Stage(name="gamma", inputs=("beta",), summary="", spmd=False, packages=()),
+}
+HERE = Path(__file__).parent
+
+
+def settings(**values):
+    return SimpleNamespace(**{name: Config(value=values.get(name, 1)) for name in GRAPH})
+
+
+def run(name, force=False, **values):
+    runtime = RuntimeConfig(home=HERE / "home")
+    return run_stage(GRAPH[name], settings(**values), runtime, force=force, project=Project(GRAPH, HERE))
+
+
+if __name__ == "__main__":
+    print(run(sys.argv[1]).state)
+"""
+
+
+@dataclass
+class Tiny:
+    """A copy of the small project in a folder of its own."""
+
+    root: Path
+    module: ModuleType
+
+    @property
+    def home(self) -> Path:
+        return self.root / "home"
+
+    @property
+    def runtime(self) -> RuntimeConfig:
+        return RuntimeConfig(home=self.home)
+
+    @property
+    def project(self) -> Project:
+        return Project(self.module.GRAPH, self.root)
+
+    @property
+    def cache(self) -> Cache:
+        return Cache(self.home)
+
+    def settings(self, **values: int) -> Any:
+        return self.module.settings(**values)
+
+    def run(self, name: str, *, force: bool = False, **values: int) -> StageResult:
+        return run_stage(
+            self.module.GRAPH[name], self.settings(**values), self.runtime, force=force, project=self.project
+        )
+
+    def run_all(self, **values: int) -> list[str]:
+        """States of the three stages after a run of all."""
+        return [self.run(name, **values).state for name in self.module.GRAPH]
+
+    def plan(self, **values: int) -> dict[str, StageStatus]:
+        return {status.stage: status for status in plan(self.settings(**values), self.runtime, self.project)}
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        path = self.root / "stages" / f"{name}.py"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    def start(self, name: str) -> subprocess.Popen[str]:
+        """Run a stage from another process."""
+        command = [sys.executable, str(self.root / "project.py"), name]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def gate(self, name: str) -> Path:
+        """While this file exists, the stage runs on."""
+        self.home.mkdir(exist_ok=True)
+        path = self.home / f"gate-{name}"
+        path.touch()
+        return path
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Tiny:
+    """The small project, nothing made yet."""
+    (tmp_path / "stages").mkdir()
+    for name in ("__init__", "job", "errors", "artifact"):
+        shutil.copy(ROOT / "stages" / f"{name}.py", tmp_path / "stages")
+    (tmp_path / "stages" / "helper.py").write_text(HELPER)
+    for name, text in STAGES.items():
+        (tmp_path / "stages" / f"{name}.py").write_text(text)
+    (tmp_path / "project.py").write_text(PROJECT)
+    spec = importlib.util.spec_from_file_location("tiny_project", tmp_path / "project.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Tiny(tmp_path, module)
+
+
+@pytest.fixture
+def code_copy(tmp_path: Path) -> Path:
+    """The real stages and models, to be edited."""
+    for package in ("stages", "models"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path

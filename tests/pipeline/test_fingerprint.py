@@ -1,0 +1,163 @@
+"""The code fingerprint follows definitions, not files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.fingerprint import Code, FingerprintError
+from pipeline.graph import NEUTRAL_MODULES, STAGES
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def all_digests(root: Path) -> dict[str, str]:
+    code = Code(root, frozenset(NEUTRAL_MODULES))
+    return {stage.name: code.fingerprint(stage.entry).digest for stage in STAGES.values()}
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def changed(root: Path, before: dict[str, str]) -> set[str]:
+    return {name for name, digest in all_digests(root).items() if digest != before[name]}
+
+
+def reaching(root: Path, definition: str) -> set[str]:
+    code = Code(root, frozenset(NEUTRAL_MODULES))
+    return {s.name for s in STAGES.values() if definition in code.fingerprint(s.entry).definitions}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("models/layers.py", "class RMSNorm", "def unused(x):\n    return x\n\n\nclass RMSNorm"),
+        (
+            "models/config.py",
+            '    "T": GPTSize(',
+            '    "tiny": GPTSize(dim=64, num_layers=1, num_heads=1),\n    "T": GPTSize(',
+        ),
+        ("models/layers.py", '"""Root-mean-square norm', '"""The root-mean-square norm'),
+        ("models/layers.py", "class RMSNorm", "# a comment\nclass RMSNorm"),
+        ("stages/artifact.py", "indent=2", "indent=4"),
+        ("stages/train.py", 'if __name__ == "__main__":', 'if __name__ == "__main__":\n    print("hello")'),
+    ],
+)
+def test_what_changes_no_result_changes_no_fingerprint(code_copy: Path, file: str, old: str, new: str) -> None:
+    before = all_digests(code_copy)
+    edit(code_copy / file, old, new)
+    assert changed(code_copy, before) == set()
+
+
+def test_editing_rmsnorm_changes_exactly_the_stages_that_reach_it(code_copy: Path) -> None:
+    before = all_digests(code_copy)
+    edit(code_copy / "models/layers.py", "eps: float = 1e-5", "eps: float = 1e-6")
+    assert changed(code_copy, before) == {"entropy_model", "entropy_map", "train", "sample"}
+    assert changed(code_copy, before) == reaching(code_copy, "models.layers:RMSNorm")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "stages"),
+    [
+        # reached through another module only: the stages import models.vq, which uses _norm
+        ("models/vq.py", "eps=1e-6", "eps=1e-5", {"tokenizer", "tokenize", "sample", "evaluate"}),
+        ("stages/scores/frechet.py", "self.n - 1", "self.n", {"evaluate"}),
+        ("models/patching.py", "positions < 2", "positions < 1", {"patch_index", "sample"}),
+        ("stages/training/optim.py", "0.5 * (1", "0.6 * (1", {"tokenizer", "entropy_model", "train"}),
+    ],
+)
+def test_an_edit_reaches_the_stages_that_use_it(
+    code_copy: Path, file: str, old: str, new: str, stages: set[str]
+) -> None:
+    before = all_digests(code_copy)
+    edit(code_copy / file, old, new)
+    assert changed(code_copy, before) == stages
+
+
+def test_the_dpar_model_is_no_business_of_the_entropy_model(code_copy: Path) -> None:
+    before = all_digests(code_copy)
+    edit(
+        code_copy / "models/dpar.py",
+        "self.decoder_start_embedding = nn.Embedding(1",
+        "self.decoder_start_embedding = nn.Embedding(2",
+    )
+    assert changed(code_copy, before) == {"train", "sample"}
+
+
+def package(tmp_path: Path, **modules: str) -> Code:
+    """A small tree: `stages.<name>` with each text; the stage's function is stages.stage:run."""
+    (tmp_path / "stages").mkdir(exist_ok=True)
+    (tmp_path / "stages/__init__.py").touch()
+    for name, text in modules.items():
+        (tmp_path / "stages" / f"{name}.py").write_text(text)
+    return Code(tmp_path)
+
+
+def definitions(code: Code) -> set[str]:
+    return set(code.fingerprint(("stages.stage", "run")).definitions)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from stages.other import f\n\ndef run():\n    return f()",
+        "from stages.other import f as g\n\ndef run():\n    return g()",
+        "from .other import f\n\ndef run():\n    return f()",
+        "from . import other\n\ndef run():\n    return other.f()",
+        "import stages.other\n\ndef run():\n    return stages.other.f()",
+        "import stages.other as o\n\ndef run():\n    return o.f()",
+        "def run():\n    from stages.other import f\n    return f()",
+        "from stages.again import f\n\ndef run():\n    return f()",
+        "from stages.other import f\n\nTABLE = {'f': f}\n\ndef run():\n    return TABLE['f']()",
+        "from stages.other import f\n\nclass A:\n    def m(self):\n        f()\n\ndef run():\n    return A()",
+        "try:\n    from stages.other import f\nexcept ImportError:\n    f = None\n\ndef run():\n    return f()",
+    ],
+)
+def test_every_way_to_import_a_name_is_followed_to_that_name(tmp_path: Path, text: str) -> None:
+    other = "def f():\n    return h()\n\ndef h():\n    return 1\n\ndef unused():\n    return 2\n"
+    found = definitions(package(tmp_path, stage=text, other=other, again="from stages.other import f"))
+    assert {"stages.stage:run", "stages.other:f", "stages.other:h"} <= found
+    assert "stages.other:unused" not in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from stages.other import *\n\ndef run():\n    return f()",
+        "from stages import other\n\ndef run(name):\n    return getattr(other, name)()",
+        "import importlib\n\ndef run():\n    return importlib.import_module('stages.other').f()",
+        "from stages import other\n\ndef run():\n    return apply(other)",
+    ],
+)
+def test_where_a_name_cannot_be_told_the_whole_module_counts(tmp_path: Path, text: str) -> None:
+    found = definitions(package(tmp_path, stage=text, other="def f():\n    return 1\n\ndef g():\n    return 2\n"))
+    assert {"stages.other:f", "stages.other:g"} <= found
+
+
+def test_what_runs_on_import_counts_for_all_of_a_module(tmp_path: Path) -> None:
+    code = package(
+        tmp_path,
+        stage="from stages.other import f\n\ndef run():\n    return f()",
+        other="import os\n\nos.environ['X'] = '1'\nprepare()\n\ndef f():\n    return 1\n",
+    )
+    assert "stages.other:<import>" in definitions(code)
+
+
+def test_a_computed_import_is_refused(tmp_path: Path) -> None:
+    code = package(tmp_path, stage="import importlib\n\ndef run(n):\n    return importlib.import_module(n)")
+    with pytest.raises(FingerprintError, match=r"stages.stage line 4 imports a module by a computed name"):
+        definitions(code)
+
+
+def test_the_fingerprint_does_not_depend_on_where_the_code_lies(
+    code_copy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("elsewhere")
+    for name in ("stages", "models"):
+        shutil.copytree(code_copy / name, other / name)
+    assert all_digests(other) == all_digests(code_copy)

@@ -1,0 +1,238 @@
+"""Running stages: hits, misses, early cutoff, kills, twins, damage. Every stage here is a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from pipeline.launch import StageFailed
+from stages.errors import InputError
+
+if TYPE_CHECKING:
+    from conftest import Tiny
+
+ALL_CACHED = ["cached"] * 3
+
+
+def wait_for(condition: Any, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def inodes(home: Path) -> dict[str, tuple[int, int]]:
+    files = [path for name in ("alpha", "beta", "gamma") for path in (home / name).rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def test_a_rerun_finds_everything_and_rewrites_nothing(tiny: Tiny) -> None:
+    assert tiny.run_all() == ["ran"] * 3
+    before = inodes(tiny.home)
+    assert tiny.run_all() == ALL_CACHED
+    assert inodes(tiny.home) == before
+    assert {status.state for status in tiny.plan().values()} == {"cached"}
+
+
+def test_a_setting_reruns_its_stage_and_equal_contents_stop_there(tiny: Tiny) -> None:
+    tiny.run_all()
+    # beta takes the smaller of 2 and its value: with 7 its contents change, from 7 to 8 they do not.
+    assert tiny.run_all(beta=7) == ["cached", "ran", "ran"]
+    assert tiny.run_all(beta=8) == ["cached", "ran", "cached"]
+    assert tiny.run_all() == ALL_CACHED  # and the first state is still there
+
+
+def test_a_docstring_or_comment_reruns_nothing(tiny: Tiny) -> None:
+    tiny.run_all()
+    tiny.edit("helper", '"""One more."""', '"""The successor."""  # of a number')
+    assert tiny.run_all() == ALL_CACHED
+
+
+def test_an_edit_with_the_same_result_reruns_one_stage_only(tiny: Tiny) -> None:
+    tiny.run_all()
+    tiny.edit("helper", "x + 1", "1 + x")
+    assert tiny.plan()["alpha"].reason == "code stages.helper:increase was edited"
+    assert tiny.run_all() == ["ran", "cached", "cached"]
+
+
+def test_an_edit_with_another_result_reruns_what_it_changes(tiny: Tiny) -> None:
+    tiny.run_all(beta=9)
+    tiny.edit("helper", "x + 1", "x + 2")
+    assert tiny.run_all(beta=9) == ["ran", "ran", "ran"]
+
+
+def test_an_unused_function_reruns_nothing(tiny: Tiny) -> None:
+    tiny.run_all()
+    tiny.edit("helper", "def increase", "def decrease(x):\n    return x - 1\n\n\ndef increase")
+    assert tiny.run_all() == ALL_CACHED
+
+
+def test_a_deleted_file_is_made_again_and_later_stages_stay(tiny: Tiny) -> None:
+    tiny.run_all()
+    (tiny.run("beta").path / "number.json").unlink()
+    assert tiny.plan()["beta"].reason == "file number.json is missing"
+    assert tiny.run_all() == ["cached", "ran", "cached"]
+
+
+@pytest.mark.parametrize("damage", ["truncated file", "damaged manifest", "empty manifest"])
+def test_damage_is_a_miss(tiny: Tiny, damage: str) -> None:
+    path = tiny.run("alpha").path
+    if damage == "truncated file":
+        (path / "number.json").write_text("")
+    else:
+        (path / "manifest.json").write_text("{" if damage == "damaged manifest" else "")
+    assert tiny.plan()["alpha"].state != "cached"
+    assert tiny.run("alpha").state == "ran"
+    assert tiny.run("alpha").state == "cached"
+
+
+def test_a_forced_run_replaces_and_keeps_the_old_one_in_the_trash(tiny: Tiny) -> None:
+    first = tiny.run("alpha")
+    before = (first.path / "number.json").stat().st_ino
+    assert tiny.run("alpha", force=True).state == "ran"
+    assert (first.path / "number.json").stat().st_ino != before
+    assert len(list((tiny.home / ".trash").iterdir())) == 1
+
+
+def test_a_forced_run_that_fails_keeps_what_there_was(tiny: Tiny) -> None:
+    path = tiny.run("alpha").path
+    (tiny.home / "fail-alpha").touch()
+    with pytest.raises(StageFailed) as caught:
+        tiny.run("alpha", force=True)
+    assert caught.value.code == 2
+    assert caught.value.message == "the test asked for it"
+    assert json.loads((path / "number.json").read_text()) == 2
+    assert tiny.run("alpha").state == "cached"
+
+
+def test_inputs_must_be_there_and_the_error_says_what_to_run(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match=r"beta reads alpha, which is missing \(not made yet\): run it first"):
+        tiny.run("beta")
+    assert tiny.plan()["gamma"].reason == "waits for beta"
+
+
+def test_sigkill_leaves_no_artifact_frees_the_lock_and_a_rerun_goes_on(tiny: Tiny) -> None:
+    gate = tiny.gate("alpha")
+    runner = tiny.start("alpha")
+    steps = [tiny.home / ".work"]
+    wait_for(lambda: list(steps[0].glob("*/record/steps")))
+    (steps_file,) = steps[0].glob("*/record/steps")
+    child = next(p for p in psutil.Process(runner.pid).children(recursive=True))
+    runner.send_signal(signal.SIGKILL)
+    runner.communicate()
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)  # no orphan writes on
+    assert not list((tiny.home / "alpha").glob("*")) if (tiny.home / "alpha").exists() else True
+    done_before = steps_file.stat().st_size
+    gate.unlink()
+    result = tiny.run("alpha")
+    assert result.state == "ran"
+    assert (result.path / "record/steps").stat().st_size == done_before  # the killed attempt's folder was gone on in
+
+
+def test_two_runs_at_once_make_it_once(tiny: Tiny) -> None:
+    gate = tiny.gate("alpha")
+    first = tiny.start("alpha")
+    wait_for(lambda: list((tiny.home / ".work").glob("*/record/steps")))
+    second = tiny.start("alpha")
+    time.sleep(1.0)  # the second has come to the lock
+    gate.unlink()
+    states = {process.communicate()[0].strip() for process in (first, second)}
+    assert states == {"ran", "waited"}
+
+
+def test_an_orphan_that_still_writes_keeps_the_lock(tiny: Tiny) -> None:
+    gate = tiny.gate("alpha")
+    runner = tiny.start("alpha")
+    wait_for(lambda: list((tiny.home / ".work").glob("*/record/steps")))
+    (work,) = (tiny.home / ".work").iterdir()
+    child = next(iter(psutil.Process(runner.pid).children(recursive=True)))
+    child.suspend()  # it cannot act on its parent's death
+    runner.send_signal(signal.SIGKILL)
+    runner.communicate()
+    assert tiny.cache.is_locked(work.name)
+    child.resume()
+    wait_for(lambda: not tiny.cache.is_locked(work.name))
+    gate.unlink()
+    assert tiny.run("alpha").state == "ran"
+
+
+def test_ctrl_c_ends_the_children_and_leaves_a_state_that_resumes(tiny: Tiny) -> None:
+    gate = tiny.gate("alpha")
+    runner = tiny.start("alpha")
+    wait_for(lambda: list((tiny.home / ".work").glob("*/record/steps")))
+    children = psutil.Process(runner.pid).children(recursive=True)
+    os.kill(runner.pid, signal.SIGINT)
+    _, errors = runner.communicate()
+    assert "KeyboardInterrupt" in errors
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    gate.unlink()
+    assert tiny.run("alpha").state == "ran"
+
+
+def test_a_process_that_is_killed_is_told_as_such(tiny: Tiny) -> None:
+    tiny.edit("alpha", "    x = ", "    import os, signal\n    os.kill(os.getpid(), signal.SIGKILL)\n    x = ")
+    with pytest.raises(StageFailed, match=r"ended by SIGKILL, perhaps for want of memory"):
+        tiny.run("alpha")
+
+
+def test_a_process_that_cannot_start_gives_its_last_line(tiny: Tiny) -> None:
+    tiny.edit("alpha", "import json, time", "import json, time, no_such_module")
+    with pytest.raises(StageFailed, match=r"last line: ModuleNotFoundError: No module named 'no_such_module'"):
+        tiny.run("alpha")
+
+
+def test_the_record_is_no_part_of_the_contents(tiny: Tiny) -> None:
+    first = tiny.run("alpha")
+    manifest = tiny.cache.lookup(first.key)
+    assert manifest is not None
+    assert manifest.stage == "alpha"
+    assert set(manifest.files) == {"number.json", "metrics.json"}
+    assert first.metrics == {"x": 2}
+    assert tiny.run("alpha", force=True).digest == first.digest
+
+
+def test_observers_hear_start_end_and_failure(tiny: Tiny) -> None:
+    heard: list[str] = []
+
+    class Ear:
+        def stage_started(self, stage: str, key: str, work: Path) -> None:
+            heard.append(f"started {stage}")
+
+        def stage_progress(self, stage: str, progress: dict[str, Any]) -> None:
+            heard.append("progress")
+
+        def stage_finished(self, result: Any) -> None:
+            # What an observer hears of is safe on disk already.
+            assert tiny.cache.lookup(result.key) is not None
+            heard.append(f"finished {result.stage} {result.state}")
+
+        def stage_failed(self, stage: str, error: BaseException) -> None:
+            heard.append(f"failed {stage}")
+
+    from pipeline.runner import run_stage
+
+    graph, settings, runtime = tiny.module.GRAPH, tiny.settings(), tiny.runtime
+    for _ in range(2):
+        run_stage(graph["alpha"], settings, runtime, observer=Ear(), project=tiny.project)
+    (tiny.home / "fail-beta").touch()
+    with pytest.raises(StageFailed):
+        run_stage(graph["beta"], settings, runtime, observer=Ear(), project=tiny.project)
+    assert heard == ["started alpha", "finished alpha ran", "finished alpha cached", "started beta", "failed beta"]
+
+
+def test_a_full_disk_is_one_clear_line(tiny: Tiny) -> None:
+    tiny.edit("alpha", "    x = ", "    import errno\n    raise OSError(errno.ENOSPC, 'No space left')\n    x = ")
+    with pytest.raises(StageFailed, match=r"disk full below .* free some space and run again"):
+        tiny.run("alpha")
+
+
+def test_a_stage_on_the_command_line_is_the_same_cache(tiny: Tiny) -> None:
+    assert tiny.start("alpha").communicate()[0].strip() == "ran"
+    assert tiny.run("alpha").state == "cached"
