@@ -22,7 +22,7 @@ def causal_attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # For this type torch's kernel takes four times as long on a CPU, nearly all of it in the backward pass.
-        later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        later = torch.ones(1, 1, q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
         return plain_attention(q, k, v, later).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
@@ -31,9 +31,9 @@ def plain_attention(
     q: Float[Tensor, "B H Q K"],
     k: Float[Tensor, "B H S K"],
     v: Float[Tensor, "B H S K"],
-    hidden: Bool[Tensor, "..."] | None = None,
+    hidden: Bool[Tensor, "#B #H #Q S"] | None = None,
 ) -> Float[Tensor, "B H Q K"]:
-    """Attention by its definition, with a float32 softmax; what `hidden` (broadcast to B, H, Q, S) marks is unseen."""
+    """Attention by its definition, with a float32 softmax; what `hidden` marks is not seen."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, Q, S)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
@@ -78,8 +78,9 @@ class KVCache:
             keys, values = self._storage(k, batch)
             keys[rows, :, positions], values[rows, :, positions] = k, v
             later = torch.arange(filled, device=k.device) > positions[:, None]  # (R, filled)
-            seen = (x[:, :, :filled].index_select(0, rows) for x in (keys, values))  # several times faster than x[rows]
-            return plain_attention(q[:, :, None], *seen, hidden=later[:, None, None])[:, :, 0]
+            # Several times faster than indexing by `rows`.
+            keys, values = (x[:, :, :filled].index_select(0, rows) for x in (keys, values))
+            return plain_attention(q[:, :, None], keys, values, later[:, None, None])[:, :, 0]
 
         return attend
 

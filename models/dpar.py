@@ -9,6 +9,7 @@ Source: DPAR (arXiv 2512.21867), section 3. Names of weights follow the authors'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -174,16 +175,20 @@ class Encoder(nn.Module):
         self, states: Float[Tensor, "B S D"], patches: PackedPatches, rope: Float[Tensor, "S R 2"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "P D"]]:
         """Token states for the decoder and patch states for the global stack."""
-        pooled: Tensor | None = None
-        for layer, pooling in zip(self.layers, self.cross_attn_layers, strict=True):
+        rows: list[Tensor] = []
+        for layer in self.layers:
             states = layer(states, rope, causal_attention)
-            rows = states.flatten(0, 1)
-            if pooled is None:
-                pooled = F.embedding(patches.tokens, rows).amax(dim=1)  # a repeated token changes no maximum
-            keys_values = F.embedding(patches.tokens, pooling.keys_values(rows))  # (P, L, 2 D)
-            pooled = pooling(pooled, keys_values, patches.valid)
-        assert pooled is not None, "an encoder has at least one layer"
-        return states, pooled
+            rows.append(states.flatten(0, 1))
+        return states, self.pool(rows, patches.tokens, patches.valid)
+
+    def pool(
+        self, states: Sequence[Float[Tensor, "N D"]], tokens: Int[Tensor, "P L"], valid: Bool[Tensor, "P L"]
+    ) -> Float[Tensor, "P D"]:
+        """Patch states from each layer's token states; `tokens` names a patch's rows, repeated where not `valid`."""
+        pooled = F.embedding(tokens, states[0]).amax(dim=1)  # the first query; repeated rows change no maximum
+        for pooling, rows in zip(self.cross_attn_layers, states, strict=True):
+            pooled = pooling(pooled, rows, tokens, valid)
+        return pooled
 
 
 class PatchPooling(nn.Module):
@@ -199,17 +204,21 @@ class PatchPooling(nn.Module):
         self.wv = nn.Linear(dim, dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
 
-    def keys_values(self, states: Float[Tensor, "N D"]) -> Float[Tensor, "N 2*D"]:
-        """Key and value of each token, side by side: computed once a token, then gathered to its patch."""
-        normed = self.cross_attn_norm_kv(states)
-        return torch.cat([self.wk(normed), self.wv(normed)], dim=-1)
-
     def forward(
-        self, pooled: Float[Tensor, "P D"], keys_values: Float[Tensor, "P L 2*D"], valid: Bool[Tensor, "P L"]
+        self,
+        pooled: Float[Tensor, "P D"],
+        states: Float[Tensor, "N D"],
+        tokens: Int[Tensor, "P L"],
+        valid: Bool[Tensor, "P L"],
     ) -> Float[Tensor, "P D"]:
-        """New patch states. Sums of products, because matrices of one row and a few columns are slower to multiply."""
+        """New patch states. Keys and values are made once a token and then gathered to its patch.
+
+        Sums of products instead of matrix products: for one query and a few keys they are faster.
+        """
         query = self.wq(self.cross_attn_norm_q(pooled)).unflatten(-1, (1, self.num_heads, -1))
-        keys, values = keys_values.unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # (P, L, H, K)
+        normed = self.cross_attn_norm_kv(states)
+        keys, values = (F.embedding(tokens, w(normed)) for w in (self.wk, self.wv))  # (P, L, D)
+        keys, values = (x.unflatten(-1, (self.num_heads, -1)) for x in (keys, values))  # (P, L, H, K)
         scores = (query * keys).sum(dim=-1) * keys.shape[-1] ** -0.5  # (P, L, H)
         weights = scores.masked_fill(~valid[..., None], -torch.inf).softmax(dim=1).type_as(values)
         mixed = (weights[..., None] * values).sum(dim=1)  # (P, H, K)
@@ -251,4 +260,3 @@ class ContextProjection(nn.Module):
     def forward(self, context: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """What a patch's tokens get from the global stack."""
         return self.wo(self.cross_attn_norm_kv(context))
-

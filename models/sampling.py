@@ -137,7 +137,7 @@ class DPARDecoding:
         self._encoder_caches = [KVCache(num_tokens) for _ in model.local_encoder.layers]
         self._global_caches = [KVCache(num_tokens + 1) for _ in model.layers]
         self._decoder_caches = [KVCache(num_tokens) for _ in model.local_decoder.layers]
-        self._encoded: list[Tensor] = []  # (B, T, ...): first layer's states, then each pooling's keys and values
+        self._encoded: list[Tensor] = []  # per encoder layer (B, T, D): what the pooling reads
         self._token_rope = model.token_rope(device)
         self._projections: Tensor | None = None  # (decoder layers, B or 2 B, D): of the open patch's context
         boundaries.begin(batch, num_tokens)
@@ -162,17 +162,13 @@ class DPARDecoding:
 
     def _encode(self, previous: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """Encoder state of the token at position - 1."""
-        place, encoder = self.position - 1, self.model.local_encoder
+        place = self.position - 1
         state = self.model.tok_embeddings(previous)
-        pooled_later: list[Tensor] = []
-        for layer, pooling, cache in zip(encoder.layers, encoder.cross_attn_layers, self._encoder_caches, strict=True):
-            state = layer(state, self._token_rope[place + 1], cache.step(place))
-            pooled_later += [] if pooled_later else [state]
-            pooled_later.append(pooling.keys_values(state))
-        if not self._encoded:
-            self._encoded = [x.new_empty(len(x), self.model.config.num_tokens, x.shape[1]) for x in pooled_later]
-        for encoded, new in zip(self._encoded, pooled_later, strict=True):
-            encoded[:, place] = new
+        for index, layer in enumerate(self.model.local_encoder.layers):
+            state = layer(state, self._token_rope[place + 1], self._encoder_caches[index].step(place))
+            if len(self._encoded) <= index:
+                self._encoded.append(state.new_empty(len(state), self.model.config.num_tokens, state.shape[1]))
+            self._encoded[index][:, place] = state
         return state
 
     def _close_patches(self, images: Int[Tensor, " R"]) -> None:
@@ -184,10 +180,10 @@ class DPARDecoding:
         first = last - lengths + 1
         offsets = torch.arange(int(lengths.max()), device=images.device)
         places, valid = torch.minimum(first[:, None] + offsets, last[:, None]), offsets < lengths[:, None]
-        states, *keys_values = (encoded[images[:, None], places] for encoded in self._encoded)  # (R, L, ...)
-        pooled = states.amax(dim=1)
-        for pooling, members in zip(self.model.local_encoder.cross_attn_layers, keys_values, strict=True):
-            pooled = pooling(pooled, members, valid)
+        states = [encoded[images[:, None], places].flatten(0, 1) for encoded in self._encoded]
+        pooled = self.model.local_encoder.pool(
+            states, torch.arange(places.numel(), device=images.device).view_as(places), valid
+        )
         rope = self.model.patch_rope(first, last, self.num_patches[images])
         self.num_patches[images] += 1
         self._global_step(_twice(pooled, self.options), images, rope)

@@ -4,6 +4,7 @@ A stage is a task that calls `run_stage`, the one way to run a stage. Prefect's 
 there is one truth about what is cached; a task whose artifact is there ends in the state `Cached`.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -116,7 +117,14 @@ def run_here(parameters: Mapping[str, Any], screen: Observer) -> None:
         state: State[Any] = pipeline_flow(**parameters, return_state=True)
     finally:
         SCREEN.reset(token)
+        _send_logs()
     state.result(raise_on_failure=True)
+
+
+def _send_logs() -> None:
+    """Prefect sends logs from a thread, which would find the server gone when this process ends."""
+    for handler in logging.getLogger("prefect.flow_runs").handlers:
+        handler.flush()
 
 
 def serve() -> None:

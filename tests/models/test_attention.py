@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.attention import KVCache, PackedCausalAttention, causal_attention
+from models.attention import KVCache, causal_attention, packed_causal_attention
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def test_packed_attention_equals_a_dense_softmax_under_the_block_diagonal_mask(l
     bias = BlockDiagonalCausalMask.from_seqlens(lengths).materialize((1, 1, total, total))[0, 0]
     scores = torch.einsum("qhk,phk->hqp", q, k) / 8**0.5 + bias
     expected = torch.einsum("hqp,phk->qhk", scores.softmax(dim=-1), v)
-    torch.testing.assert_close(PackedCausalAttention(lengths, CPU)(q, k, v), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed_causal_attention(lengths, CPU)(q, k, v), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_cached_steps_equal_the_whole_sequence() -> None:
@@ -56,5 +56,6 @@ def test_xformers_agrees_with_the_cpu() -> None:
     lengths = [1, 7, 30]
     q, k, v = qkv(sum(lengths), 2, 16)
     device = torch.device("cuda")
-    found = PackedCausalAttention(lengths, device)(*(x.to(device, torch.bfloat16) for x in (q, k, v)))
-    torch.testing.assert_close(found.float().cpu(), PackedCausalAttention(lengths, CPU)(q, k, v), atol=2e-2, rtol=2e-2)
+    found = packed_causal_attention(lengths, device)(*(x.to(device, torch.bfloat16) for x in (q, k, v)))
+    expected = packed_causal_attention(lengths, CPU)(q, k, v)
+    torch.testing.assert_close(found.float().cpu(), expected, atol=2e-2, rtol=2e-2)
