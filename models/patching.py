@@ -30,7 +30,7 @@ class PatchRule:
     grid: int
 
 
-def cuts(rule: PatchRule, positions: Int[Tensor, "*B"], entropies: Float[Tensor, "*B"]) -> Bool[Tensor, "*B"]:
+def cuts(rule: PatchRule, positions: Int[Tensor, "*#B"], entropies: Float[Tensor, "*B"]) -> Bool[Tensor, "*B"]:
     """Where a patch starts whatever came before: by entropy, by row, or as one of the first two tokens.
 
     Not `entropy > threshold` but its contrary: an entropy that is no number cuts.

@@ -11,7 +11,7 @@ each patch is projected for the decoder once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +38,7 @@ class SamplingOptions:
         return self.cfg_scale > 1.0
 
 
+@runtime_checkable  # for the shape checks of the tests
 class Boundaries(Protocol):
     """Decides, token by token, where patches open."""
 

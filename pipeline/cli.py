@@ -176,9 +176,9 @@ def bench(
 
     Exit code 1 when one is missed.
     """
-    statuses = plan(*load("demo", overrides=overrides))
     if name not in ("demo", "cli"):
         raise InputError(f"benchmark is {name!r}, expected demo or cli")
+    statuses = plan(*load("demo", overrides=overrides))
     missing = [status.stage for status in statuses if status.state != "cached"]
     if missing:
         raise InputError(f"not cached: {', '.join(missing)}: make them with `dpar run --preset demo`")

@@ -89,6 +89,7 @@ def down(*, overrides: Overrides) -> None:
 
     _, runtime = load(overrides=overrides)
     servers.down(runtime)
+    typer.echo("Prefect and MLflow are down")
 
 
 @mlflow_app.command()
@@ -97,4 +98,4 @@ def sync(*, overrides: Overrides) -> None:
     from pipeline import tracking
 
     _, runtime = load(overrides=overrides)
-    typer.echo(f"{tracking.sync(runtime)} runs sent")
+    typer.echo(f"runs sent: {tracking.sync(runtime)}")

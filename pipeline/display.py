@@ -20,7 +20,7 @@ from pipeline.runner import Observer, StageResult
 
 LINE_PERIOD_S = 15.0
 KEY_CHARACTERS = 10  # of a key's hash: enough to tell two apart by eye
-STYLES = {"cached": "green", "stale": "yellow", "missing": "cyan", "ran": "green", "waited": "green"}
+STYLES = {"cached": "green", "stale": "yellow", "missing": "cyan"}
 _WIDE = 1000  # a file or a pipe has no width: wrapping would only cut what a program reads
 
 
@@ -82,7 +82,7 @@ class BarScreen:
     def stage_failed(self, stage: str, error: BaseException) -> None:
         """Replace the bar by a line; the error itself is the last thing the command says."""
         self._close(stage)
-        self._console.print(Text(f"x {stage:<13}  failed", style="red"))
+        self._console.print(failed_line(stage, error))
 
     def _open(self, stage: str) -> TaskID:
         if stage not in self._bars:
@@ -125,7 +125,7 @@ class LineScreen:
 
     def stage_failed(self, stage: str, error: BaseException) -> None:
         """Say that the stage failed; the error itself is the last thing the command says."""
-        self._console.print(f"x {stage:<13}  failed")
+        self._console.print(failed_line(stage, error))
 
 
 def finished_line(result: StageResult, *, ascii_only: bool = False) -> Text:
@@ -135,6 +135,12 @@ def finished_line(result: StageResult, *, ascii_only: bool = False) -> Text:
     mark = "+" if ascii_only else "✔"
     how = "made by another run meanwhile" if result.state == "waited" else f"ran {duration(result.duration_s)}"
     return Text.assemble((mark, "green"), f" {result.stage:<13}  {how}  key {short_key(result.key)}")
+
+
+def failed_line(stage: str, error: BaseException) -> Text:
+    """One line for a stage that has no artifact; Ctrl-C and cancellation are no `Exception`, and no failure."""
+    failed = isinstance(error, Exception)
+    return Text(f"x {stage:<13}  {'failed' if failed else 'stopped'}", style="red" if failed else "yellow")
 
 
 def progress_text(progress: Mapping[str, Any]) -> str:
@@ -211,7 +217,7 @@ def print_report(console: Console, report: Report, home: Path) -> None:
     console.print(f"\nartifacts   {home}")
     for path, meaning in report.pictures:
         console.print(f"{path.name:<11} {path}  ({meaning})", soft_wrap=True)
-    console.print("look around  `dpar up` opens Prefect (runs, logs) and MLflow (curves, comparisons)")
+    console.print("look        `dpar up` opens Prefect (runs, logs) and MLflow (curves, comparisons)")
 
 
 def number(value: float) -> str:

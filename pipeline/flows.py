@@ -32,9 +32,12 @@ from pipeline.selection import asked_for, select
 from pipeline.tracking import Tracker
 from stages.errors import ArtifactError, InputError
 
-# Names become drop-down lists in the form of a deployment, and the server refuses others.
-Preset = Annotated[str, Field(json_schema_extra={"enum": list[Any](names("preset"))})]
-Ablation = Annotated[str, Field(json_schema_extra={"enum": list[Any](names("ablation"))})]
+# Names become drop-down lists in the form of a deployment, and the server refuses others. The form shows a list only
+# for plain text, not for text or nothing: so "nothing" has a name.
+BASE, UNCHANGED = "base", "none"
+FIRST, LAST = list(STAGES)[0], list(STAGES)[-1]
+Preset = Annotated[str, Field(json_schema_extra={"enum": list[Any]([BASE, *names("preset")])})]
+Ablation = Annotated[str, Field(json_schema_extra={"enum": list[Any]([UNCHANGED, *names("ablation")])})]
 StageName = Annotated[str, Field(json_schema_extra={"enum": list[Any](STAGES)})]
 
 TOLD = (SettingsError, InputError, ArtifactError, StageFailed)  # their message says it all: no traceback
@@ -42,25 +45,27 @@ SCREEN: ContextVar[Observer] = ContextVar("SCREEN")  # of the command line that 
 
 
 def _run_name() -> str:
-    given = {name: value for name, value in flow_run.parameters.items() if value}
-    words = [given.get("stage"), given.get("preset", "base"), given.get("ablation"), *given.get("overrides", [])]
-    return " ".join(word for word in words if word)
+    """For lists of runs: what was asked for, in the words it was asked in."""
+    given = flow_run.parameters
+    changes = [text for text in given["overrides"] if not text.startswith("runtime.")]
+    ablation = "" if given["ablation"] == UNCHANGED else given["ablation"]
+    return " ".join(word for word in (given.get("stage"), given["preset"], ablation, *changes) if word)
 
 
 @flow(name="dpar-pipeline", flow_run_name=_run_name, persist_result=False)
 def pipeline_flow(
-    preset: Preset | None = None,
-    ablation: Ablation | None = None,
+    preset: Preset = "demo",
+    ablation: Ablation = UNCHANGED,
     overrides: list[str] = [],  # noqa: B006 - Prefect copies it, and shows it in the form
-    from_stage: StageName | None = None,
-    until_stage: StageName | None = None,
+    from_stage: StageName = FIRST,
+    until_stage: StageName = LAST,
     force: list[StageName] = [],  # noqa: B006
     dry_run: bool = False,
 ) -> State[Any]:
     """Make what is not made yet, in the order of the graph.
 
     Args:
-        preset: Settings to start from; none is the paper's.
+        preset: Settings to start from; base is the paper's.
         ablation: Change to the preset.
         overrides: Single settings, each as stage.field=value.
         from_stage: Start here; what it reads must be cached.
@@ -82,8 +87,8 @@ def pipeline_flow(
 @flow(name="dpar-stage", flow_run_name=_run_name, persist_result=False)
 def stage_flow(
     stage: StageName,
-    preset: Preset | None = None,
-    ablation: Ablation | None = None,
+    preset: Preset = "demo",
+    ablation: Ablation = UNCHANGED,
     overrides: list[str] = [],  # noqa: B006 - Prefect copies it, and shows it in the form
     force: bool = False,
 ) -> State[Any]:
@@ -91,7 +96,7 @@ def stage_flow(
 
     Args:
         stage: What it reads must be cached.
-        preset: Settings to start from; none is the paper's.
+        preset: Settings to start from; base is the paper's.
         ablation: Change to the preset.
         overrides: Single settings, each as stage.field=value.
         force: Make it again though it is cached.
@@ -104,7 +109,7 @@ def run_here(parameters: Mapping[str, Any], screen: Observer) -> None:
     """Run the pipeline flow in this process.
 
     Args:
-        parameters: Of `pipeline_flow`.
+        parameters: Of `pipeline_flow`; those that are None take its defaults.
         screen: Is told what happens.
 
     Raises:
@@ -112,9 +117,10 @@ def run_here(parameters: Mapping[str, Any], screen: Observer) -> None:
         InputError: A stage is asked for that cannot run, or a file that the settings name is missing.
         StageFailed: A stage's process did not end well.
     """
+    given = {"preset": BASE} | {name: value for name, value in parameters.items() if value is not None}
     token = SCREEN.set(screen)
     try:
-        state: State[Any] = pipeline_flow(**parameters, return_state=True)
+        state: State[Any] = pipeline_flow(**given, return_state=True)
     finally:
         SCREEN.reset(token)
         _send_logs()
@@ -137,17 +143,19 @@ def serve() -> None:
 
 
 def _run(
-    preset: str | None,
-    ablation: str | None,
+    preset: str,
+    ablation: str,
     overrides: list[str],
     *,
-    from_stage: str | None,
-    until_stage: str | None,
+    from_stage: str,
+    until_stage: str,
     force: list[str],
     dry_run: bool = False,
 ) -> State[Any]:
     try:
-        settings, runtime = load_settings(preset, ablation, overrides)
+        settings, runtime = load_settings(
+            None if preset == BASE else preset, None if ablation == UNCHANGED else ablation, overrides
+        )
         wanted = select(from_stage, until_stage, force)
         statuses = asked_for(plan(settings, runtime), wanted, force)
     except TOLD as error:
@@ -159,7 +167,7 @@ def _run(
     observers: list[Observer] = [LogRelay(get_run_logger), SCREEN.get(Silence())]
     with ExitStack() as stack:
         if runtime.tracking:
-            tags = {"preset": preset or "base", "ablation": ablation or "none", "prefect.flow_run_id": flow_run.id}
+            tags = {"preset": preset, "ablation": ablation, "prefect.flow_run_id": str(flow_run.id)}
             observers.append(stack.enter_context(Tracker(settings, runtime, name=_run_name(), tags=tags)))
         stages = [STAGES[name] for name in wanted]
         return _run_stages(stages, settings, runtime, force=force, observer=Together(observers))

@@ -7,11 +7,12 @@ weights are named by path and digest and never copied.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 
 from pipeline.cache import MANIFEST, Cache
 from pipeline.journal import Event, Journal
-from pipeline.metric_tail import MetricTail, StageRun
+from pipeline.metric_tail import MetricTail, Point, StageRun
 from pipeline.report import collect
 
 EXPERIMENT = "dpar"
-_BATCH = 1000  # metrics that MLflow takes at once
+_BATCH, _PARAMS = 1000, 100  # metrics and params that MLflow takes at once
 _LONGEST = 6000  # characters of a param's value
 _DIGEST = 36  # characters of a dataset's digest
 _PICTURES = ("grid.png", "patches.png")
@@ -69,11 +70,13 @@ class MlflowView:
     def _pipeline_started(self, journal: Journal, event: Event) -> None:
         if journal.run_id is None:
             tags = {**event["tags"], **_commit(), "kind": "pipeline", "mlflow.runName": event["name"]}
+            tags["settings.digest"] = hashlib.sha256(json.dumps(event["settings"]).encode()).hexdigest()[:20]
             run = self._client.create_run(self._experiment, start_time=event["time_ms"], tags=tags)
             journal.run_id = run.info.run_id
             journal.save()
         params = [Param(name, str(value)[:_LONGEST]) for name, value in _flat(event["settings"]).items()]
-        self._client.log_batch(journal.run_id, params=params)
+        for start in range(0, len(params), _PARAMS):
+            self._client.log_batch(journal.run_id, params=params[start : start + _PARAMS])
         self._client.log_dict(journal.run_id, event["settings"], "settings.yaml")
 
     def _stage_started(self, journal: Journal, event: Event) -> None:
@@ -95,7 +98,7 @@ class MlflowView:
         parent = _known(journal.run_id)
         known = self._follow(key, path) if stage in journal.running else StageRun.read(self._runs, key)
         if stage in journal.running and known is not None:
-            self._finish_stage(known.run_id, event, path)
+            self._finish_stage(known, event, path)
             known.open = False
             known.write(self._runs, key)
             del journal.running[stage]
@@ -103,21 +106,23 @@ class MlflowView:
             self._client.log_inputs(parent, [_dataset(stage, event["digest"], path, "reused")])
         tags = {"key": key, "state": event["state"], "run_id": known.run_id if known else "unknown"}
         prefix = "" if stage == "evaluate" else f"{stage}."
+        final = [Point(prefix + name, 0, value) for name, value in event["metrics"].items()]
         self._client.log_batch(
             parent,
-            metrics=_metrics({prefix + name: value for name, value in event["metrics"].items()}, event["time_ms"]),
+            metrics=_metrics(final, event["time_ms"]),
             tags=[RunTag(f"stage.{stage}.{name}", value) for name, value in tags.items()],
         )
         self._log_pictures(parent, path)
         if stage == "evaluate" and path.exists():
             self._client.log_text(parent, _score_table(path), "scores.md")
 
-    def _finish_stage(self, run_id: str, event: Event, path: Path) -> None:
+    def _finish_stage(self, known: StageRun, event: Event, path: Path) -> None:
+        run_id = known.run_id
         tags = {"artifact.digest": event["digest"], "artifact.uri": path.as_uri()}
+        last = max(known.steps.values(), default=0)  # final numbers end the curves of the same names
+        final = known.fresh(Point(name, last, value) for name, value in event["metrics"].items())
         self._client.log_batch(
-            run_id,
-            metrics=_metrics(event["metrics"], event["time_ms"]),
-            tags=[RunTag(name, value) for name, value in tags.items()],
+            run_id, metrics=_metrics(final, event["time_ms"]), tags=[RunTag(*tag) for tag in tags.items()]
         )
         self._client.log_inputs(run_id, self._inputs(path))
         if (path / MANIFEST).exists():
@@ -147,9 +152,7 @@ class MlflowView:
         fresh = known.fresh(tail.points())
         for start in range(0, len(fresh), _BATCH):
             part = fresh[start : start + _BATCH]
-            now = time.time_ns() // 1_000_000
-            metrics = [Metric(point.name, point.value, now, point.step) for point in part]
-            self._client.log_batch(known.run_id, metrics=metrics)
+            self._client.log_batch(known.run_id, metrics=_metrics(part, time.time_ns() // 1_000_000))
             known.add(part)
             known.write(self._runs, key)
         self._tails[key] = tail  # only now: after a failure the file is read anew, and what is known is left out
@@ -180,8 +183,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _metrics(values: Mapping[str, float], time_ms: int) -> list[Metric]:
-    return [Metric(name, float(value), time_ms, 0) for name, value in values.items()]
+def _metrics(points: Iterable[Point], time_ms: int) -> list[Metric]:
+    return [Metric(point.name, float(point.value), time_ms, point.step) for point in points]
 
 
 def _dataset(name: str, digest: str, path: Path, context: str) -> DatasetInput:

@@ -28,6 +28,20 @@ def test_packed_attention_equals_a_dense_softmax_under_the_block_diagonal_mask(l
     torch.testing.assert_close(packed_causal_attention(lengths, CPU)(q, k, v), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_bfloat16_attention_on_the_cpu_stays_near_float32_in_values_and_gradients() -> None:
+    exact = [x.requires_grad_() for x in qkv(3, 20, 2, 16)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    weights = torch.randn(3, 20, 2, 16)
+    found, expected = causal_attention(*rounded), causal_attention(*exact)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=3e-2, rtol=3e-2)
+    (found.float() * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for a, b in zip(rounded, exact, strict=True):
+        assert a.grad is not None
+        torch.testing.assert_close(a.grad.float(), b.grad, atol=6e-2, rtol=6e-2)
+
+
 def test_cached_steps_equal_the_whole_sequence() -> None:
     q, k, v = qkv(3, 6, 2, 8)
     cache = KVCache(capacity=6)

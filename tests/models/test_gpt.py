@@ -117,3 +117,11 @@ def test_entropy_is_float32_whatever_the_logits_are() -> None:
 def test_another_number_of_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="4 tokens an image, the model was made for 16"):
         small()(torch.zeros(1, 4, dtype=torch.int64), torch.tensor([0]))
+
+
+def test_labels_are_needed_exactly_where_there_are_classes() -> None:
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    with pytest.raises(ValueError, match="expected them exactly when the model has classes"):
+        small()(tokens)
+    with pytest.raises(ValueError, match="expected them exactly when the model has classes"):
+        small(num_classes=None)(tokens, torch.tensor([0, 1]))

@@ -15,6 +15,7 @@ from pipeline import cli
 from pipeline.cli import run_command
 from pipeline.graph import STAGES
 from pipeline.plan import StageStatus
+from pipeline.runner import Observer, run_stage
 
 
 @pytest.fixture
@@ -80,6 +81,31 @@ def test_a_cached_run_answers_at_once_and_changes_nothing(
     assert [stage["state"] for stage in answer(capsys)["stages"]] == ["cached"]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert "prefect" not in sys.modules
+
+
+def test_a_run_hands_the_choice_on_and_reports_what_was_made(
+    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def run_pipeline(*given: Any, observer: Observer, **choice: Any) -> None:
+        asked.append((given, choice))
+        run_stage(STAGES["dataset"], *load_settings(*given), observer=observer)
+
+    monkeypatch.setattr("pipeline.local.run_pipeline", run_pipeline)
+    assert run_command(["run", "--preset", "tiny", "--until", "dataset", "--force", "dataset", *options]) == 0
+    choice = {"from_stage": None, "until_stage": "dataset", "force": ["dataset"]}
+    assert asked == [(("tiny", None, options[1::2]), choice)]
+    text = capsys.readouterr().out
+    assert text.index("ran ") < text.index("num_images")
+
+
+def test_servers_that_do_not_run_can_be_stopped_and_have_missed_nothing(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["down", *home(options)]) == 0
+    assert run_command(["mlflow", "sync", *home(options)]) == 0
+    assert "runs sent: 0" in capsys.readouterr().out
 
 
 def test_a_dry_run_makes_nothing(options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -73,6 +73,11 @@ def test_an_ascii_terminal_gets_ascii() -> None:
     assert display.finished_line(result("train", "ran"), ascii_only=True).plain.isascii()
 
 
+def test_a_stopped_stage_has_not_failed() -> None:
+    assert display.failed_line("train", KeyboardInterrupt()).plain == "x train          stopped"
+    assert display.failed_line("train", ValueError()).plain == "x train          failed"
+
+
 def test_progress_tells_rate_and_time_left_when_known() -> None:
     assert progress_text(STEPS) == "steps 250/1,000  3.3/s  3 min 47 s left  loss 3.21"
     assert progress_text(STEPS | {"per_second": 0.0, "note": ""}) == "steps 250/1,000"

@@ -1,0 +1,204 @@
+"""Cached sampling: its logits are those of the full forward, its boundaries those of the patch index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.config import DPARConfig, GPTConfig
+from models.dpar import DPAR, pack_patches
+from models.gpt import GPT
+from models.patching import PatchRule, patch_starts, static_patch_starts
+from models.sampling import (
+    DPARDecoding,
+    EntropyBoundaries,
+    GivenBoundaries,
+    SamplingOptions,
+    draw,
+    filter_logits,
+    sample_dpar,
+    sample_gpt,
+)
+
+GRID, TOKENS, CODES, CLASSES = 4, 16, 40, 5
+PLAIN, GUIDED = SamplingOptions(), SamplingOptions(cfg_scale=2.5)
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+def rough(model: Any) -> Any:
+    """The model with weights far from their initial values."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
+    return model.eval()
+
+
+def dpar(**changes: Any) -> DPAR:
+    size = {"dim": 64, "num_heads": 4, "encoder_layers": 2, "global_layers": 2, "decoder_layers": 2}
+    shape = {"codebook_size": CODES, "num_tokens": TOKENS, "num_classes": CLASSES}
+    return rough(DPAR(DPARConfig(**size | shape | changes)))
+
+
+def gpt(num_classes: int | None) -> GPT:
+    size = {"dim": 32, "num_layers": 2, "num_heads": 2, "codebook_size": CODES, "num_tokens": TOKENS}
+    return rough(GPT(GPTConfig(**size, num_classes=num_classes)))
+
+
+def batch(images: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels, uniform numbers and ragged starts."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(CLASSES, (images,), generator=generator)
+    uniforms = torch.rand(images, TOKENS, generator=generator)
+    starts = patch_starts(PatchRule(0.6, 4, False, GRID), torch.rand(images, TOKENS, generator=generator))
+    assert len(set(starts.sum(1).tolist())) > 2, "the batch must be ragged"
+    return labels, uniforms, starts
+
+
+def full_logits(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor, options: SamplingOptions) -> Tensor:
+    """Guided logits of every position by whole forwards."""
+    patches = pack_patches(starts)
+    conditional = model(tokens, labels, patches)
+    unconditional = model(tokens, torch.full_like(labels, CLASSES), patches)
+    return unconditional + options.cfg_scale * (conditional - unconditional)
+
+
+@pytest.mark.parametrize("options", [PLAIN, GUIDED])
+@pytest.mark.parametrize("position_embedding", ["dynamic", "dynamic_no_redundancy", "patch_index_1d"])
+def test_cached_logits_are_those_of_the_full_forward(position_embedding: str, options: SamplingOptions) -> None:
+    model = dpar(position_embedding=position_embedding)
+    labels, uniforms, starts = batch(8)
+    tokens = (uniforms * CODES).long()
+    decoding = DPARDecoding(model, labels, options, GivenBoundaries(starts))
+    cached = [decoding.step(tokens[:, t - 1] if t else None) for t in range(TOKENS)]
+    expected = full_logits(model, tokens, labels, starts, options)
+    torch.testing.assert_close(torch.stack(cached, dim=1), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(decoding.starts, starts)
+    assert decoding.num_patches.tolist() == (starts.sum(1) - 1).tolist(), "one global step a closed patch"
+
+
+def test_boundaries_decided_while_drawing_are_those_of_the_patch_index() -> None:
+    model, entropy_model = dpar(), gpt(None)
+    labels, uniforms, _ = batch(8)
+    entropies = entropy_model.entropy(sample_gpt(gpt(CLASSES), labels, uniforms, PLAIN))[:, 1:].flatten().sort().values
+    rule = PatchRule(float(entropies[len(entropies) // 2]), 3, True, GRID)
+    tokens, starts = sample_dpar(model, labels, uniforms, GUIDED, EntropyBoundaries(entropy_model, rule))
+    found = entropy_model.entropy(tokens)
+    assert ((found[:, 1:] - rule.threshold).abs() > 1e-5).all(), "an entropy on the threshold could fall either way"
+    assert torch.equal(starts, patch_starts(rule, found))
+    assert len(set(starts.sum(1).tolist())) > 1
+
+
+@pytest.mark.parametrize("options", [PLAIN, GUIDED])
+def test_the_likeliest_token_is_that_of_the_full_forward(options: SamplingOptions) -> None:
+    greedy = SamplingOptions(cfg_scale=options.cfg_scale, top_k=1)
+    labels, uniforms, starts = batch(8)
+    model = gpt(CLASSES)
+    tokens = sample_gpt(model, labels, uniforms, greedy)
+    conditional, unconditional = model(tokens, labels), model(tokens, torch.full_like(labels, CLASSES))
+    logits = unconditional + options.cfg_scale * (conditional - unconditional)
+    assert torch.equal(tokens, logits.argmax(dim=-1))
+    patched = dpar()
+    tokens, _ = sample_dpar(patched, labels, uniforms, greedy, GivenBoundaries(starts))
+    assert torch.equal(tokens, full_logits(patched, tokens, labels, starts, options).argmax(dim=-1))
+
+
+def test_an_image_does_not_depend_on_its_batch() -> None:
+    labels, uniforms, _ = batch(8)
+    model, entropy_model = dpar(), gpt(None)
+    rule = PatchRule(3.2, 4, True, GRID)
+
+    def sample(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return sample_dpar(model, labels[rows], uniforms[rows], GUIDED, EntropyBoundaries(entropy_model, rule))
+
+    tokens, starts = sample(torch.arange(8))
+    for rows in (torch.tensor([5]), torch.tensor([6, 2, 7])):
+        again, starts_again = sample(rows)
+        assert torch.equal(again, tokens[rows])
+        assert torch.equal(starts_again, starts[rows])
+    whole = sample_gpt(gpt(CLASSES), labels, uniforms, GUIDED)
+    assert torch.equal(sample_gpt(gpt(CLASSES), labels[3:5], uniforms[3:5], GUIDED), whole[3:5])
+
+
+def test_one_entropy_model_serves_batch_after_batch() -> None:
+    labels, uniforms, _ = batch(8)
+    model, boundaries = dpar(), EntropyBoundaries(gpt(None), PatchRule(3.2, 4, True, GRID))
+    first = sample_dpar(model, labels, uniforms, PLAIN, boundaries)
+    sample_dpar(model, labels[:3], uniforms[3:6], PLAIN, boundaries)
+    again = sample_dpar(model, labels, uniforms, PLAIN, boundaries)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+
+
+def test_static_boundaries_serve_every_image() -> None:
+    labels, uniforms, _ = batch(8)
+    static = static_patch_starts(1.8, TOKENS)
+    _, starts = sample_dpar(dpar(), labels, uniforms, PLAIN, GivenBoundaries(static))
+    assert torch.equal(starts, static.expand(8, -1))
+
+
+def test_a_uniform_number_draws_the_token_whose_interval_it_falls_in() -> None:
+    probabilities = torch.tensor([0.25, 0.0, 0.5, 0.25])
+    uniforms = torch.tensor([0.0, 0.2, 0.25, 0.5, 0.74, 0.76, 1 - 2**-24])
+    logits = probabilities.log().expand(len(uniforms), -1)
+    assert draw(logits, uniforms, PLAIN).tolist() == [0, 0, 2, 2, 2, 3, 3]
+
+
+def test_drawn_frequencies_are_the_probabilities() -> None:
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
+    uniforms = (torch.arange(20_000) + 0.5) / 20_000
+    found = torch.bincount(draw(logits.expand(20_000, -1), uniforms, SamplingOptions(temperature=0.7)), minlength=4)
+    torch.testing.assert_close(found / 20_000, (logits / 0.7).softmax(-1), atol=2e-4, rtol=0)
+
+
+def test_a_token_that_was_filtered_out_is_never_drawn() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 30)[:, None].expand(-1, 500, -1).flatten(0, 1)
+    uniforms = torch.linspace(0, 1 - 2**-24, 500).repeat(2)
+    drawn = draw(logits, uniforms, SamplingOptions(top_k=3))
+    for row in range(2):
+        kept = logits[row * 500].topk(3).indices
+        assert set(drawn[row * 500 : (row + 1) * 500].tolist()) == set(kept.tolist())
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (SamplingOptions(top_k=2), [1, 3]),
+        (SamplingOptions(top_k=9), [0, 1, 2, 3]),
+        (SamplingOptions(top_p=0.4), [1]),  # the likeliest stays although it alone exceeds p
+        (SamplingOptions(top_p=0.6), [1, 3]),  # the one that reaches p stays
+        (SamplingOptions(top_p=0.9), [0, 1, 3]),
+        (SamplingOptions(top_k=3, top_p=0.6), [1, 3]),
+    ],
+)
+def test_filters_keep_the_likeliest_tokens(options: SamplingOptions, kept: list[int]) -> None:
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    assert filter_logits(logits, options)[0].isfinite().nonzero()[:, 0].tolist() == kept
+
+
+def test_boundaries_of_other_images_are_refused() -> None:
+    labels, uniforms, starts = batch(8)
+    with pytest.raises(ValueError, match=r"boundaries are \(8, 16\), expected \(16,\) or \(3, "):
+        sample_dpar(dpar(), labels[:3], uniforms[:3], PLAIN, GivenBoundaries(starts))
+    other = GPT(
+        GPTConfig(dim=32, num_layers=1, num_heads=2, codebook_size=CODES, num_tokens=GRID, num_classes=None)
+    ).eval()
+    with pytest.raises(ValueError, match="made for 4 tokens an image, the sampled model for 16"):
+        sample_dpar(dpar(), labels, uniforms, PLAIN, EntropyBoundaries(other, PatchRule(1.0, 4, True, GRID)))
+
+
+def test_bfloat16_sampling_finishes_with_valid_tokens() -> None:
+    labels, uniforms, _ = batch(8)
+    boundaries = EntropyBoundaries(gpt(None), PatchRule(3.2, 4, True, GRID))
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, starts = sample_dpar(dpar(), labels, uniforms, GUIDED, boundaries)
+    assert ((tokens >= 0) & (tokens < CODES)).all()
+    assert starts[:, [0, 1, *range(GRID, TOKENS, GRID)]].all()
