@@ -35,7 +35,7 @@ from stages.errors import ArtifactError, InputError
 # Names become drop-down lists in the form of a deployment, and the server refuses others. The form shows a list only
 # for plain text, not for text or nothing: so "nothing" has a name.
 BASE, UNCHANGED = "base", "none"
-FIRST, LAST = list(STAGES)[0], list(STAGES)[-1]
+FIRST, *_, LAST = STAGES
 Preset = Annotated[str, Field(json_schema_extra={"enum": list[Any]([BASE, *names("preset")])})]
 Ablation = Annotated[str, Field(json_schema_extra={"enum": list[Any]([UNCHANGED, *names("ablation")])})]
 StageName = Annotated[str, Field(json_schema_extra={"enum": list[Any](STAGES)})]

@@ -26,14 +26,17 @@ from stages.errors import InputError
 _LPIPS_VGG16_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
 
 
-def read_vq_checkpoint(path: Path, config: VQConfig) -> VQModel:
+def read_vq_checkpoint(path: Path | None, config: VQConfig) -> VQModel:
     """Import tokenizer weights: safetensors of any float type, or a LlamaGen `.pt` (weights under `model`).
 
     Raises:
         InputError: The file is missing or unreadable, or its tensors are not those of `config`.
     """
-    if not path.is_file():
-        raise InputError(f"tokenizer.checkpoint is {path}, and there is no such file")
+    if path is None or not path.is_file():
+        raise InputError(
+            f"tokenizer.checkpoint is {path}, expected a file: give LlamaGen's vq_ds16_c2i.pt or one of your own, "
+            "or train one with tokenizer.source=train"
+        )
     state = _read_state(path)
     model = VQModel(config)
     state.setdefault("quantize.codebook_used", model.quantize.codebook_used)

@@ -43,7 +43,6 @@ def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: Ru
     with process_group(runtime) as world:
         images = ImageFiles(ImageIndex.open(inputs["dataset"]), inputs["images"], config.image_size)
         if config.source == "checkpoint":
-            assert config.checkpoint is not None, "the schema asks for one"
             model = read_vq_checkpoint(config.checkpoint, config.model).to(world.device).eval()
             metrics = reconstruction_scores(model, images, world)
         else:

@@ -56,7 +56,7 @@ def write_model(folder: Path, num_tokens: int = T) -> None:
     with torch.no_grad():  # the head starts at zero, which makes every entropy the same
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    save_model(folder, model, "gpt")
+    save_model(folder, "gpt", model, model.config)
 
 
 @pytest.fixture(scope="module")

@@ -71,8 +71,9 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_and_foreign_files_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no such file"):
-        read_vq_checkpoint(tmp_path / "no.pt", TINY)
+    for missing in (None, tmp_path / "no.pt"):
+        with pytest.raises(InputError, match="expected a file: give LlamaGen's"):
+            read_vq_checkpoint(missing, TINY)
     with pytest.raises(InputError, match="make lpips"):
         read_lpips(None)
     (tmp_path / "vgg16.ckpt").write_bytes(b"other")
