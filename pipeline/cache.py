@@ -129,6 +129,8 @@ class Cache:
         """Turn the work folder of a key into its artifact; whatever stood in its place goes to the trash."""
         key = key_of(parts)
         work, path = self.work(key), self.path(key)
+        for partial in work.rglob("*.partial"):  # left by a killed attempt: what is whole has its own name
+            partial.unlink()
         files = {str(file.relative_to(work)): [file.stat().st_size, file_sha256(file)] for file in _files(work)}
         manifest = Manifest(
             key=key,

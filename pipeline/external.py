@@ -1,14 +1,14 @@
 """Digests of what a run reads from outside the graph: the image folder, and weights files.
 
-An image folder's digest is that of its listing, paths and sizes; it is remembered class folder by class folder with the
-folder's modification time, so that a second look at ImageNet costs a thousand `stat` calls.
+An image folder's digest is that of its listing, paths and sizes; it is remembered folder by folder with the folder's
+modification time, so that a second look at ImageNet costs a thousand `stat` calls. A file that is written over in place
+changes no folder and is not noticed: images are added, removed or replaced.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def external_digest(stage: Stage, section: Section, home: Path) -> str | None:
     if stage.external is None:
         return None
     if stage.external == "images":
-        return _listing_digest(image_root(section), home / ".listing.json")  # type: ignore[arg-type]
+        return _listing_digest(image_root(section), home / ".listings.json")  # type: ignore[arg-type]
     path: Path | None = getattr(section, stage.external)
     return None if path is None else _file_digest(path, f"{stage.name}.{stage.external}", home / ".digests.json")
 
@@ -36,30 +36,33 @@ def external_digest(stage: Stage, section: Section, home: Path) -> str | None:
 def _listing_digest(root: Path, memory_path: Path) -> str:
     memory = _read_memory(memory_path)
     found: dict[str, Any] = {}
-    for folder in _folders(root):
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
         place, mtime = str(folder), folder.stat().st_mtime_ns
         known = memory.get(place)
         if known is None or known["mtime"] != mtime:
-            known = {"mtime": mtime, "digest": _folder_digest(folder)}
+            known = {"mtime": mtime, **_read_folder(folder)}
         found[place] = known
+        # A class folder may be a link, a folder inside it may not: as stages.sources has it.
+        waiting += [folder / name for name in known["folders"] + (known["links"] if folder == root else [])]
     if any(memory.get(place) != entry for place, entry in found.items()):
-        _write_memory(memory_path, memory | found)
+        write_json(memory_path, memory | found)
     lines = [f"{Path(place).relative_to(root)} {entry['digest']}" for place, entry in sorted(found.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _folders(root: Path) -> Iterator[Path]:
-    """The root and every folder below it."""
-    for folder, subfolders, _ in os.walk(root):
-        subfolders.sort()
-        yield Path(folder)
-
-
-def _folder_digest(folder: Path) -> str:
-    """Digest of the names and sizes of a folder's own files."""
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """Digest of the names and sizes of a folder's own files, and its folders by name; hidden ones left out."""
     with os.scandir(folder) as entries:
-        lines = sorted(f"{entry.name} {entry.stat().st_size}" for entry in entries if entry.is_file())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    lines = [f"{entry.name} {entry.stat().st_size}" for entry in shown if entry.is_file()]
+    folders = [entry for entry in shown if entry.is_dir()]
+    return {
+        "digest": hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest(),
+        "folders": [entry.name for entry in folders if not entry.is_symlink()],
+        "links": [entry.name for entry in folders if entry.is_symlink()],
+    }
 
 
 def _file_digest(path: Path, setting: str, memory_path: Path) -> str:
@@ -74,7 +77,7 @@ def _file_digest(path: Path, setting: str, memory_path: Path) -> str:
         return str(known["digest"])
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _write_memory(memory_path, memory | {place: facts | {"digest": digest}})
+    write_json(memory_path, memory | {place: facts | {"digest": digest}})
     return digest
 
 
@@ -85,7 +88,3 @@ def _read_memory(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return memory if isinstance(memory, dict) else {}
-
-
-def _write_memory(path: Path, memory: dict[str, Any]) -> None:
-    write_json(path, memory)

@@ -63,7 +63,7 @@ class Journal:
         path = self.folder / _EVENTS
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if events and events[-1]["event"] == "pipeline_finished":
+        if not events or events[-1]["event"] == "pipeline_finished":
             return
         started = [event["stage"] for event in events if event["event"] == "stage_started"]
         ended = {event["stage"] for event in events if event["event"] in ("stage_finished", "stage_failed")}

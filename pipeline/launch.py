@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,8 +27,10 @@ from stages.job import ERROR_FILE, Job
 OnProgress = Callable[[dict[str, Any]], None]
 GRACE_S = 15.0  # between asking a stage to end and killing it
 _POLL_S = 0.2
-_TAIL_LINES = 20
+_TAIL_BYTES = 64 * 1024
 _PR_SET_PDEATHSIG = 1
+_TORCHRUN_REPORT = re.compile(r"^E\d{4} .*failed \(exitcode: (-?\d+)\)", re.MULTILINE)
+_TORCHRUN_LINE = re.compile(r"[WEI]\d{4} .*torch/distributed/")
 _QUIET = {"DO_NOT_TRACK": "true", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -55,12 +58,13 @@ def launch(
     job.write(job_path)
     try:
         with (record / "log.txt").open("ab") as log:
+            log_start = log.tell()  # an earlier attempt may have filled some of it
             process = subprocess.Popen(
                 _command(stage, runtime, job_path),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | _QUIET | {"PYTHONPATH": str(code_root)},
+                env=os.environ | _QUIET | {"PYTHONPATH": _python_path(code_root)},
                 pass_fds=(lock,),
                 start_new_session=True,
                 preexec_fn=_die_with_parent(),
@@ -69,7 +73,12 @@ def launch(
     finally:
         job_path.unlink(missing_ok=True)  # it holds paths of this machine
     if process.returncode != 0:
-        raise _failure(stage, job, process.returncode)
+        raise _failure(stage, job, process.returncode, log_start)
+
+
+def _python_path(code_root: Path) -> str:
+    """The code comes first, so that a package of the same name elsewhere cannot take its place."""
+    return os.pathsep.join(part for part in (str(code_root), os.environ.get("PYTHONPATH", "")) if part)
 
 
 def _command(stage: Stage, runtime: RuntimeConfig, job_path: Path) -> list[str]:
@@ -104,13 +113,22 @@ def _pass_on(progress: Path, seen: str, on_progress: OnProgress) -> str:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ask the whole process group to end, then insist. A second Ctrl-C must not cut this short."""
+    import psutil
+
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
     try:
+        # torchrun's workers lead sessions of their own, out of reach of the group's signals.
+        descendants = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            descendants = psutil.Process(process.pid).children(recursive=True)
         _signal_group(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
         _signal_group(process, signal.SIGKILL)  # also for grandchildren that outlived the leader
+        for descendant in descendants:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                descendant.kill()
         process.wait()
     finally:
         if in_main_thread:
@@ -124,20 +142,31 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
         return
 
 
-def _failure(stage: Stage, job: Job, returncode: int) -> StageFailed:
+def _failure(stage: Stage, job: Job, returncode: int, log_start: int) -> StageFailed:
+    """What ended the process: a signal, else the error that it left, else the last thing it said."""
     log = job.output / RECORD / "log.txt"
+    said, code = _last_words(log, log_start, returncode)
+    if code < 0:  # before the error file: another process's error is that this one is gone
+        name = signal.Signals(-code).name
+        hint = ", perhaps for want of memory: lower the stage's batch size" if name == "SIGKILL" else ""
+        return StageFailed(stage.name, f"its process was ended by {name}{hint}", 1, log)
     try:
         error = read_json(job.output / ERROR_FILE)
         return StageFailed(stage.name, error["message"], error["code"], log)
     except (OSError, ValueError, KeyError):
-        pass
-    if returncode < 0:
-        name = signal.Signals(-returncode).name
-        hint = ", perhaps for want of memory: lower the stage's batch size" if name == "SIGKILL" else ""
-        return StageFailed(stage.name, f"its process was ended by {name}{hint}", 1, log)
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it left no output")
-    return StageFailed(stage.name, f"exit code {returncode}, last line: {last}", 1, log)
+        return StageFailed(stage.name, f"exit code {code}, last line: {said or 'it left no output'}", 1, log)
+
+
+def _last_words(log: Path, start: int, returncode: int) -> tuple[str, int]:
+    """Last line of a process's output, and its exit code; of its first worker to fail when torchrun tells of one."""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - _TAIL_BYTES))
+        text = file.read().decode(errors="replace")
+    report = _TORCHRUN_REPORT.search(text)
+    if report is not None:
+        text, returncode = text[: report.start()], int(report[1])
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not _TORCHRUN_LINE.match(line)]
+    return (lines[-1] if lines else ""), returncode
 
 
 def _die_with_parent() -> Callable[[], None] | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from conf.load import load_settings
 from pipeline.runner import Observer, Silence
-from pipeline.servers import environment, prefect_server
+from pipeline.servers import environment, prefect_server, server_folder
 
 
 def run_pipeline(
@@ -43,6 +43,7 @@ def run_pipeline(
         # has them.
         quiet = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "PREFECT_API_URL": server.api_url}
         os.environ.update(quiet | environment(runtime))
+        server_folder(runtime).mkdir(parents=True, exist_ok=True)  # of Prefect's own folder, which it makes itself
         from pipeline import flows
 
         server.wait()

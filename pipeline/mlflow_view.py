@@ -24,6 +24,7 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
 from pipeline.cache import MANIFEST, Cache
 from pipeline.journal import Event, Journal
@@ -51,8 +52,8 @@ class MlflowView:
         self._runs = folder / "runs"
         self._tails: dict[str, MetricTail] = {}
         found = self._client.get_experiment_by_name(EXPERIMENT)
-        local = None if "://" in uri and not uri.startswith("sqlite:") else (folder / "mlartifacts").as_uri()
-        self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, local)
+        pictures = None if uri.startswith("http") else (folder / "mlartifacts").as_uri()  # a server has its own place
+        self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, pictures)
 
     def send(self, journal: Journal) -> None:
         """Bring MLflow up to date with a journal; what fails is tried again with the next call.
@@ -83,7 +84,7 @@ class MlflowView:
         stage, key = event["stage"], event["key"]
         parent = _known(journal.run_id)
         known = StageRun.read(self._runs, key)
-        if known is not None and known.open:  # a killed attempt at this very key goes on
+        if known is not None and known.open and self._has(known.run_id):  # a killed attempt at this very key goes on
             self._client.update_run(known.run_id, status="RUNNING")
             self._client.set_tag(known.run_id, "mlflow.parentRunId", parent)
         else:
@@ -92,6 +93,15 @@ class MlflowView:
             run = self._client.create_run(self._experiment, start_time=event["time_ms"], tags=tags)
             StageRun(run.info.run_id).write(self._runs, key)
         journal.running[stage] = {"key": key, "work": event["work"]}
+
+    def _has(self, run_id: str) -> bool:
+        """Whether this store has the run: it may be known from another store, or have been deleted on the page."""
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
 
     def _stage_finished(self, journal: Journal, event: Event) -> None:
         stage, key, path = event["stage"], event["key"], Path(event["path"])

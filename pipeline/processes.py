@@ -90,7 +90,7 @@ def start(
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            preexec_fn=_die_with_parent() if die_with_parent else None,
+            preexec_fn=parent_death_hook() if die_with_parent else None,
         )
     service = Service(name, process.pid, psutil.Process(process.pid).create_time(), str(log))
     process.returncode = 0  # `Service` watches it from here on; without this Popen warns of a child not waited for
@@ -173,7 +173,8 @@ def _log_end(service: Service) -> str:
     return f"{last or 'it left no output'} (log: {service.log})"
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def parent_death_hook() -> Callable[[], None] | None:
+    """What a child must call before it becomes its program, so that the kernel ends it with its parent; Linux only."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None, use_errno=True)

@@ -155,10 +155,10 @@ class _Run:
                 lock=lock,
                 on_progress=lambda progress: self.observer.stage_progress(name, progress),
             )
+            manifest = self.cache.commit(parts, time.monotonic() - started)
         except BaseException as error:
             self.observer.stage_failed(name, error)
             raise
-        manifest = self.cache.commit(parts, time.monotonic() - started)
         return _result(self.cache, manifest, "ran")
 
 

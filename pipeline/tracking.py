@@ -96,7 +96,9 @@ def sync(runtime: RuntimeConfig) -> int:
         for journal in journals:
             _send_rest(view, journal)
     except Exception as error:
-        raise InputError(f"MLflow ({mlflow_uri(runtime)}) does not take the runs: {_first_line(error)}") from error
+        raise InputError(
+            f"MLflow ({mlflow_uri(runtime)}) does not take the runs that wait in {_root(runtime)}: {_first_line(error)}"
+        ) from error
     finally:
         for journal in journals:
             journal.close()
@@ -127,20 +129,28 @@ class _Sender(threading.Thread):
         self._sent_all = self._try_to_send()
         if self._sent_all:
             self._journal.remove()
+        else:
+            self._journal.close()
 
     def _try_to_send(self) -> bool:
         try:
             if self._view is None:
-                view = _open_view(self._runtime)
-                for journal in unfinished(self._journal.folder.parent):
-                    with contextlib.closing(journal):
-                        _send_rest(view, journal)
-                self._view = view
+                self._view = _open_view(self._runtime)
+                self._send_left_behind(self._view)
             self._view.send(self._journal)
         except Exception as error:
             logger.info("MLflow (%s) does not answer: %s", mlflow_uri(self._runtime), _first_line(error))
             return False
         return True
+
+    def _send_left_behind(self, view: MlflowView) -> None:
+        """First what killed runs could not send: a stage that goes on now must not be called killed afterwards."""
+        for journal in unfinished(self._journal.folder.parent):
+            with contextlib.closing(journal):
+                try:
+                    _send_rest(view, journal)
+                except Exception as error:  # what MLflow refuses for good must not keep this run from it
+                    logger.warning("MLflow does not take %s: %s", journal.folder, _first_line(error))
 
 
 def _send_rest(view: MlflowView, journal: Journal) -> None:

@@ -67,9 +67,11 @@ def garbage(settings: Settings, runtime: RuntimeConfig, project: Project = DPAR)
 
 
 def collect(found: list[Garbage]) -> None:
-    """Remove folders that `garbage` found."""
+    """Remove folders that `garbage` found, unless a run has taken one up since."""
     for entry in found:
-        shutil.rmtree(entry.path)
+        folder = entry.path.parent
+        if folder.name != WORK or not Cache(folder.parent).is_locked(entry.path.name):
+            shutil.rmtree(entry.path)
 
 
 def accept(

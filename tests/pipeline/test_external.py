@@ -43,24 +43,46 @@ def test_a_second_look_lists_no_folder_that_has_not_changed(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest(images, tmp_path)
-    (images / "dogs/2.png").write_bytes(b"new")
     listed: list[str] = []
     scandir = os.scandir
 
-    def spy(path: str) -> object:
+    def spy(path: Path) -> object:
         listed.append(Path(path).name)
         return scandir(path)
 
-    monkeypatch.setattr("pipeline.external.os.scandir", spy)
-    monkeypatch.setattr("pipeline.external._folders", lambda root: [root, root / "cats", root / "dogs"])
+    monkeypatch.setattr("os.scandir", spy)
     digest(images, tmp_path)
-    assert "cats" not in listed[-1:]
-    assert "dogs" in listed
+    assert listed == []
+    (images / "dogs/2.png").write_bytes(b"new")
+    digest(images, tmp_path)
+    assert listed == ["dogs"]
+
+
+def test_a_class_folder_may_be_a_link_and_a_folder_inside_it_may_not(images: Path, tmp_path: Path) -> None:
+    # As stages.sources lists them; a link deeper down could lead round in a circle.
+    linked = tmp_path / "birds"
+    linked.mkdir()
+    before = digest(images, tmp_path)
+    (images / "birds").symlink_to(linked)
+    with_link = digest(images, tmp_path)
+    (linked / "1.png").write_bytes(b"new")
+    with_image = digest(images, tmp_path)
+    assert len({before, with_link, with_image}) == 3
+    (linked / "all").symlink_to(images)
+    assert digest(images, tmp_path) == with_image
+
+
+def test_hidden_files_and_folders_do_not_count(images: Path, tmp_path: Path) -> None:
+    before = digest(images, tmp_path)
+    (images / "cats/.DS_Store").write_bytes(b"hidden")
+    (images / ".cache").mkdir()
+    (images / ".cache/1.png").write_bytes(b"hidden")
+    assert digest(images, tmp_path) == before
 
 
 def test_a_damaged_memory_costs_only_time(images: Path, tmp_path: Path) -> None:
     first = digest(images, tmp_path)
-    (tmp_path / ".listing.json").write_text("{broken")
+    (tmp_path / ".listings.json").write_text("{broken")
     assert digest(images, tmp_path) == first
 
 

@@ -116,6 +116,10 @@ def definitions(code: Code) -> set[str]:
         "from stages.other import f\n\nTABLE = {'f': f}\n\ndef run():\n    return TABLE['f']()",
         "from stages.other import f\n\nclass A:\n    def m(self):\n        f()\n\ndef run():\n    return A()",
         "try:\n    from stages.other import f\nexcept ImportError:\n    f = None\n\ndef run():\n    return f()",
+        "try:\n    from stages.other import f\nexcept ImportError:\n    def f(): ...\n\ndef run():\n    return f()",
+        "try:\n    from stages.other import f\nexcept OSError:\n    from math import f\n\ndef run():\n    return f()",
+        "class A:\n    def a(self):\n        from stages.other import f\n        f()\n    def b(self):\n"
+        "        from math import f\n        f()\n\ndef run():\n    return A()",
     ],
 )
 def test_every_way_to_import_a_name_is_followed_to_that_name(tmp_path: Path, text: str) -> None:
@@ -132,20 +136,67 @@ def test_every_way_to_import_a_name_is_followed_to_that_name(tmp_path: Path, tex
         "from stages import other\n\ndef run(name):\n    return getattr(other, name)()",
         "import importlib\n\ndef run():\n    return importlib.import_module('stages.other').f()",
         "from stages import other\n\ndef run():\n    return apply(other)",
+        "from stages import again\n\ndef run():\n    return apply(again)",
+        "from stages.again import h\n\ndef run():\n    return h()",
     ],
 )
 def test_where_a_name_cannot_be_told_the_whole_module_counts(tmp_path: Path, text: str) -> None:
-    found = definitions(package(tmp_path, stage=text, other="def f():\n    return 1\n\ndef g():\n    return 2\n"))
+    other = "def f():\n    return 1\n\ndef g():\n    return 2\n"
+    found = definitions(package(tmp_path, stage=text, other=other, again="from stages.other import *"))
     assert {"stages.other:f", "stages.other:g"} <= found
 
 
-def test_what_runs_on_import_counts_for_all_of_a_module(tmp_path: Path) -> None:
-    code = package(
-        tmp_path,
-        stage="from stages.other import f\n\ndef run():\n    return f()",
-        other="import os\n\nos.environ['X'] = '1'\nprepare()\n\ndef f():\n    return 1\n",
-    )
+@pytest.mark.parametrize(
+    "init", ["from . import part\n\ndef g():\n    return part.f()", "def g():\n    from .part import f\n    return f()"]
+)
+def test_a_package_leads_to_its_parts(tmp_path: Path, init: str) -> None:
+    code = package(tmp_path, stage="from stages.parts import g\n\ndef run():\n    return g()")
+    (tmp_path / "stages/parts").mkdir()
+    (tmp_path / "stages/parts/__init__.py").write_text(init)
+    (tmp_path / "stages/parts/part.py").write_text("def f():\n    return 1\n")
+    assert {"stages.parts:g", "stages.parts.part:f"} <= definitions(code)
+
+
+@pytest.mark.parametrize(
+    "effect",
+    [
+        "prepare()",
+        "import torch\n\ntorch.backends.cuda.matmul.allow_tf32 = True",
+        "import os\n\nos.environ['X'] = '1'",
+        "TABLE = {}\nTABLE['f'] = 1",
+        "if TYPE_CHECKING:\n    pass\nelse:\n    prepare()",
+    ],
+)
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "from stages.other import f\n\ndef run():\n    return f()",
+        "import stages.other\n\ndef run():\n    return 1",
+        "def run():\n    import stages.other",
+        "from stages.between import g\n\ndef run():\n    return g()",
+    ],
+)
+def test_what_runs_on_import_counts(tmp_path: Path, effect: str, stage: str) -> None:
+    between = "import stages.other\n\ndef g():\n    return 1"
+    code = package(tmp_path, stage=stage, between=between, other=f"{effect}\n\ndef f():\n    return 1\n")
     assert "stages.other:<import>" in definitions(code)
+
+
+def test_what_is_for_type_checkers_or_for_python_m_does_not_count(tmp_path: Path) -> None:
+    guarded = "if TYPE_CHECKING:\n    import stages.other\n\nif __name__ == '__main__':\n    import stages.other\n"
+    code = package(tmp_path, stage=f"{guarded}\ndef run():\n    return 1", other="prepare()")
+    assert definitions(code) == {"stages.stage:run"}
+
+
+def test_an_edit_is_seen_by_code_that_was_read_before(tmp_path: Path) -> None:
+    code = package(tmp_path, stage="from stages.late import f\n\ndef run():\n    return f()")
+    assert definitions(code) == {"stages.stage:run"}
+    (tmp_path / "stages/late.py").write_text("def f():\n    return 1")
+    before = code.fingerprint(("stages.stage", "run")).definitions
+    (tmp_path / "stages/late.py").write_text("def f():\n    return g()\n\ndef g():\n    return 1")
+    after = code.fingerprint(("stages.stage", "run")).definitions
+    assert set(after) - set(before) == {"stages.late:g"}
+    assert after["stages.late:f"] != before["stages.late:f"]
 
 
 def test_a_computed_import_is_refused(tmp_path: Path) -> None:

@@ -227,6 +227,27 @@ def test_observers_hear_start_end_and_failure(tiny: Tiny) -> None:
     assert heard == ["started alpha", "finished alpha ran", "finished alpha cached", "started beta", "failed beta"]
 
 
+def test_an_observer_hears_of_a_commit_that_fails(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.cache import Cache
+    from pipeline.runner import Silence, run_stage
+
+    heard: list[str] = []
+
+    class Ear(Silence):
+        def stage_failed(self, stage: str, error: BaseException) -> None:
+            heard.append(f"{stage}: {error}")
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Cache, "commit", full)
+        with pytest.raises(OSError, match="no space left"):
+            run_stage(tiny.module.GRAPH["alpha"], tiny.settings(), tiny.runtime, observer=Ear(), project=tiny.project)
+    assert heard == ["alpha: no space left"]
+    assert tiny.run("alpha").state == "ran"
+
+
 def test_a_full_disk_is_one_clear_line(tiny: Tiny) -> None:
     tiny.edit("alpha", "    x = ", "    import errno\n    raise OSError(errno.ENOSPC, 'No space left')\n    x = ")
     with pytest.raises(StageFailed, match=r"disk full below .* free some space and run again"):

@@ -55,6 +55,16 @@ def test_gc_leaves_a_run_that_is_going_on_alone(tiny: Tiny) -> None:
     assert len(garbage(tiny.settings(), tiny.runtime, tiny.project)) == 1
 
 
+def test_gc_leaves_alone_what_a_run_has_taken_up_since_it_looked(tiny: Tiny) -> None:
+    (tiny.home / ".work" / "beta-0000").mkdir(parents=True)
+    found = garbage(tiny.settings(), tiny.runtime, tiny.project)
+    with tiny.cache.lock("beta-0000"):
+        collect(found)
+    assert [entry.path.exists() for entry in found] == [True]
+    collect(found)
+    assert [entry.path.exists() for entry in found] == [False]
+
+
 def test_accept_lets_an_artifact_stand_for_edited_code_and_says_so(tiny: Tiny) -> None:
     tiny.run_all()
     before = tiny.run("alpha").path / "number.json"

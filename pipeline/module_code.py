@@ -1,0 +1,175 @@
+"""A module as its text tells: what its top level binds, and what it does on import. Nothing is executed."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+EVERYTHING = "*"
+AT_IMPORT = "<import>"
+Target = tuple[str, str | None]  # a module and a name in it, or None for the module itself
+Import = ast.Import | ast.ImportFrom
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+@dataclass(eq=False)
+class Module:
+    """What a module's top level binds and does.
+
+    A name may be bound more than once, as by an import and its stand-in after `except ImportError`: all of them count.
+    """
+
+    name: str
+    package: str
+    """What its relative imports start from."""
+    definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    imports: dict[str, list[Target]] = field(default_factory=dict)
+    imported: set[str] = field(default_factory=set)
+    """Names of what may be modules that run because this one is imported."""
+    stars: list[str] = field(default_factory=list)
+    at_import: list[ast.stmt] = field(default_factory=list)
+    """Statements that run on import and do more than bind names."""
+    _digests: dict[str, str] = field(default_factory=dict)
+
+    def nodes(self, name: str) -> list[ast.stmt]:
+        """Statements that make up a definition; none for `EVERYTHING`, which is no text of its own."""
+        return self.at_import if name == AT_IMPORT else self.definitions.get(name, [])
+
+    def digest(self, name: str) -> str:
+        """Digest of those statements, empty when there are none."""
+        if name not in self._digests:
+            text = "".join(map(_canonical, self.nodes(name)))
+            self._digests[name] = hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
+        return self._digests[name]
+
+
+def load_module(path: Path, name: str) -> Module:
+    """The module in a file, parsed once until the file changes."""
+    stat = path.stat()
+    return _parse(path, name, stat.st_mtime_ns, stat.st_size)
+
+
+def bindings(node: Import, package: str) -> Iterator[tuple[str, Target]]:
+    """Names that an import binds, and what to; a star import binds none that could be told."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:  # `import a.b` binds a; `import a.b as c` binds c to a.b
+            name = alias.asname or alias.name.partition(".")[0]
+            yield name, (alias.name if alias.asname else name, None)
+    else:
+        source = _source(node, package)
+        yield from ((alias.asname or alias.name, (source, alias.name)) for alias in node.names if alias.name != "*")
+
+
+def runs(node: Import, package: str) -> set[str]:
+    """Names of what may be modules that run because of an import: `from a import b` may import a.b."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    source = _source(node, package)
+    return {source} | {f"{source}.{alias.name}" for alias in node.names}
+
+
+def chain(node: ast.expr) -> list[str] | None:
+    """`a.b.c` as its parts, None when it does not start at a name."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else None
+
+
+@lru_cache(maxsize=1024)
+def _parse(path: Path, name: str, mtime_ns: int, size: int) -> Module:
+    """Parse a file; `mtime_ns` and `size` are there to forget it when it changes."""
+    module = Module(name, name if path.name == "__init__.py" else name.rpartition(".")[0])
+    for node in ast.parse(path.read_bytes(), filename=str(path)).body:
+        _record(module, node)
+    return module
+
+
+def _record(module: Module, node: ast.stmt) -> None:
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        _record_import(module, node)
+    elif isinstance(node, _DEFINITIONS):
+        module.definitions.setdefault(node.name, []).append(node)
+    elif names := _plainly_assigned(node):
+        for name in names:
+            module.definitions.setdefault(name, []).append(node)
+    elif isinstance(node, ast.If) and _is_guard(node.test):
+        # Its body is for type checkers, or for `python -m`: no part of what the stage's function does.
+        for otherwise in node.orelse:
+            _record(module, otherwise)
+    elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        _record_statement(module, node)
+
+
+def _record_import(module: Module, node: Import) -> None:
+    for name, target in bindings(node, module.package):
+        module.imports.setdefault(name, []).append(target)
+    module.imported |= runs(node, module.package)
+    if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+        module.stars.append(_source(node, module.package))
+
+
+def _record_statement(module: Module, node: ast.stmt) -> None:
+    """An `if`, `try`, call, `module.flag = …`: it runs on import, and the names that it binds stand for all of it."""
+    module.at_import.append(node)
+    for inner in ast.walk(node):
+        if isinstance(inner, (ast.Import, ast.ImportFrom)):
+            _record_import(module, inner)
+        elif isinstance(inner, _DEFINITIONS):
+            module.definitions.setdefault(inner.name, []).append(node)
+        elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+            module.definitions.setdefault(inner.id, []).append(node)
+
+
+def _plainly_assigned(node: ast.stmt) -> list[str]:
+    """Names that an assignment binds; none when it also changes something that exists: `a.b = …`, `a[0] = …`."""
+    if isinstance(node, ast.Assign):
+        targets: list[ast.expr] = list(node.targets)
+    elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
+        targets = [node.target]
+    else:
+        return []
+    parts = [inner for target in targets for inner in ast.walk(target)]
+    changes = any(isinstance(part, (ast.Attribute, ast.Subscript)) for part in parts)
+    return [] if changes else [part.id for part in parts if isinstance(part, ast.Name)]
+
+
+def _source(node: ast.ImportFrom, package: str) -> str:
+    """Absolute name of the module that names are imported from."""
+    if not node.level:
+        return node.module or ""
+    parents = package.split(".")
+    base = parents[: len(parents) - (node.level - 1)]
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def _is_guard(test: ast.expr) -> bool:
+    """`if TYPE_CHECKING` and `if __name__ == "__main__"`."""
+    if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq):
+        test = test.left
+    return (chain(test) or [""])[-1] in {"TYPE_CHECKING", "__name__"}
+
+
+def _canonical(node: object) -> str:
+    """A text of a syntax tree without places, docstrings and empty fields, so that Python versions agree on it."""
+    if isinstance(node, list):
+        return "[" + ",".join(map(_canonical, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = []
+    for name, value in ast.iter_fields(node):
+        if name == "body" and isinstance(node, _DEFINITIONS):
+            value = _without_docstring(value)
+        if value is not None and value != [] and name not in {"type_comment", "kind", "ctx"}:
+            fields.append(f"{name}={_canonical(value)}")
+    return f"{type(node).__name__}({','.join(fields)})"
+
+
+def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
+    """A body without its docstring and without the strings that document fields."""
+    return [node for node in body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]

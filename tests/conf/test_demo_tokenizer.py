@@ -1,0 +1,44 @@
+"""The shipped tokenizer of the demo is what its card says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from conf.load import CONF_DIR, load_settings
+from stages.foreign_weights import read_vq_checkpoint
+from stages.images import center_crop, decode, float_to_pixels, pixels_to_float
+from stages.sources import image_root, list_images
+
+WEIGHTS = CONF_DIR / "demo" / "vq.safetensors"
+CARD = json.loads((CONF_DIR / "demo" / "card.json").read_text())
+
+
+def test_the_weights_are_small_and_those_of_the_card() -> None:
+    assert WEIGHTS.stat().st_size <= 4_000_000
+    assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == CARD["sha256"]
+
+
+def test_the_demo_and_the_preset_that_made_it_have_one_architecture() -> None:
+    demo, made = load_settings("demo")[0], load_settings("demo-tokenizer")[0]
+    assert demo.tokenizer.model == made.tokenizer.model
+    assert demo.tokenizer.image_size == made.tokenizer.image_size == demo.tokenize.image_size
+    assert demo.dataset == made.dataset
+    assert made.tokenizer.seed == CARD["seed"]
+
+
+def test_it_reconstructs_emoji_about_as_well_as_the_card_says() -> None:
+    settings, _ = load_settings("demo")
+    model = read_vq_checkpoint(WEIGHTS, settings.tokenizer.model).eval()
+    files = [file.relpath for file in list_images(settings.dataset)][::60]
+    root = image_root(settings.dataset)
+    images = np.stack([center_crop(decode((root / file).read_bytes()), 64) for file in files])
+    with torch.inference_mode():
+        decoded = float_to_pixels(model.decode(model.encode(pixels_to_float(images))))
+    errors = ((decoded.astype(np.float64) - images) ** 2).reshape(len(images), -1).mean(axis=1)
+    psnr = (10 * np.log10(255**2 / errors)).mean()
+    assert psnr == pytest.approx(CARD["metrics"]["psnr"], abs=1.5)  # these are other images than the card's

@@ -1,0 +1,135 @@
+"""A stage's process under a real torchrun: what is told when a worker ends badly, and that none outlives a cancel."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from conf.schema import RuntimeConfig
+from pipeline import launch as launching
+from pipeline.graph import Stage
+from pipeline.launch import StageFailed, launch
+from stages.job import Job
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STAGE = Stage(name="alpha", inputs=(), summary="", spmd=True)
+MODULE = """
+import os, signal, time
+{imports}
+from conf.schema import Section
+from stages.errors import InputError
+from stages.job import main
+from stages.progress import Progress
+
+
+def alpha(config, inputs, output, runtime):
+    rank = int(os.environ["RANK"])
+    print("the last thing it said", flush=True)
+    {body}
+
+
+if __name__ == "__main__":
+    main(alpha, Section)
+"""
+# Deaf to SIGTERM, like a worker that hangs in a call to the GPU; it says that it is there by its progress.
+DEAF = """signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Progress(output, str(os.getpid()), 1)
+    time.sleep(600)"""
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """Launch a stage whose function has the given body."""
+    (tmp_path / "stages").mkdir()
+    for name in ("__init__", "job", "errors", "artifact", "progress"):
+        shutil.copy(ROOT / "stages" / f"{name}.py", tmp_path / "stages")
+    lock = os.open(tmp_path / "lock", os.O_CREAT)
+
+    def run(body: str, *, imports: str = "", processes: int = 1, on_progress: Callable[[Any], None] = id) -> None:
+        (tmp_path / "stages/alpha.py").write_text(MODULE.format(body=body, imports=imports))
+        runtime = RuntimeConfig(home=tmp_path, processes=processes)
+        settings = runtime.model_dump(mode="json")
+        job = Job(stage="alpha", config={}, inputs={}, output=tmp_path / "work", runtime=settings)
+        launch(STAGE, job, runtime, code_root=tmp_path, lock=lock, on_progress=on_progress)
+
+    yield run
+    os.close(lock)
+
+
+@pytest.fixture(autouse=True)
+def conf_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small project has no settings of its own: it takes those of the real one from the path it inherits."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"ended by SIGKILL, perhaps for want of memory"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", r"ended by SIGSEGV"),
+        ("os._exit(7)", r"exit code 7, last line: the last thing it said"),
+    ],
+)
+def test_how_a_worker_ended_is_told_and_not_what_torchrun_says_of_it(run: Run, body: str, message: str) -> None:
+    with pytest.raises(StageFailed, match=message) as caught:
+        run(body)
+    assert caught.value.code == 1
+
+
+def test_a_module_that_cannot_be_imported_is_named(run: Run) -> None:
+    with pytest.raises(StageFailed, match=r"exit code 1, last line: ModuleNotFoundError: No module named 'nowhere'"):
+        run("pass", imports="import nowhere")
+
+
+def test_the_line_and_the_code_of_an_error_come_through(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(StageFailed) as caught:
+        run('raise InputError("the weights are not there")')
+    assert (caught.value.message, caught.value.code) == ("the weights are not there", 2)
+    assert "Traceback" in caught.value.log.read_text()
+    run("pass")  # an error of before is forgotten
+    assert {path.name for path in (tmp_path / "work/record").iterdir()} == {"log.txt"}
+
+
+def test_a_killed_worker_is_the_cause_and_not_the_error_it_gives_another(run: Run) -> None:
+    # As with a collective: the other process only learns that its peer is gone.
+    body = """if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.3)
+    try:
+        time.sleep(600)
+    finally:
+        raise RuntimeError("Connection closed by peer")"""
+    with pytest.raises(StageFailed, match=r"ended by SIGKILL"):
+        run(body, processes=2)
+
+
+def test_no_worker_outlives_a_cancel_even_if_it_is_deaf(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "GRACE_S", 1.0)
+    workers: list[psutil.Process] = []
+
+    def cancel(progress: dict[str, Any]) -> None:
+        workers.append(psutil.Process(int(progress["what"])))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(DEAF, on_progress=cancel)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert len(workers) == 1
+    assert alive == []
+
+
+def test_the_code_of_the_project_comes_before_any_other_of_its_name(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other/stages").mkdir(parents=True)
+    (tmp_path / "other/stages/__init__.py").write_text("raise RuntimeError('the wrong stages')")
+    (tmp_path / "other/only_here.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "other"), str(ROOT)]))
+    run("pass", imports="import only_here")

@@ -1,0 +1,92 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline import processes
+from pipeline.processes import HOST, ServerError, Service, answers, free_port, listener, start, wait_until
+
+
+@pytest.fixture
+def sleeper(tmp_path: Path) -> Iterator[Service]:
+    service = start("sleeper", ["sleep", "60"], os.environ, tmp_path / "log", die_with_parent=True)
+    yield service
+    service.end()
+
+
+def wait_for(path: Path) -> str:
+    while not path.exists() or not path.read_text().endswith("\n"):
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def test_a_process_that_only_has_the_same_pid_is_left_alone(sleeper: Service) -> None:
+    impostor = replace(sleeper, created=sleeper.created - 60)
+    assert not impostor.alive
+    impostor.end()
+    assert sleeper.alive
+
+
+def test_end_ends_the_whole_group_though_a_grandchild_ignores_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_GRACE_S", 0.2)
+    script = f"sh -c 'trap \"\" TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.1; done' & wait"
+    service = start("family", ["sh", "-c", script], os.environ, tmp_path / "log", die_with_parent=True)
+    grandchild = psutil.Process(int(wait_for(tmp_path / "pid")))
+    service.end()
+    assert not service.alive
+    deadline = time.monotonic() + 10
+    while grandchild.is_running() and grandchild.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE
+    service.end()  # once more harms nobody
+
+
+def test_it_dies_with_a_killed_parent_if_asked_to(tmp_path: Path) -> None:
+    program = (
+        "import os, time\nfrom pathlib import Path\nfrom pipeline.processes import start\n"
+        f"service = start('x', ['sleep', '60'], os.environ, Path({str(tmp_path / 'log')!r}), die_with_parent=True)\n"
+        "print(service.pid, flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_server_that_ends_while_it_starts_is_told_with_its_last_words(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; print('no room for me'); sys.exit(3)"]
+    service = start("Thing", command, os.environ, tmp_path / "thing.log", die_with_parent=False)
+    with pytest.raises(ServerError, match=r"Thing ended while it started: no room for me \(log: .*thing\.log\)"):
+        wait_until(service, lambda: False, timeout_s=30)
+
+
+def test_a_server_that_takes_too_long_is_told(sleeper: Service) -> None:
+    with pytest.raises(ServerError, match="sleeper did not answer within 0 s: it left no output"):
+        wait_until(sleeper, lambda: False, timeout_s=0)
+
+
+def test_the_listener_of_a_taken_port_is_named() -> None:
+    with socket.socket() as server:
+        server.bind((HOST, 0))
+        server.listen()
+        port = server.getsockname()[1]
+        assert f"(pid {os.getpid()})" in str(listener(port))
+    assert listener(port) is None
+
+
+def test_nobody_answers_on_a_free_port() -> None:
+    assert not answers(free_port(), "/")

@@ -1,0 +1,106 @@
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conf.schema import RuntimeConfig
+from pipeline import servers
+from pipeline.processes import HOST, ServerError, answers, free_port
+from stages.artifact import read_json, write_json
+from stages.errors import InputError
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[RuntimeConfig]:
+    runtime = RuntimeConfig(home=tmp_path / "home", prefect_port=free_port(), mlflow_port=free_port())
+    yield runtime
+    servers.down(runtime)
+
+
+def pids(runtime: RuntimeConfig) -> list[int]:
+    return [service["pid"] for service in read_json(runtime.home / ".servers" / "state.json")["services"]]
+
+
+@pytest.mark.parametrize("module", ["servers", "tracking", "local", "relay"])
+def test_neither_prefect_nor_mlflow_is_imported_before_it_is_needed(module: str) -> None:
+    program = f"import sys, pipeline.{module}; print(sorted({{'prefect', 'mlflow', 'torch'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_up_serves_and_down_leaves_nothing(runtime: RuntimeConfig) -> None:
+    addresses = servers.up(runtime)
+    assert addresses.prefect == f"http://{HOST}:{runtime.prefect_port}"
+    assert answers(runtime.prefect_port, "/api/health")
+    assert answers(runtime.mlflow_port, "/health")
+    first = pids(runtime)
+    assert servers.up(runtime) == addresses  # it is up already: nothing new is started
+    assert pids(runtime) == first
+    with servers.prefect_server(runtime) as server:
+        assert server.api_url == f"{addresses.prefect}/api"
+    servers.down(runtime)
+    assert servers.running(runtime) is None
+    assert not answers(runtime.prefect_port, "/api/health")
+    assert not answers(runtime.mlflow_port, "/health")
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in first)
+
+
+def test_a_taken_port_is_told_with_who_has_it_and_how_to_choose_another(runtime: RuntimeConfig) -> None:
+    with socket.socket() as other:
+        other.bind((HOST, runtime.mlflow_port))
+        other.listen()
+        with pytest.raises(InputError, match=rf"port {runtime.mlflow_port}, wanted for mlflow, .*pid {os.getpid()}.*"):
+            servers.up(runtime)
+    assert not (runtime.home / ".servers" / "state.json").exists()
+
+
+def test_when_one_does_not_start_the_others_are_ended(runtime: RuntimeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "nonsense")
+    with pytest.raises(ServerError, match="Prefect ended while it started"):
+        servers.up(runtime)
+    assert servers.running(runtime) is None
+    assert not answers(runtime.mlflow_port, "/health")
+
+
+def test_state_of_processes_that_have_died_counts_as_down(runtime: RuntimeConfig) -> None:
+    gone = {"name": "Prefect", "pid": os.getpid(), "created": 1.0, "log": "log"}
+    write_json(
+        runtime.home / ".servers" / "state.json", {"services": [gone], "addresses": {"prefect": "", "mlflow": ""}}
+    )
+    assert servers.running(runtime) is None
+    servers.down(runtime)  # this test's own process has the pid, and lives on
+
+
+def test_the_temporary_server_is_gone_after_the_body_however_it_ends(runtime: RuntimeConfig) -> None:
+    ports = []
+
+    def body() -> None:
+        with servers.temporary_prefect_server(runtime) as server:
+            server.wait()
+            ports.append(int(server.api_url.split(":")[2].removesuffix("/api")))
+            assert answers(ports[0], "/api/health")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        body()
+    assert not answers(ports[0], "/api/health")
+
+
+def test_a_prefect_server_that_is_named_is_used(runtime: RuntimeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
+    with servers.prefect_server(runtime) as server:
+        server.wait()
+        assert server.api_url == "http://elsewhere/api"
+
+
+def test_nothing_is_reported_home_and_a_persons_own_variables_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_SERVER_ANALYTICS_ENABLED", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", "/mine")
+    found = servers.environment(RuntimeConfig())
+    assert found["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+    assert found["DO_NOT_TRACK"] == found["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert found["PREFECT_HOME"] == "/mine"
