@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from stages.job import ERROR_FILE, Job
 
 OnProgress = Callable[[dict[str, Any]], None]
 GRACE_S = 15.0  # between asking a stage to end and killing it
+JOB_FILE, TORCHRUN_LOGS = "job.json", "torchrun"  # in the record, while the process runs
 _POLL_S = 0.2
 _TAIL_BYTES = 64 * 1024
 _PR_SET_PDEATHSIG = 1
@@ -54,13 +56,12 @@ def launch(
     record.mkdir(parents=True, exist_ok=True)
     for stale in (job.output / ERROR_FILE, record / "progress.json"):
         stale.unlink(missing_ok=True)
-    job_path = record / "job.json"
-    job.write(job_path)
+    job.write(record / JOB_FILE)
     try:
         with (record / "log.txt").open("ab") as log:
             log_start = log.tell()  # an earlier attempt may have filled some of it
             process = subprocess.Popen(
-                _command(stage, runtime, job_path),
+                _command(stage, runtime, record),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -71,7 +72,8 @@ def launch(
             )
             _watch(process, record / "progress.json", on_progress)
     finally:
-        job_path.unlink(missing_ok=True)  # it holds paths of this machine
+        (record / JOB_FILE).unlink(missing_ok=True)  # it holds paths of this machine
+        shutil.rmtree(record / TORCHRUN_LOGS, ignore_errors=True)
     if process.returncode != 0:
         raise _failure(stage, job, process.returncode, log_start)
 
@@ -81,11 +83,12 @@ def _python_path(code_root: Path) -> str:
     return os.pathsep.join(part for part in (str(code_root), os.environ.get("PYTHONPATH", "")) if part)
 
 
-def _command(stage: Stage, runtime: RuntimeConfig, job_path: Path) -> list[str]:
+def _command(stage: Stage, runtime: RuntimeConfig, record: Path) -> list[str]:
     command = [sys.executable, "-m"]
     if stage.spmd:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={runtime.processes}", "-m"]
-    return [*command, stage.entry[0], "--job", str(job_path)]
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={runtime.processes}"]
+        command += [f"--log-dir={record / TORCHRUN_LOGS}", "-m"]  # empty, but left in /tmp for ever if not named
+    return [*command, stage.entry[0], "--job", str(record / JOB_FILE)]
 
 
 def _watch(process: subprocess.Popen[bytes], progress: Path, on_progress: OnProgress) -> None:

@@ -62,11 +62,27 @@ class MlflowView:
             Exception: Whatever MLflow, its database or the network raise.
         """
         for event in journal.unsent():
-            getattr(self, f"_{event['event']}")(journal, event)
+            self._apply(journal, event)
             journal.sent += 1
             journal.save()
         for place in journal.running.values():
             self._follow(place["key"], Path(place["work"]))
+
+    def _apply(self, journal: Journal, event: Event) -> None:
+        """Each of these can be done again after it has failed half way."""
+        match event["event"]:
+            case "pipeline_started":
+                self._pipeline_started(journal, event)
+            case "stage_started":
+                self._stage_started(journal, event)
+            case "stage_finished":
+                self._stage_finished(journal, event)
+            case "stage_failed":
+                self._stage_failed(journal, event)
+            case "pipeline_finished":
+                self._client.set_terminated(_parent(journal), event["status"], event["time_ms"])
+            case unknown:
+                raise ValueError(f"{journal.folder} has an event {unknown!r}: it is of another version of dpar")
 
     def _pipeline_started(self, journal: Journal, event: Event) -> None:
         if journal.run_id is None:
@@ -82,7 +98,7 @@ class MlflowView:
 
     def _stage_started(self, journal: Journal, event: Event) -> None:
         stage, key = event["stage"], event["key"]
-        parent = _known(journal.run_id)
+        parent = _parent(journal)
         known = StageRun.read(self._runs, key)
         if known is not None and known.open and self._has(known.run_id):  # a killed attempt at this very key goes on
             self._client.update_run(known.run_id, status="RUNNING")
@@ -105,13 +121,12 @@ class MlflowView:
 
     def _stage_finished(self, journal: Journal, event: Event) -> None:
         stage, key, path = event["stage"], event["key"], Path(event["path"])
-        parent = _known(journal.run_id)
+        parent = _parent(journal)
         known = self._follow(key, path) if stage in journal.running else StageRun.read(self._runs, key)
         if stage in journal.running and known is not None:
             self._finish_stage(known, event, path)
             known.open = False
             known.write(self._runs, key)
-            del journal.running[stage]
         else:
             self._client.log_inputs(parent, [_dataset(stage, event["digest"], path, "reused")])
         tags = {"key": key, "state": event["state"], "run_id": known.run_id if known else "unknown"}
@@ -125,6 +140,7 @@ class MlflowView:
         self._log_pictures(parent, path)
         if stage == "evaluate" and path.exists():
             self._client.log_text(parent, _score_table(path), "scores.md")
+        journal.running.pop(stage, None)
 
     def _finish_stage(self, known: StageRun, event: Event, path: Path) -> None:
         run_id = known.run_id
@@ -141,15 +157,13 @@ class MlflowView:
         self._client.set_terminated(run_id, "FINISHED", event["time_ms"])
 
     def _stage_failed(self, journal: Journal, event: Event) -> None:
-        place = journal.running.pop(event["stage"], None)
+        place = journal.running.get(event["stage"])
         known = self._follow(place["key"], Path(place["work"])) if place else None
         if known is not None:
             self._client.set_tag(known.run_id, "last_error", event["message"])
             self._client.set_terminated(known.run_id, event["status"], event["time_ms"])
-        self._client.set_tag(_known(journal.run_id), "last_error", event["message"])
-
-    def _pipeline_finished(self, journal: Journal, event: Event) -> None:
-        self._client.set_terminated(_known(journal.run_id), event["status"], event["time_ms"])
+        self._client.set_tag(_parent(journal), "last_error", event["message"])
+        journal.running.pop(event["stage"], None)
 
     def _follow(self, key: str, folder: Path) -> StageRun | None:
         """Send what a stage's metrics.jsonl has that MLflow has not; returns the stage's run."""
@@ -220,7 +234,7 @@ def _commit() -> dict[str, str]:
     return {"mlflow.source.git.commit": commit.stdout.strip(), "git.dirty": str(bool(changed.stdout.strip())).lower()}
 
 
-def _known(run_id: str | None) -> str:
-    if run_id is None:
-        raise ValueError("a journal must begin with pipeline_started")
-    return run_id
+def _parent(journal: Journal) -> str:
+    if journal.run_id is None:
+        raise ValueError(f"{journal.folder} does not begin with pipeline_started")
+    return journal.run_id

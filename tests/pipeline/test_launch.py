@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -93,8 +94,8 @@ def test_the_line_and_the_code_of_an_error_come_through(run: Run, tmp_path: Path
         run('raise InputError("the weights are not there")')
     assert (caught.value.message, caught.value.code) == ("the weights are not there", 2)
     assert "Traceback" in caught.value.log.read_text()
-    run("pass")  # an error of before is forgotten
-    assert {path.name for path in (tmp_path / "work/record").iterdir()} == {"log.txt"}
+    run("pass")
+    assert not (tmp_path / "work/record/error.json").exists()
 
 
 def test_a_killed_worker_is_the_cause_and_not_the_error_it_gives_another(run: Run) -> None:
@@ -123,6 +124,16 @@ def test_no_worker_outlives_a_cancel_even_if_it_is_deaf(run: Run, monkeypatch: p
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert len(workers) == 1
     assert alive == []
+
+
+@pytest.mark.parametrize("body", ["pass", "os._exit(7)"])
+def test_a_run_leaves_nothing_but_its_log(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    with contextlib.suppress(StageFailed):
+        run(body)
+    assert [path.name for path in (tmp_path / "work").rglob("*")] == ["record", "log.txt"]
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_the_code_of_the_project_comes_before_any_other_of_its_name(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,18 @@ def test_a_failed_stage_says_why_and_another_attempt_goes_on_in_its_run(run: Run
     assert mlflow.steps(stage) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_stage_that_is_made_again_by_force_has_a_run_of_its_own(run: Run) -> None:
+    with run.tracker() as tracker:
+        run.start(tracker, "train", range(1, 5))
+        made = run.finish(tracker, "train", {})
+    shutil.rmtree(made.path.parent)
+    with run.tracker() as tracker:
+        run.start(tracker, "train", range(1, 3))
+        run.finish(tracker, "train", {})
+    mlflow = known(run)
+    assert [mlflow.steps(stage) for stage in mlflow.runs("stage")] == [[1, 2, 3, 4], [1, 2]]
+
+
 def test_after_a_kill_the_stage_goes_on_in_its_run_and_no_step_is_there_twice(run: Run) -> None:
     killed = run.tracker()
     killed._journal.append("pipeline_started", name="killed", tags={}, settings={})
@@ -206,6 +219,31 @@ def test_what_mlflow_refuses_for_good_does_not_keep_later_runs_from_it(
     assert [pipeline.info.status for pipeline in known(run).runs("pipeline")] == ["FINISHED"]
     assert "MLflow does not take" in caplog.text
     assert [path.name for path in journals(run)] == ["0"]
+
+
+def test_what_failed_half_way_is_sent_again_and_is_the_same(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.mlflow_view import MlflowView
+
+    log_pictures = MlflowView._log_pictures
+    parents = []
+
+    def fail_once(self: MlflowView, run_id: str, path: Path) -> None:
+        if self._client.get_run(run_id).data.tags["kind"] == "pipeline":
+            parents.append(run_id)
+            if len(parents) == 1:
+                raise ConnectionError("gone for a moment")
+        log_pictures(self, run_id, path)
+
+    monkeypatch.setattr(MlflowView, "_log_pictures", fail_once)
+    monkeypatch.setattr(tracking, "_PAUSE_S", 0.0)
+    with run.tracker() as tracker:
+        run.start(tracker, "train", range(1, 5))
+        run.finish(tracker, "train", {}, heldout_loss=2.0)
+    assert len(parents) == 2
+    (pipeline,), (stage,) = known(run).runs("pipeline"), known(run).runs("stage")
+    assert pipeline.inputs.dataset_inputs == []  # it was made, not reused
+    assert known(run).steps(stage) == [1, 2, 3, 4]
+    assert known(run).steps(stage, "heldout_loss") == [4]
 
 
 def test_a_stopped_run_is_told_from_a_failed_one(run: Run) -> None:
