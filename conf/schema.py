@@ -14,7 +14,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.config import DPAR_SIZES, GPT_SIZES, DPARSize, GPTSize, PositionEmbedding, VQConfig
 
-NOT_IN_KEY: dict[str, Any] = {"in_key": False}  # a place, not a meaning: what lies there enters the key by its digest
+# Of a place: what lies there enters the key by its digest. Of a habit, as how often to log: it changes no result.
+NOT_IN_KEY: dict[str, Any] = {"in_key": False}
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["float32", "bfloat16"]
@@ -28,12 +29,14 @@ class Section(BaseModel):
 
     def key_fields(self) -> dict[str, Any]:
         """The settings that decide what the stage makes, ready for canonical JSON."""
-        hidden = {
-            name
-            for name, field in type(self).model_fields.items()
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("in_key") is False
-        }
-        return self.model_dump(mode="json", exclude=hidden)
+        fields = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("in_key") is False:
+                del fields[name]
+            elif isinstance(value, Section):
+                fields[name] = value.key_fields()
+        return fields
 
 
 class TrainingConfig(Section):
@@ -48,8 +51,10 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.05, ge=0, description="On tensors of two and more dimensions only.")
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
     precision: Precision = Field("bfloat16", description="Autocast type of the forward pass; weights stay float32.")
-    checkpoint_every: PositiveInt = Field(5000, description="Steps between checkpoints.")
-    log_every: PositiveInt = Field(100, description="Steps between lines of metrics.jsonl.")
+    checkpoint_every: PositiveInt = Field(5000, description="Steps between checkpoints.", json_schema_extra=NOT_IN_KEY)
+    log_every: PositiveInt = Field(
+        100, description="Steps between lines of metrics.jsonl.", json_schema_extra=NOT_IN_KEY
+    )
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:

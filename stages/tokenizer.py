@@ -125,7 +125,11 @@ def reconstruction_scores(model: VQModel, images: ImageFiles, world: World) -> d
         squared = (decoded.astype(np.float64) - batch) ** 2
         errors.extend(squared.reshape(len(batch), -1).mean(axis=1))
     psnr = 10 * np.log10(255.0**2 / np.maximum(errors, 1e-10))
-    return {"psnr": float(psnr.mean()), "codebook_usage": float(used.float().mean()), "num_images": float(len(rows))}
+    return {
+        "psnr": float(psnr.mean()),
+        "heldout_codebook_usage": float(used.float().mean()),
+        "num_images": float(len(rows)),
+    }
 
 
 def _train(

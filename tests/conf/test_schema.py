@@ -68,6 +68,13 @@ def test_places_are_not_in_the_key_and_settings_are() -> None:
     assert "heldout_fraction" in here.key_fields()
 
 
+def test_habits_are_not_in_the_key() -> None:
+    often = TrainConfig.model_validate({"training": {"steps": 10, "log_every": 1, "checkpoint_every": 2}})
+    seldom = TrainConfig.model_validate({"training": {"steps": 10}})
+    assert often.key_fields() == seldom.key_fields()
+    assert often.key_fields() != TrainConfig.model_validate({"training": {"steps": 11}}).key_fields()
+
+
 def test_an_imported_tokenizer_does_not_depend_on_how_one_would_train() -> None:
     imported = TokenizerConfig.model_validate({"checkpoint": "a.pt", "lpips_weight": 0.5})
     assert imported.key_fields() == TokenizerConfig.model_validate({"checkpoint": "b.pt"}).key_fields()
