@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from conf.schema import TrainingConfig
 from stages.artifact import RECORD
 from stages.distributed import World, all_reduce_sum, barrier
+from stages.memory import return_free_memory
 from stages.progress import Progress
 from stages.training.checkpoint import load_latest, save_checkpoint
 from stages.training.log import MetricLog
@@ -73,6 +74,7 @@ def train_model(run: Training[Any], output: Path, world: World) -> dict[str, flo
             elapsed, since = time.perf_counter() - since, time.perf_counter()
             images = run.config.global_batch_size * ((done - 1) % run.config.log_every + 1)
             log.write(done, numbers | {"images_per_second": images / elapsed})
+            return_free_memory()
             progress.update(done, f"loss {numbers['loss']:.4f}")
         if done % run.config.checkpoint_every == 0 and done < run.config.steps:
             log.write(done, _validate(run))
