@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -150,7 +151,14 @@ class Tiny:
     def start(self, name: str) -> subprocess.Popen[str]:
         """Run a stage from another process."""
         command = [sys.executable, str(self.root / "project.py"), name]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A test run in the background of a shell has Ctrl-C ignored, and its children would inherit that.
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     def gate(self, name: str) -> Path:
         """While this file exists, the stage runs on."""

@@ -242,7 +242,13 @@ def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(options: list[str], tmp_pat
     for number in range(3000):
         (images / f"copy-{number}.png").symlink_to(images / "0.png")
     command = [sys.executable, "-m", "pipeline.cli", "stage", "dataset", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background of a shell
+    )
     assert process.stdout is not None
     assert "started" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
