@@ -32,8 +32,6 @@ _POLL_S = 0.2
 _TAIL_BYTES = 64 * 1024
 _TORCHRUN_REPORT = re.compile(r"^E\d{4} .*failed \(exitcode: (-?\d+)\)", re.MULTILINE)
 _TORCHRUN_LINE = re.compile(r"[WEI]\d{4} .*torch/distributed/")
-# Batches of patches have a new shape at every step, and oneDNN would keep a compiled kernel of each.
-_SMALL = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
 _QUIET = {"DO_NOT_TRACK": "true", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -66,7 +64,7 @@ def launch(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | _QUIET | _SMALL | {"PYTHONPATH": _python_path(code_root)},
+                env=os.environ | _QUIET | {"PYTHONPATH": _python_path(code_root)},
                 pass_fds=(lock,),
                 start_new_session=True,
                 preexec_fn=parent_death_hook(),
