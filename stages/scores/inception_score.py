@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from stages.scores.checks import finite_doubles
+
 
 def inception_score(logits: npt.NDArray[np.floating], *, splits: int, seed: int = 0) -> tuple[float, float]:
     """Mean and standard deviation of the score over `splits` parts of the samples (N, classes).
@@ -13,12 +15,12 @@ def inception_score(logits: npt.NDArray[np.floating], *, splits: int, seed: int 
     would be far too low.
 
     Raises:
-        ValueError: Fewer samples than parts.
+        ValueError: Fewer samples than parts, or logits that are not finite floats.
     """
     if not 1 <= splits <= len(logits):
         raise ValueError(f"{splits} splits of {len(logits)} samples, expected between 1 and the number of samples")
     order = np.random.default_rng(seed).permutation(len(logits))
-    wide = logits[order].astype(np.float64)
+    wide = finite_doubles(logits, "logits")[order]
     wide -= wide.max(axis=1, keepdims=True)
     log_p = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
     scores = [_score(part) for part in np.array_split(log_p, splits)]
