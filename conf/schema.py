@@ -89,7 +89,9 @@ class TokenizerConfig(Section):
 
     source: Literal["checkpoint", "train"] = Field("checkpoint", description="Import weights, or train on the images.")
     checkpoint: Path | None = Field(
-        None, description="Weights to import: a LlamaGen .pt, or safetensors.", json_schema_extra=NOT_IN_KEY
+        None,
+        description="Weights to import, a LlamaGen .pt or safetensors; not read when training.",
+        json_schema_extra=NOT_IN_KEY,
     )
     model: VQConfig = Field(default_factory=VQConfig)
     image_size: int = Field(256, ge=16, le=1024, description="Side of the training crops, pixels.")
@@ -102,8 +104,6 @@ class TokenizerConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.source == "train" and self.checkpoint is not None:
-            raise ValueError(f"tokenizer.checkpoint is {self.checkpoint}, expected none with tokenizer.source train")
         if self.image_size % self.model.downsample:
             raise ValueError(
                 f"tokenizer.image_size is {self.image_size}, expected a multiple of {self.model.downsample}, "

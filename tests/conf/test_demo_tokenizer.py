@@ -31,6 +31,12 @@ def test_the_demo_and_the_preset_that_made_it_have_one_architecture() -> None:
     assert made.tokenizer.seed == CARD["seed"]
 
 
+def test_training_it_in_the_demo_is_one_setting_away() -> None:
+    settings, _ = load_settings("demo", None, ["tokenizer.source=train"])
+    assert settings.tokenizer.training.steps == 300
+    assert settings.tokenizer.lpips_weight == 0  # which needs no weights that the demo does not install
+
+
 def test_it_reconstructs_emoji_about_as_well_as_the_card_says() -> None:
     settings, _ = load_settings("demo")
     model = read_vq_checkpoint(WEIGHTS, settings.tokenizer.model).eval()

@@ -38,7 +38,6 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (TrainingConfig, {"steps": 10, "warmup_steps": 10}, "fewer than steps"),
         (TrainingConfig, {"steps": 10, "learning_rate": 0}, "greater than 0"),
         (TokenizerConfig, {"image_size": 100}, "multiple of 16"),
-        (TokenizerConfig, {"source": "train", "checkpoint": "a.pt"}, "expected none with tokenizer.source train"),
         (DatasetConfig, {"source": "twemoji", "root": "here"}, "finds its images itself"),
         (EvaluateConfig, {"extractor": "inception"}, "weights file with inception"),
         (TrainConfig, {"model": "Z"}, "expected one of B, L"),

@@ -101,7 +101,7 @@ def test_weights_are_known_by_their_contents_and_missing_ones_by_their_setting(t
     weights.write_bytes(b"two")
     os.utime(weights, (1, 1))
     assert of_weights() != first
-    settings, _ = load_settings("tiny")
+    settings, _ = load_settings("demo", None, ["tokenizer.source=train", "tokenizer.checkpoint=no-such-file"])
     assert external_digest(STAGES["tokenizer"], settings.tokenizer, tmp_path) is None
 
 
