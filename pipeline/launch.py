@@ -33,6 +33,9 @@ _TAIL_BYTES = 64 * 1024
 _TORCHRUN_REPORT = re.compile(r"^E\d{4} .*failed \(exitcode: (-?\d+)\)", re.MULTILINE)
 _TORCHRUN_LINE = re.compile(r"[WEI]\d{4} .*torch/distributed/")
 _QUIET = {"DO_NOT_TRACK": "true", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+# Ragged batches have a new shape at every step, and oneDNN keeps a compiled kernel of the last 1024: gigabytes. Enough
+# are kept for every fixed shape of a model.
+_SMALL = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 
 class StageFailed(RuntimeError):
@@ -64,7 +67,7 @@ def launch(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | _QUIET | {"PYTHONPATH": _python_path(code_root)},
+                env=os.environ | _QUIET | _SMALL | {"PYTHONPATH": _python_path(code_root)},
                 pass_fds=(lock,),
                 start_new_session=True,
                 preexec_fn=parent_death_hook(),
