@@ -66,7 +66,9 @@ class GPT(nn.Module):
     def loss(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, ""]:
         """Mean cross-entropy of the predicted tokens, nats."""
         targets = tokens if self.conditional else tokens[:, 1:]
-        return head_cross_entropy(self.features(tokens, labels).flatten(0, 1), self.output.weight, targets.reshape(-1, 1))
+        return head_cross_entropy(
+            self.features(tokens, labels).flatten(0, 1), self.output.weight, targets.reshape(-1, 1)
+        )
 
     def entropy(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Entropy of each token given those before it, nats, float32. Of the unconditional model.

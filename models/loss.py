@@ -31,7 +31,7 @@ def head_cross_entropy(
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """The gradient of the logits is known as soon as the loss is: it takes their place, and nothing is computed twice."""
+    """The gradient of the logits is known as soon as the loss is: it takes their place, nothing is computed twice."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
