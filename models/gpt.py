@@ -49,11 +49,16 @@ class GPT(nn.Module):
             raise ValueError(f"{tokens.shape[1]} tokens an image, the model was made for {self.config.num_tokens}")
         if self.conditional != (labels is not None):
             raise ValueError(f"labels are {labels}, expected them exactly when the model has classes")
-        hidden = self.tok_embeddings(tokens[:, :-1])
+        return self.predict(self.tok_embeddings(tokens[:, :-1]), labels, self.config.grid)
+
+    def predict(
+        self, embedded: Float[Tensor, "B N D"], labels: Int[Tensor, " B"] | None, grid: int
+    ) -> Float[Tensor, "B S V"]:
+        """Logits after the class, if there is one, and after each of the first N embeddings of a `grid` x `grid`."""
         if labels is not None:
-            hidden = torch.cat([self.cls_embedding(labels)[:, None], hidden], dim=1)
-        hidden = self.tok_dropout(hidden)  # (B, S, D)
-        rope = self._rope(hidden.device)[: hidden.shape[1]]
+            embedded = torch.cat([self.cls_embedding(labels)[:, None], embedded], dim=1)
+        hidden = self.tok_dropout(embedded)  # (B, S, D)
+        rope = self._rope(grid, hidden.device)[: hidden.shape[1]]
         for layer in self.layers:
             hidden = layer(hidden, rope, causal_attention)
         return self.output(self.norm(hidden)).float()
@@ -77,14 +82,14 @@ class GPT(nn.Module):
 
     def step(self, hidden: Float[Tensor, "B D"], position: int, caches: list[KVCache]) -> Float[Tensor, "B V"]:
         """Logits after one more position, whose embedding is `hidden`."""
-        rope = self._rope(hidden.device)[position]
+        rope = self._rope(self.config.grid, hidden.device)[position]
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden = layer(hidden, rope, cache.step(position))
         return self.output(self.norm(hidden)).float()
 
-    def _rope(self, device: torch.device) -> Float[Tensor, "L R 2"]:
+    def _rope(self, grid: int, device: torch.device) -> Float[Tensor, "L R 2"]:
         head_dim = self.config.dim // self.config.num_heads
-        return grid_rope(self.config.grid, head_dim, device, class_row=self.conditional)
+        return grid_rope(grid, head_dim, device, class_row=self.conditional)
 
 
 def token_entropy(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
