@@ -15,8 +15,8 @@ _FORBID_UNKNOWN: dict[str, str] = {"extra": "forbid"}  # read by pydantic when a
 
 
 def _grid(num_tokens: int) -> int:
-    grid = round(num_tokens**0.5)
-    if grid * grid != num_tokens:
+    grid = round(max(num_tokens, 0) ** 0.5)
+    if grid < 1 or grid * grid != num_tokens:
         raise ValueError(f"num_tokens is {num_tokens}, expected a square number: images are square token grids")
     return grid
 

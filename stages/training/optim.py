@@ -36,6 +36,6 @@ def learning_rate(step: int, config: TrainingConfig, restarts: Sequence[int] = (
         progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
     if config.decay == "linear_tail":
-        tail = max(config.warmup_steps, steps - steps // 5)
-        return config.learning_rate * (1 - 0.9 * max(0, step - tail) / (steps - tail))
+        tail = max(config.warmup_steps, 0.8 * steps)
+        return config.learning_rate * (1 - 0.9 * max(0.0, step - tail) / (steps - tail))
     return config.learning_rate
