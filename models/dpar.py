@@ -61,8 +61,10 @@ def pack_patches(starts: Bool[Tensor, "B T"]) -> PackedPatches:
     The encoder's patches end at token T - 2; a last one cut short there is never read by a prediction.
 
     Raises:
-        ValueError: The first token of an image opens no patch.
+        ValueError: The starts are not (images, tokens), or the first token of an image opens no patch.
     """
+    if starts.ndim != 2 or starts.shape[1] < 2:
+        raise ValueError(f"starts are {tuple(starts.shape)}, expected two tokens and more of each image: (images, T)")
     if not bool(starts[:, 0].all()):
         raise ValueError("the first token of an image opens no patch, expected every image to start one")
     batch, width = starts.shape[0], starts.shape[1] - 1
