@@ -1,10 +1,11 @@
-"""Options that several commands of `dpar` share, and the settings they come to."""
+"""Options that several commands of `dpar` share, the settings they come to, and answers in JSON."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,3 +39,8 @@ def load(
     if runtime.log_level == "debug":
         logging.getLogger("pipeline").setLevel(logging.DEBUG)
     return settings, runtime
+
+
+def show_json(value: Any) -> None:
+    """Print a command's answer."""
+    typer.echo(json.dumps(value, indent=2, default=str))
