@@ -119,8 +119,9 @@ class _Parts:
 def _dpar_parts(model: DPAR, patches: int) -> _Parts:
     """Count an image whose encoder reads `patches` patches; a sampler closes as many.
 
-    The samplers feed the encoder, the pooling and the global stack what a forward feeds them, row by row: their linear
-    layers cost what they cost at once, their attention reads no later rows.
+    The sampler feeds each part the rows that a forward feeds it, one by one: linear layers cost the same, attention
+    meets no later rows. Two details of the pooling's keys and values, 2 D D a token and layer, are not followed: the
+    sampler makes none for the last patch, and pads patches that close together to the longest of them.
     """
     num_tokens = model.config.num_tokens
     starts = torch.zeros(1, num_tokens, dtype=torch.bool)

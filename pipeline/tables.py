@@ -51,7 +51,7 @@ def training_table(rows: Iterable[CostRow]) -> Table:
             f"{row.cost.parameters / 1e6:,.0f}M",
             _giga(forward.linear),
             _giga(forward.attention),
-            f"{(training.linear + training.attention) / 1e9:,.1f}",
+            _giga(training.linear + training.attention),
             "-" if row.paper_gmacs is None else f"{row.paper_gmacs:.2f}",
             "-" if row.paper_difference_percent is None else f"{row.paper_difference_percent:+.2f}%",
             _percent(row.saved_percent),
@@ -85,7 +85,8 @@ def _length(row: CostRow) -> str:
 
 
 def _giga(macs: float) -> str:
-    return f"{macs / 1e9:,.2f}"
+    giga = macs / 1e9
+    return f"{giga:.2f}" if giga < 1000 else f"{giga:,.0f}"
 
 
 def _percent(share: float | None) -> str:
