@@ -85,9 +85,9 @@ def gpt_cost(config: GPTConfig) -> Cost:
 def dpar_cost(config: DPARConfig, mean_length: float) -> Cost:
     """DPAR at a mean patch length in tokens.
 
-    A forward reads T - 1 tokens in (T - 1) / `mean_length` patches: the paper's GFLOPs (table S1) are met so. A sampler
-    closes one patch less than the T tokens have, T / `mean_length`: no prediction reads the last one. A patch count
-    that is no whole number is the mean of images that have the two next to it.
+    A forward reads T - 1 tokens in (T - 1) / `mean_length` patches: so the paper's GFLOPs (table S1) are met. All T
+    tokens are T / `mean_length` patches, of which a sampler closes all but the last. A count that is no whole number is
+    the mean over images that have the whole numbers next to it.
 
     Raises:
         ValueError: The mean length is below 1 token, or leaves less than two patches an image.
@@ -98,26 +98,17 @@ def dpar_cost(config: DPARConfig, mean_length: float) -> Cost:
     with _META:
         model = DPAR(config)
     read, closed = (num_tokens - 1) / mean_length, num_tokens / mean_length - 1
-    counts = {patches: _dpar_parts(model, patches) for patches in {*_neighbours(read), *_neighbours(closed)}}
+    images = {patches: _dpar_image(model, patches) for patches in {*_neighbours(read), *_neighbours(closed)}}
     return Cost(
         parameters=_parameters(model),
-        forward=_mean(read, lambda patches: counts[patches].forward),
-        unclassed=_mean(closed, lambda patches: counts[patches].unclassed),
-        classed=_mean(closed, lambda patches: counts[patches].classed),
+        forward=_mean(read, lambda patches: images[patches].forward),
+        unclassed=_mean(closed, lambda patches: images[patches].unclassed),
+        classed=_mean(closed, lambda patches: images[patches].classed),
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Parts:
-    """MACs of one image of DPAR."""
-
-    forward: Macs
-    unclassed: Macs
-    classed: Macs
-
-
-def _dpar_parts(model: DPAR, patches: int) -> _Parts:
-    """Count an image whose encoder reads `patches` patches; a sampler closes as many.
+def _dpar_image(model: DPAR, patches: int) -> Cost:
+    """Count an image whose encoder reads `patches` patches in a forward; a sampler closes as many.
 
     The sampler feeds each part the rows that a forward feeds it, one by one: linear layers cost the same, attention
     meets no later rows. Two details of the pooling's keys and values, 2 D D a token and layer, are not followed: the
@@ -129,7 +120,8 @@ def _dpar_parts(model: DPAR, patches: int) -> _Parts:
     counts = _count(model, *_inputs(num_tokens), pack_patches(starts).to(_META))
     encoder, decoder, head = (counts[part] for part in ("local_encoder", "local_decoder", "output"))
     stack = _total(counts[f"layers.{layer}"] for layer in range(len(model.layers)))
-    return _Parts(
+    return Cost(
+        parameters=_parameters(model),
         forward=_total((encoder, stack, decoder, head)),
         unclassed=_stepwise(encoder, num_tokens - 1),
         classed=_total((_stepwise(stack, 1 + patches), _stepwise(decoder, num_tokens), head)),
