@@ -55,11 +55,23 @@ def flops(
     *,
     models: Annotated[
         list[str],
-        typer.Option("--model", metavar="NAME", help="As dpar-L; can be given again.", default_factory=list),
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="As dpar-L; can be given again.",
+            default_factory=list,
+            show_default=False,
+        ),
     ],
     image_sizes: Annotated[
         list[int],
-        typer.Option("--image-size", metavar="PIXELS", help="As 256; can be given again.", default_factory=list),
+        typer.Option(
+            "--image-size",
+            metavar="PIXELS",
+            help="As 256; can be given again.",
+            default_factory=list,
+            show_default=False,
+        ),
     ],
     mean_length: Annotated[
         float | None, typer.Option(metavar="TOKENS", help="Mean patch length; else the paper's for the image size.")
@@ -71,8 +83,8 @@ def flops(
 
     By default for the models and image sizes of the paper, beside its numbers.
     """
-    typer.echo("counting, which takes some seconds", err=True)
-    rows = costs.measure(models, image_sizes, mean_length, entropy_model)
+    with display.make_console(stderr=True).status("counting"):
+        rows = costs.measure(models, image_sizes, mean_length, entropy_model)
     if as_json:
         show_json({"entropy_model": entropy_model, "rows": [costs.as_json(row) for row in rows]})
     else:

@@ -82,5 +82,6 @@ def test_what_a_person_can_mend_is_one_line_and_code_2(
 ) -> None:
     assert run_command(command) == 2
     output = capsys.readouterr()
-    assert message in output.err.splitlines()[-1]
+    assert message in output.err
+    assert len(output.err.splitlines()) == 1
     assert output.out == ""
