@@ -11,11 +11,12 @@ import torch
 
 from conf.schema import Section, Settings, TokenizerConfig
 from models.config import VQConfig
+from models.discriminator import PatchDiscriminator
 from models.lpips import LPIPS
 from models.vq import VQModel
 from stages.artifact import read_json
 from stages.errors import InputError
-from stages.tokenizer import VQObjective
+from stages.training.images import ImageBatch, VQObjective
 from stages.weights import load_vq
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
@@ -62,14 +63,22 @@ def test_every_term_of_the_loss_counts_with_its_weight() -> None:
     lpips = LPIPS()
     for head in lpips.heads:
         head.data.uniform_()
-    config = TokenizerConfig(model=TINY, image_size=32, commitment_weight=0.25, lpips_weight=0.5)
-    model = VQModel(TINY)
+    config = TokenizerConfig(
+        model=TINY, image_size=32, commitment_weight=0.25, lpips_weight=0.5, adversarial_weight=0.125
+    )
+    objective = VQObjective(VQModel(TINY), lpips, PatchDiscriminator(), config)
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        loss, parts = VQObjective(model, lpips, config)(pixels)
-        quantized = model(pixels)[1]
-    expected = parts["squared_error"] + quantized.codebook_loss + 0.25 * parts["commitment_loss"] + 0.5 * parts["lpips"]
+        loss, parts = objective(ImageBatch(pixels, adversarial=False))
+        expected = (
+            parts["squared_error"] + parts["codebook_loss"] + 0.25 * parts["commitment_loss"] + 0.5 * parts["lpips"]
+        )
+        torch.testing.assert_close(loss, expected)
+        assert not {"generator_loss", "discriminator_loss", "logits_real", "logits_fake"} & set(parts)
+        loss, parts = objective(ImageBatch(pixels, adversarial=True))
+    expected = expected + 0.125 * parts["generator_loss"] + 0.125 * parts["discriminator_loss"]
     torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(parts["generator_loss"], -parts["logits_fake"])
 
 
 def test_a_finished_tokenizer_loads_ready_to_use(tiny_artifacts: dict[str, Path]) -> None:
