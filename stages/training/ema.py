@@ -11,15 +11,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage:
-    """Float32 averages of a model's trained parameters: after each step a <- decay * a + (1 - decay) * weight.
+    """Averages of a model's trained weights, float32 as they are: a <- decay * a + (1 - decay) * weight at each step.
 
-    It starts at the model's first weights, as LlamaGen's does. Buffers are not averaged.
+    They start at the model's first weights, as LlamaGen's do. Buffers are not averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self._averages = {name: weight.detach().float().clone() for name, weight in self._weights.items()}
-        self._decay = decay
+        self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._blend = get_ema_multi_avg_fn(decay)
 
     def update(self) -> None:
