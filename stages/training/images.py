@@ -71,16 +71,12 @@ class ImageFiles:
 class VQObjective(nn.Module):
     """Loss of the tokenizer, and of its discriminator once it has started.
 
-    Before the start LlamaGen runs the discriminator with weight 0. Here it is not run: its weights stay as they are
-    either way, and it never uses the statistics that its BatchNorm would gather.
+    Before the start LlamaGen runs the discriminator with weight 0. Here it is not run: weight 0 teaches it nothing,
+    and the statistics that its BatchNorm would gather are never used.
     """
 
     def __init__(
-        self,
-        model: VQModel,
-        lpips: LPIPS | None,
-        discriminator: PatchDiscriminator | None,
-        config: TokenizerConfig,
+        self, model: VQModel, lpips: LPIPS | None, discriminator: PatchDiscriminator | None, config: TokenizerConfig
     ) -> None:
         super().__init__()
         self.model, self.lpips, self.discriminator, self.config = model, lpips, discriminator, config
