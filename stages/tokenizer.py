@@ -143,6 +143,7 @@ def _train(
         model=model,
         objective=VQObjective(model, lpips, config),
         batch=lambda step: images.training_batch(stream, step, world),
+        data_state=lambda steps: stream.state(steps) | {"images": images.index.digest},
         validate=lambda: reconstruction_scores(model, images, world),
         config=config.training,
         seed=config.seed,

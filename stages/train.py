@@ -39,6 +39,7 @@ def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeCon
             model=model,
             objective=objective,
             batch=lambda step: data.training_batch(stream, step, world),
+            data_state=lambda steps: stream.state(steps) | data.digests,
             validate=lambda: data.heldout_loss(objective, world),
             config=config.training,
             seed=config.seed,

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from conf.schema import TrainingConfig
 from stages.artifact import RECORD
 from stages.distributed import World, all_reduce_sum, barrier
+from stages.errors import ArtifactError
 from stages.memory import return_free_memory
 from stages.progress import Progress
 from stages.training.checkpoint import load_latest, save_checkpoint
@@ -42,6 +43,8 @@ class Training(Generic[Batch]):
         model: The weights that are trained and kept.
         objective: Module around `model`: `objective(batch)` gives the loss and named scalars to log.
         batch: This process's batch of a step, made ahead in a thread.
+        data_state: What `batch` stands for after so many steps: seed, samples seen, digests of the data. It goes into
+            checkpoints, and a checkpoint of another state is refused.
         validate: Held-out metrics, computed at every checkpoint.
         config: Steps, batch, optimiser.
         seed: Of dropout and everything else random in the forward pass.
@@ -50,6 +53,7 @@ class Training(Generic[Batch]):
     model: nn.Module
     objective: nn.Module
     batch: Callable[[int], Batch]
+    data_state: Callable[[int], dict[str, int | str]]
     validate: Callable[[], dict[str, float]]
     config: TrainingConfig
     seed: int
@@ -101,19 +105,38 @@ def train_step(
 
 
 def _resume(run: Training[Any], optimizer: torch.optim.Optimizer, output: Path, world: World) -> int:
-    """Load the newest checkpoint; the number of steps done."""
+    """Load the newest checkpoint; the number of steps done.
+
+    Raises:
+        ArtifactError: It was trained on other data, or in another order.
+    """
     state = load_latest(output / CHECKPOINTS, world.device)
     if state is None:
         return 0
+    _check_data(state.get("data", {}), run.data_state(state["step"]), output / CHECKPOINTS)
     run.model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     logger.info("going on from step %d", state["step"])
     return int(state["step"])
 
 
+def _check_data(found: dict[str, int | str], wanted: dict[str, int | str], folder: Path) -> None:
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ArtifactError(
+                f"the checkpoints in {folder} were trained with {name} {found.get(name)}, expected {wanted.get(name)}: "
+                "they belong to other data, remove them to train from the start"
+            )
+
+
 def _save(run: Training[Any], optimizer: torch.optim.Optimizer, output: Path, done: int, world: World) -> None:
     if world.is_main:
-        state = {"model": run.model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+        state = {
+            "model": run.model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": done,
+            "data": run.data_state(done),
+        }
         # The last one is kept with the artifact as its training state; before that, one spare.
         save_checkpoint(output / CHECKPOINTS, done, state, keep=1 if done == run.config.steps else 2)
     barrier()

@@ -116,7 +116,7 @@ def test_the_threshold_found_gives_the_mean_length_wanted(entropy_map: Path, tmp
 def test_the_search_looks_at_an_even_share_of_many_views(
     entropy_map: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.patch_index, "SEARCH_ROWS", 20)
+    monkeypatch.setattr(stages.patch_index, "SAMPLE_ROWS", 20)
     starts = run(entropy_map, tmp_path, target_mean_length=2.0)
     assert T * TRAIN * A / starts[:TRAIN].sum() == pytest.approx(2.0, rel=0.05)
 
