@@ -276,12 +276,15 @@ class RuntimeConfig(BaseSettings):
     """How and where a run happens. Set by `DPAR_*` variables or `--set runtime.name=value`; never in a key."""
 
     model_config = SettingsConfigDict(env_prefix="DPAR_", extra="forbid", frozen=True)
-    STAGES_READ: ClassVar[tuple[str, ...]] = ("device", "threads", "log_level", "lpips_weights")
+    STAGES_READ: ClassVar[tuple[str, ...]] = ("device", "threads", "compile", "log_level", "lpips_weights")
 
     home: Path = Field(Path("artifacts"), description="Root of artifacts, locks, logs and server databases.")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     processes: PositiveInt = Field(1, description="Processes torchrun starts for a stage.")
     threads: int = Field(0, ge=0, description="Threads of one process; 0 shares the cores among the processes.")
+    compile: bool = Field(
+        False, description="Train with torch.compile; needs a C++ compiler on a CPU. Changes results by rounding only."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     tracking: bool = Field(True, description="Record runs in MLflow.")
     tracking_uri: str | None = Field(None, description="MLflow store; null is a sqlite file under home.")

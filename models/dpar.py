@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from models.attention import causal_attention, packed_causal_attention
 from models.config import DPARConfig
 from models.layers import Block, LabelEmbedder, RMSNorm, dynamic_rope, grid_rope, index_rope, init_weights
+from models.loss import head_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,12 @@ class DPAR(nn.Module):
         self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
     ) -> Float[Tensor, "B T V"]:
         """Logits of every token, float32."""
+        return self.output(self.features(tokens, labels, patches)).float()
+
+    def features(
+        self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
+    ) -> Float[Tensor, "B T D"]:
+        """What the head makes the logits from."""
         if tokens.shape != patches.target_rows.shape or tokens.shape[1] != self.config.num_tokens:
             raise ValueError(
                 f"tokens are {tuple(tokens.shape)} and patches are of {tuple(patches.target_rows.shape)}, "
@@ -140,11 +147,12 @@ class DPAR(nn.Module):
         start = self.decoder_start_embedding.weight.expand(len(tokens), 1, -1)
         states = torch.cat([start.type_as(states), states], dim=1)  # (B, T, D): row j knows x_0 .. x_{j-1}
         hidden = self.local_decoder(states, context, patches.target_rows, self.token_rope(tokens.device)[:-1])
-        return self.output(self.norm(hidden)).float()
+        return self.norm(hidden)
 
     def loss(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches) -> Float[Tensor, ""]:
         """Mean cross-entropy of all tokens, nats."""
-        return F.cross_entropy(self(tokens, labels, patches).flatten(0, 1), tokens.flatten())
+        features = self.features(tokens, labels, patches).flatten(0, 1)
+        return head_cross_entropy(features, self.output.weight, tokens.reshape(-1, 1))
 
     def global_context(
         self, pooled: Float[Tensor, "P D"], labels: Int[Tensor, " B"], patches: PackedPatches

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.attention import KVCache, causal_attention
 from models.config import GPTConfig
 from models.layers import Block, LabelEmbedder, RMSNorm, grid_rope, init_weights
+from models.loss import head_cross_entropy
 
 
 class GPT(nn.Module):
@@ -44,7 +45,11 @@ class GPT(nn.Module):
         return self.config.num_classes is not None
 
     def forward(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B S V"]:
-        """Logits of the predicted tokens, S = T with a class and T - 1 without. The last token is read by no one."""
+        """Logits of the predicted tokens, float32: S = T with a class and T - 1 without."""
+        return self.output(self.features(tokens, labels)).float()
+
+    def features(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B S D"]:
+        """What the head makes the logits from. The last token is read by no one."""
         if tokens.shape[1] != self.config.num_tokens:
             raise ValueError(f"{tokens.shape[1]} tokens an image, the model was made for {self.config.num_tokens}")
         if self.conditional != (labels is not None):
@@ -56,12 +61,14 @@ class GPT(nn.Module):
         rope = self._rope(hidden.device)[: hidden.shape[1]]
         for layer in self.layers:
             hidden = layer(hidden, rope, causal_attention)
-        return self.output(self.norm(hidden)).float()
+        return self.norm(hidden)
 
     def loss(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, ""]:
         """Mean cross-entropy of the predicted tokens, nats."""
         targets = tokens if self.conditional else tokens[:, 1:]
-        return F.cross_entropy(self(tokens, labels).flatten(0, 1), targets.flatten())
+        return head_cross_entropy(
+            self.features(tokens, labels).flatten(0, 1), self.output.weight, targets.reshape(-1, 1)
+        )
 
     def entropy(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Entropy of each token given those before it, nats, float32. Of the unconditional model.

@@ -199,6 +199,15 @@ def gate_table(gates: Iterable[Gate]) -> Table:
     return table
 
 
+def figure_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
+    """Figures by column and row; a row that a column lacks stays empty there."""
+    table = _table("", *figures)
+    for row in dict.fromkeys(row for column in figures.values() for row in column):
+        cells = (number(column[row]) if row in column else "" for column in figures.values())
+        table.add_row(row, *cells)
+    return table
+
+
 def score_table(scores: Iterable[Score]) -> Table:
     """Scores with a few words on how to read each."""
     scores = list(scores)

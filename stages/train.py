@@ -17,6 +17,7 @@ from stages.distributed import process_group
 from stages.job import Inputs, main
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
+from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
 from stages.training.loop import Training, train_model
 from stages.training.patched import DPARObjective, PatchedData
@@ -34,6 +35,8 @@ def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeCon
         store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
         torch.manual_seed(config.seed)
         model, objective, data = _family(config, store, inputs)
+        if runtime.compile:
+            compile_blocks(model)
         stream = SampleStream(store.num_train, config.training.global_batch_size, config.seed)
         run = Training(
             model=model,
