@@ -112,7 +112,13 @@ def _write_blocks(
 ) -> None:
     written = 0
     with pq.ParquetWriter(
-        file, schema, compression="zstd", compression_level=3, use_dictionary=False, write_page_checksum=True
+        file,
+        schema,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=False,
+        column_encoding={"image_id": "DELTA_BINARY_PACKED", "n_patches": "DELTA_BINARY_PACKED"},
+        write_page_checksum=True,
     ) as writer:
         for masks in blocks:
             view, first = divmod(written, facts.num_images)

@@ -99,15 +99,15 @@ def rule_figures(store: EntropyStore, rule: PatchRule, rounds: int) -> tuple[lis
 def index_figures(path: Path, num_images: int) -> tuple[list[Gate], dict[str, float]]:
     """Bytes that the patch starts of an image take, in memory and on disk."""
     metadata = pq.ParquetFile(path).metadata
-    groups = [metadata.row_group(group).column(3) for group in range(metadata.num_row_groups)]
+    starts = [metadata.row_group(group).column(3) for group in range(metadata.num_row_groups)]
     plain, packed = (
-        sum(getattr(group, name) for group in groups) / num_images
+        sum(getattr(column, name) for column in starts) / num_images
         for name in ("total_uncompressed_size", "total_compressed_size")
     )
     return [
         gate("patch starts, bytes an image, plain", plain, "<", 33),
-        gate("patch starts, bytes an image, compressed", packed, "<", 26),
-    ], {"patches.parquet, bytes an image": path.stat().st_size / num_images}
+        gate("patches.parquet, bytes an image", path.stat().st_size / num_images, "<", 26),
+    ], {"patch starts, bytes an image, compressed": packed}
 
 
 def loader_figures(data: PatchedData, rounds: int) -> tuple[list[Gate], dict[str, float]]:
