@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from stages.artifact import write_atomic
+
 ENTROPY_BINS = 100
 
 
@@ -69,4 +71,4 @@ def draw_scatter(
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=100, metadata={"Software": None}))
