@@ -12,14 +12,14 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from stages.artifact import read_json, write_atomic, write_json
-from stages.images import Pixels, decode, views
+from stages.images import Pixels, Views, decode, views
 from stages.job import Inputs
 from stages.patch_figures import PatchHistograms, draw_scatter
 from stages.pictures import patch_picture
@@ -97,8 +97,8 @@ class Crops:
 
     def pixels(self, image: np.int64) -> Pixels:
         """One image, (H, W, 3)."""
-        facts = self.tokens.facts
-        return views(decode(self.index.read(self.root, int(image))), facts.image_size, facts.views)[0]
+        kind = cast(Views, self.tokens.facts.views)
+        return views(decode(self.index.read(self.root, int(image))), self.tokens.facts.image_size, kind)[0]
 
     def png_bytes(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
         """Size of each image as a PNG file. Pillow lets go of the interpreter lock, so threads help."""

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.errors import ArtifactError
-from stages.images import Views
 from stages.stores.blocks import BlockStore, Integers
 from stages.stores.units import ArraySpec, StoreSpec, UnitWriter
 
@@ -32,7 +31,7 @@ class TokenFacts:
     codebook_size: int
     image_size: int
     """Side of the images, pixels."""
-    views: Views
+    views: str
     """Kind of the views, as in the settings."""
     view_names: list[str]
     vq_sha256: str

@@ -19,6 +19,7 @@ from stages.patch_report import PatchReport, patch_report
 from stages.stores.entropies import EntropyStore
 from stages.stores.files import ImageIndex
 from stages.stores.patches import PatchIndex
+from stages.stores.tokens import TokenStore
 
 
 @pytest.fixture
@@ -35,10 +36,8 @@ def indexed(inputs: dict[str, Path], output: Path, **settings: object) -> dict[s
 def test_the_numbers_are_those_of_the_index_and_the_images(inputs: dict[str, Path], tmp_path: Path) -> None:
     inputs = indexed(inputs, tmp_path / "index", target_mean_length=1.8, max_length=3)
     report = patch_report(inputs, tmp_path / "report")
-    index = PatchIndex.open(
-        inputs["patch_index"] / "patches.parquet",
-        EntropyStore.open(inputs["entropy_map"] / "entropies.zarr").tokens_digest,
-    )
+    tokens = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", tokens.digest)
     images = ImageIndex.open(inputs["dataset"])
     rows = np.arange(len(images))
     store = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
@@ -50,15 +49,9 @@ def test_the_numbers_are_those_of_the_index_and_the_images(inputs: dict[str, Pat
         lengths += list(np.diff(places))
         by_row += sum(entropies[row, place] <= threshold for place in range(store.grid, store.num_tokens, store.grid))
         file = io.BytesIO()
-        size = (
-            32
-            if store.grid == 4
-            else json.loads((inputs["tokenize"] / "tokens.zarr" / "zarr.json").read_text())["attributes"]["dpar"][
-                "image_size"
-            ]
-        )
-        Image.fromarray(center_crop(decode(images.read(inputs["images"], row)), size)).save(file, "PNG")
-        sizes.append(file.tell())
+        pixels = center_crop(decode(images.read(inputs["images"], row)), tokens.facts.image_size)
+        Image.fromarray(pixels).save(file, "PNG")
+        sizes.append(len(file.getvalue()))
     assert report.images == len(rows)
     assert report.mean_length == pytest.approx(np.mean(lengths))
     assert report.share_at_limit == pytest.approx(np.mean(np.array(lengths) == 3))
