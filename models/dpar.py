@@ -51,8 +51,12 @@ class PackedPatches:
     target_rows: Int[Tensor, "B T"]
     """Global row whose output serves the prediction of each token."""
 
+    def to(self, device: torch.device) -> PackedPatches:
+        """The same patches with their tensors on `device`."""
+        return self.map(lambda tensor: tensor.to(device))
+
     def map(self, change: Callable[[Tensor], Tensor]) -> PackedPatches:
-        """The same patches with each tensor changed, say moved elsewhere."""
+        """The same patches with each tensor changed."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()}
         return PackedPatches(**changed)
@@ -64,8 +68,10 @@ def pack_patches(starts: Bool[Tensor, "B T"]) -> PackedPatches:
     The encoder's patches end at token T - 2; a last one cut short there is never read by a prediction.
 
     Raises:
-        ValueError: The first token of an image opens no patch.
+        ValueError: The starts are not (images, tokens), or the first token of an image opens no patch.
     """
+    if starts.ndim != 2 or starts.shape[1] < 2:
+        raise ValueError(f"starts are {tuple(starts.shape)}, expected two tokens and more of each image: (images, T)")
     if not bool(starts[:, 0].all()):
         raise ValueError("the first token of an image opens no patch, expected every image to start one")
     marks = starts.numpy()

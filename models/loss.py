@@ -24,7 +24,7 @@ def head_cross_entropy(
     Several targets a row count equally, as if the row were repeated for each of them.
     """
     kind = features.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         features, weight = features.to(dtype), weight.to(dtype)
     return _HeadCrossEntropy.apply(features, weight, targets)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import typer
 
 from pipeline import display
-from pipeline.options import Ablation, AsJson, Overrides, Preset, load
-from pipeline.plan import plan
+from pipeline.options import Ablation, AsJson, Overrides, Preset, load, show_json
+from pipeline.plan import cached_paths, plan
 from stages.errors import InputError
 from stages.sources import image_root
 
@@ -28,18 +27,18 @@ WORDS = {
 def patches(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
     """Show how images were cut into patches, in numbers and pictures."""
     settings, runtime = load(preset, ablation, overrides)
-    made = {status.stage: status for status in plan(settings, runtime) if status.stage in READS}
-    missing = [name for name, status in made.items() if status.state != "cached"]
+    statuses = [status for status in plan(settings, runtime) if status.stage in READS]
+    missing = [status.stage for status in statuses if status.state != "cached"]
     if missing:
         raise InputError(f"not cached: {', '.join(missing)}: make them with `dpar run --until patch_index`")
     from stages.patch_report import patch_report
 
-    inputs = {name: status.path for name, status in made.items() if status.path is not None}
-    output = runtime.home / "reports" / str(made["patch_index"].key)
+    inputs = cached_paths(statuses)
+    output = runtime.home / "reports" / inputs["patch_index"].name
     with display.make_console(stderr=True).status("looking at images"):
         numbers = asdict(patch_report(inputs | {"images": image_root(settings.dataset)}, output))
     if as_json:
-        typer.echo(json.dumps({"output": str(output), **numbers}, indent=2))
+        show_json({"output": str(output), **numbers})
         return
     for name, value in numbers.items():
         if value is not None:

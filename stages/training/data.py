@@ -30,7 +30,7 @@ class TokenBatch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same batch with each tensor changed, say moved elsewhere."""
+        """The same batch with each tensor changed."""
         return replace(self, tokens=change(self.tokens), labels=change(self.labels))
 
 

@@ -48,6 +48,7 @@ class Training(Generic[Batch]):
         validate: Held-out metrics, computed at every checkpoint.
         config: Steps, batch, optimiser.
         seed: Of dropout and everything else random in the forward pass.
+        restarts: Steps at which the learning rate's schedule begins anew.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Training(Generic[Batch]):
     validate: Callable[[], dict[str, float]]
     config: TrainingConfig
     seed: int
+    restarts: tuple[int, ...] = ()
 
 
 def train_model(run: Training[Any], output: Path, world: World) -> dict[str, float]:
@@ -91,7 +93,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One optimiser step. The named scalars stay on the device: reading them would make the host wait."""
     torch.manual_seed(_stream_seed(run.seed, step, world.rank))
-    rate = learning_rate(step, run.config)
+    rate = learning_rate(step, run.config, run.restarts)
     for group in optimizer.param_groups:
         group["lr"] = rate
     bfloat16 = run.config.precision == "bfloat16"

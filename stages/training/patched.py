@@ -22,7 +22,7 @@ class PatchedBatch(TokenBatch):
     patches: PackedPatches
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same batch with each tensor changed, say moved elsewhere."""
+        """The same batch with each tensor changed."""
         return replace(super().map(change), patches=self.patches.map(change))
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from report import report
 from timing import interleaved
-from torch.utils.flop_counter import FlopCounterMode
 
 from conf.schema import TrainingConfig
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
 from models.dpar import DPAR, pack_patches
+from models.flops import dpar_cost, gpt_cost
 from models.gpt import GPT
 from models.patching import PatchRule, patch_starts
 from pipeline.bench import Gate, gate
@@ -32,6 +32,7 @@ from stages.training.optim import make_optimizer
 from stages.training.patched import DPARObjective, PatchedBatch
 
 BATCH, TOKENS, CODES, CLASSES, MEAN_LENGTH = 8, 256, 16384, 1000, 1.81
+SHAPE: dict[str, Any] = {"codebook_size": CODES, "num_tokens": TOKENS, "num_classes": CLASSES}
 FAMILIES = ("llamagen", "dpar")
 CPU = World(rank=0, size=1, device=torch.device("cpu"))
 TIME_BOUND, MEMORY_BOUND = 1.05, 1.1
@@ -50,30 +51,30 @@ def batch() -> PatchedBatch:
     return PatchedBatch(tokens, torch.randint(CLASSES, (BATCH,), generator=generator), pack_patches(starts))
 
 
-def training_step(family: str, size: str) -> tuple[torch.nn.Module, Step]:
-    """A model with its loss, and one optimiser step of it."""
+def training_step(family: str, size: str) -> Step:
+    """One optimiser step of a fresh model."""
     torch.manual_seed(0)
     patched = batch()
     data: TokenBatch = patched if family == "dpar" else TokenBatch(patched.tokens, patched.labels)
-    shape: dict[str, Any] = {"codebook_size": CODES, "num_tokens": TOKENS, "num_classes": CLASSES}
     objective: torch.nn.Module
     if family == "dpar":
-        model: DPAR | GPT = DPAR(DPARConfig(**asdict(DPAR_SIZES[size]), **shape))
+        model: DPAR | GPT = DPAR(DPARConfig(**asdict(DPAR_SIZES[size]), **SHAPE))
         objective = DPARObjective(model)
     else:
-        model = GPT(GPTConfig(**asdict(GPT_SIZES[size]), **shape))
+        model = GPT(GPTConfig(**asdict(GPT_SIZES[size]), **SHAPE))
         objective = GPTObjective(model)
     config = TrainingConfig(steps=1_000_000)
     run = Training(model=model, objective=objective, batch=lambda step: data, validate=dict, config=config, seed=0)
     optimizer = make_optimizer(model, config)
-    return objective.train(), lambda: train_step(run, objective, optimizer, data, 0, CPU)
+    objective.train()
+    return lambda: train_step(run, objective, optimizer, data, 0, CPU)
 
 
-def linear_macs(objective: torch.nn.Module) -> int:
-    """Multiply-accumulates of the linear layers in one forward pass."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        objective(batch())
-    return sum(count for op, count in counter.get_flop_counts()["Global"].items() if op == torch.ops.aten.mm) // 2
+def linear_macs(family: str, size: str) -> float:
+    """Multiply-accumulates of the linear layers of one image's forward pass."""
+    if family == "dpar":
+        return dpar_cost(DPARConfig(**asdict(DPAR_SIZES[size]), **SHAPE), MEAN_LENGTH).forward.linear
+    return gpt_cost(GPTConfig(**asdict(GPT_SIZES[size]), **SHAPE)).forward.linear
 
 
 def shares(step: Step) -> dict[str, float]:
@@ -114,7 +115,7 @@ def peak_bytes(family: str, size: str) -> int:
 def print_peak(family: str, size: str) -> None:
     """What `peak_bytes` asks for, in a process of its own."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    _, step = training_step(family, size)
+    step = training_step(family, size)
     for _ in range(3):
         step()
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
@@ -124,15 +125,15 @@ def measure(size: str, rounds: int) -> tuple[list[Gate], dict[str, dict[str, flo
     """Gates and figures of one size; a column a model."""
     peaks = {family: peak_bytes(family, size) for family in FAMILIES}
     made = {family: training_step(family, size) for family in FAMILIES}
-    for _, step in made.values():
+    for step in made.values():
         step()  # the first step allocates, and is several times slower
-    seconds = interleaved({family: step for family, (_, step) in made.items()}, rounds)
-    macs = {family: linear_macs(objective) for family, (objective, _) in made.items()}
+    seconds = interleaved(made, rounds)
+    macs = {family: linear_macs(family, size) for family in FAMILIES}
     columns = {}
-    for family, (_, step) in made.items():
+    for family, step in made.items():
         columns[f"{family}-{size}"] = {
             "seconds a step": seconds[family],
-            "GMAC an image, linear layers": macs[family] / BATCH / 1e9,
+            "GMAC an image, linear layers": macs[family] / 1e9,
             "peak memory, GB": peaks[family] / 1e9,
             **{f"share of time: {kind}": share for kind, share in shares(step).items()},
         }

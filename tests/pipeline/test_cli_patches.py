@@ -25,13 +25,13 @@ def test_the_report_is_made_from_cached_artifacts_and_shown(
     monkeypatch: pytest.MonkeyPatch,
     as_json: bool,
 ) -> None:
-    found = [StageStatus(name, "cached", "", f"{name}-1", tmp_path / name) for name in cli_patches.READS]
+    found = [StageStatus(name, "cached", "", "key", tmp_path / name) for name in cli_patches.READS]
     monkeypatch.setattr(cli_patches, "plan", lambda *_: found)
     numbers = PatchReport(images=45, mean_length=1.84, share_at_limit=0.2, share_by_row=None, png_correlation=0.5)
 
     def report(inputs: dict[str, Path], output: Path) -> PatchReport:
         assert inputs == {name: tmp_path / name for name in cli_patches.READS} | {"images": image_root}
-        assert output == tmp_path / "reports" / "patch_index-1"
+        assert output == tmp_path / "reports" / "patch_index"
         return numbers
 
     monkeypatch.setattr("stages.patch_report.patch_report", report)
@@ -39,8 +39,8 @@ def test_the_report_is_made_from_cached_artifacts_and_shown(
     assert run_command(["patches", "--preset", "tiny", *settings, *(["--json"] if as_json else [])]) == 0
     said = capsys.readouterr().out
     if as_json:
-        assert json.loads(said) == {"output": str(tmp_path / "reports" / "patch_index-1"), **vars(numbers)}
+        assert json.loads(said) == {"output": str(tmp_path / "reports" / "patch_index"), **vars(numbers)}
     else:
         assert "1.84  tokens a patch" in said
         assert "row" not in said
-        assert "reports/patch_index-1" in said
+        assert "reports/patch_index" in said
