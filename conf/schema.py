@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from models.config import (
     DPAR_SIZES,
     GPT_SIZES,
+    SMALLEST_JUDGED_IMAGE,
     DPARSize,
     GPTSize,
     NextPatchSchedule,
@@ -62,6 +63,9 @@ class TrainingConfig(Section):
     betas: tuple[Probability, Probability] = Field((0.9, 0.95), description="AdamW betas.")
     weight_decay: float = Field(0.05, ge=0, description="On tensors of two and more dimensions only.")
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+    ema_decay: float | None = Field(
+        None, ge=0, lt=1, description="Keep the moving average of weights with this decay a step; null keeps the last."
+    )
     precision: Precision = Field("bfloat16", description="Autocast type of the forward pass; weights stay float32.")
     checkpoint_every: PositiveInt = Field(5000, description="Steps between checkpoints.", json_schema_extra=NOT_IN_KEY)
     log_every: PositiveInt = Field(
@@ -112,6 +116,8 @@ class TokenizerConfig(Section):
     )
     commitment_weight: float = Field(0.25, ge=0)
     lpips_weight: float = Field(1.0, ge=0, description="Perceptual loss; 0 leaves it out and needs no VGG weights.")
+    adversarial_weight: float = Field(0.5, ge=0, description="Of the discriminator's losses; 0 leaves it out.")
+    adversarial_start: int = Field(20_000, ge=0, description="Steps before the discriminator comes in.")
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -121,7 +127,17 @@ class TokenizerConfig(Section):
                 f"tokenizer.image_size is {self.image_size}, expected a multiple of {self.model.downsample}, "
                 f"the downsampling of tokenizer.model.channel_multipliers {self.model.channel_multipliers}"
             )
+        if self.source == "train" and self.adversarial and self.image_size < SMALLEST_JUDGED_IMAGE:
+            raise ValueError(
+                f"tokenizer.image_size is {self.image_size}, expected at least {SMALLEST_JUDGED_IMAGE} for the "
+                "discriminator: or set tokenizer.adversarial_weight to 0"
+            )
         return self
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether a discriminator comes in before training ends."""
+        return self.adversarial_weight > 0 and self.adversarial_start < self.training.steps
 
     def key_fields(self) -> dict[str, Any]:
         """Importing depends on the weights (by digest), their shape and the size they are tried at, not on training."""

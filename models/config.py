@@ -11,6 +11,8 @@ from typing import ClassVar, Literal
 
 PositionEmbedding = Literal["dynamic", "dynamic_no_redundancy", "patch_index_1d"]
 
+SMALLEST_JUDGED_IMAGE = 24  # pixels along a side; the discriminator's logit map would be empty below it
+
 _FORBID_UNKNOWN: dict[str, str] = {"extra": "forbid"}  # read by pydantic when a size stands in the settings
 
 

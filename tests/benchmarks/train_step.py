@@ -28,8 +28,8 @@ from pipeline.bench import Gate, gate
 from stages.distributed import World
 from stages.training.data import GPTObjective, TokenBatch
 from stages.training.loop import Training, train_step
-from stages.training.optim import make_optimizer
 from stages.training.patched import DPARObjective, PatchedBatch
+from stages.training.state import TrainingState
 
 BATCH, TOKENS, CODES, CLASSES, MEAN_LENGTH = 8, 256, 16384, 1000, 1.81
 SHAPE: dict[str, Any] = {"codebook_size": CODES, "num_tokens": TOKENS, "num_classes": CLASSES}
@@ -64,10 +64,18 @@ def training_step(family: str, size: str) -> Step:
         model = GPT(GPTConfig(**asdict(GPT_SIZES[size]), **SHAPE))
         objective = GPTObjective(model)
     config = TrainingConfig(steps=1_000_000)
-    run = Training(model=model, objective=objective, batch=lambda step: data, validate=dict, config=config, seed=0)
-    optimizer = make_optimizer(model, config)
+    run = Training(
+        model=model,
+        objective=objective,
+        batch=lambda step: data,
+        data_state=lambda steps: {},
+        validate=dict,
+        config=config,
+        seed=0,
+    )
+    state = TrainingState(model, None, config)
     objective.train()
-    return lambda: train_step(run, objective, optimizer, data, 0, CPU)
+    return lambda: train_step(run, objective, state, data, 0, CPU)
 
 
 def linear_macs(family: str, size: str) -> float:

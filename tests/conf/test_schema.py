@@ -41,6 +41,12 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (TrainingConfig, {"steps": 10, "warmup_steps": 10}, "fewer than steps"),
         (TrainingConfig, {"steps": 10, "learning_rate": 0}, "greater than 0"),
         (TokenizerConfig, {"image_size": 100}, "multiple of 16"),
+        (
+            TokenizerConfig,
+            {"source": "train", "image_size": 16, "adversarial_start": 0},
+            r"at least 24 for the discriminator: or set tokenizer\.adversarial_weight",
+        ),
+        (TrainingConfig, {"steps": 10, "ema_decay": 1.0}, "less than 1"),
         (DatasetConfig, {"source": "twemoji", "root": "here"}, "finds its images itself"),
         (EvaluateConfig, {"extractor": "inception"}, "weights file with inception"),
         (TrainConfig, {"model": "Z"}, "expected one of B, L"),
@@ -128,6 +134,24 @@ def test_habits_are_not_in_the_key() -> None:
 
 def test_an_imported_tokenizer_does_not_depend_on_how_one_would_train() -> None:
     imported = TokenizerConfig.model_validate({"checkpoint": "a.pt", "lpips_weight": 0.5})
+    assert set(imported.key_fields()) == {"source", "model", "image_size"}
     assert imported.key_fields() == TokenizerConfig.model_validate({"checkpoint": "b.pt"}).key_fields()
     trained = TokenizerConfig.model_validate({"source": "train", "lpips_weight": 0.5})
     assert trained.key_fields() != TokenizerConfig.model_validate({"source": "train"}).key_fields()
+
+
+def test_the_discriminator_comes_in_only_where_it_has_weight_and_time() -> None:
+    def adversarial(**fields: Any) -> bool:
+        training = {"steps": 10}
+        return TokenizerConfig.model_validate({"source": "train", "training": training, **fields}).adversarial
+
+    assert TokenizerConfig(source="train").adversarial  # LlamaGen's recipe
+    assert adversarial(adversarial_start=9)
+    assert not adversarial(adversarial_start=10)
+    assert not adversarial(adversarial_start=0, adversarial_weight=0.0)
+
+
+def test_vq8_makes_a_grid_of_an_eighth() -> None:
+    vq8 = {"model": {"channel_multipliers": [1, 2, 2, 4]}, "image_size": 264}
+    settings = Settings.model_validate({"tokenizer": vq8, "tokenize": {"image_size": 264}})
+    assert settings.tokenize.image_size // settings.tokenizer.model.downsample == 33

