@@ -63,8 +63,9 @@ class KVCache:
 
     def step(self, position: int) -> Iterator[Attend]:
         """For each layer: attention of one new position of every sequence to all up to it."""
+        room = self._room(position + 1)
         for layer in range(len(self._layers)):
-            yield partial(self._step, layer, position)
+            yield partial(self._step, layer, position, room)
 
     def ragged_step(self, rows: Int[Tensor, " R"], last: Int[Tensor, " B"]) -> Iterator[Attend]:
         """For each layer: attention of a new position of some sequences to all up to their own `last`.
@@ -81,8 +82,8 @@ class KVCache:
         """Memory that keys and values take now."""
         return sum(x.nbytes for pair in self._layers if pair is not None for x in pair)
 
-    def _step(self, layer: int, position: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self._storage(layer, k, len(k), self._room(position + 1))
+    def _step(self, layer: int, position: int, room: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self._storage(layer, k, len(k), room)
         keys[:, :, position], values[:, :, position] = k, v
         later = torch.arange(keys.shape[2], device=k.device) > position  # (S,)
         return plain_attention(q[:, :, None], keys, values, later)[:, :, 0]
@@ -97,6 +98,11 @@ class KVCache:
         return mixed.index_select(0, rows)
 
     def _room(self, filled: int) -> int:
+        """Positions of whole blocks that hold `filled` positions."""
+        if filled > self._capacity:
+            raise ValueError(
+                f"position {filled - 1} of a cache for {self._capacity} positions, expected one below that"
+            )
         return min(self._capacity, -(-filled // _BLOCK) * _BLOCK)
 
     def _storage(self, layer: int, like: Tensor, batch: int, room: int) -> tuple[Tensor, Tensor]:
