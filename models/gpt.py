@@ -19,6 +19,8 @@ from models.attention import KVCache, causal_attention
 from models.config import GPTConfig
 from models.layers import Block, LabelEmbedder, RMSNorm, grid_rope, init_weights
 
+_SLICE_LOGITS = 2**24  # 64 MB in float32: enough rows for fast matrix products
+
 
 class GPT(nn.Module):
     """Decoder-only transformer. The output head starts at zero, so the first loss is ln(codebook size) exactly."""
@@ -44,7 +46,11 @@ class GPT(nn.Module):
         return self.config.num_classes is not None
 
     def forward(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B S V"]:
-        """Logits of the predicted tokens, S = T with a class and T - 1 without. The last token is read by no one."""
+        """Logits of the predicted tokens, float32: S = T with a class and T - 1 without."""
+        return self.output(self.features(tokens, labels)).float()
+
+    def features(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B S D"]:
+        """What the head makes the logits from. The last token is read by no one."""
         if tokens.shape[1] != self.config.num_tokens:
             raise ValueError(f"{tokens.shape[1]} tokens an image, the model was made for {self.config.num_tokens}")
         if self.conditional != (labels is not None):
@@ -56,7 +62,7 @@ class GPT(nn.Module):
         rope = self._rope(hidden.device)[: hidden.shape[1]]
         for layer in self.layers:
             hidden = layer(hidden, rope, causal_attention)
-        return self.output(self.norm(hidden)).float()
+        return self.norm(hidden)
 
     def loss(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, ""]:
         """Mean cross-entropy of the predicted tokens, nats."""
@@ -66,10 +72,14 @@ class GPT(nn.Module):
     def entropy(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Entropy of each token given those before it, nats, float32. Of the unconditional model.
 
-        The first token has no prediction: its entry is ln(codebook size), and the patch rule never reads it.
+        The first token has no prediction: its entry is ln(codebook size), and the patch rule never reads it. Logits
+        exist for a slice of the positions at a time: all those of a batch would take more memory than the model.
         """
+        features = self.features(tokens)
+        rows = features.flatten(0, 1).split(max(1, _SLICE_LOGITS // self.config.codebook_size))
+        entropies = torch.cat([token_entropy(self.output(part)) for part in rows]).unflatten(0, features.shape[:2])
         first = torch.full((len(tokens), 1), math.log(self.config.codebook_size), device=tokens.device)
-        return torch.cat([first, token_entropy(self(tokens))], dim=1)
+        return torch.cat([first, entropies], dim=1)
 
     def new_caches(self) -> list[KVCache]:
         """Empty caches for `step`, one a layer."""
