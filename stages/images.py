@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 from PIL.Image import Resampling, Transpose
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ class DecodeError(ValueError):
 def decode(data: bytes) -> Image.Image:
     """The image that a file holds, upright, in mode RGB; transparency is composited over white.
 
-    Of an animation the first frame is taken. 16-bit grey is scaled to 8 bits.
+    Of an animation the first frame is taken. 16-bit grey is scaled to 8 bits. Inks become colours as (1 - C)(1 - K),
+    color profiles are not applied. ADM's and LlamaGen's pipelines do not turn images upright: the few of ImageNet that
+    have an EXIF orientation differ from theirs.
 
     Raises:
         DecodeError: Not an image of a known format, damaged, or cut short.
@@ -131,6 +133,9 @@ def float_to_pixels(images: Tensor) -> Pixels:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        # Adobe's programs store inks inverted and say so; PIL undoes that in every JPEG, marked or not.
+        return ImageChops.invert(image).convert("RGB")
     if image.mode.startswith("I") or image.mode == "F":
         return _from_wide_grey(image)
     if image.has_transparency_data:

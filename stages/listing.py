@@ -14,7 +14,7 @@ from stages.errors import InputError
 from stages.sources import ImageFile, find_images
 
 MAX_CLASSES = 65535  # labels are stored as uint16, and its last value marks missing ones
-_BLOCK = 65536  # images that are objects at the same time
+_BLOCK = 4096  # images that are objects at the same time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -75,7 +75,8 @@ def list_images(config: DatasetConfig) -> Listing:
     rank = np.empty(len(classes), np.uint16)
     rank[[numbers[name] for name in classes]] = np.arange(len(classes))
     order = np.argsort(relpaths, kind="stable")
-    relpaths = relpaths[order]
+    if np.any(order[1:] < order[:-1]):  # as a rule classes come sorted, and a copy of the names can be spared
+        relpaths = relpaths[order]
     _refuse_twins(relpaths)
     return Listing(
         relpaths=relpaths, offsets=offsets[order], sizes=sizes[order], labels=rank[labels[order]], classes=classes

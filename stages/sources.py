@@ -61,7 +61,7 @@ def image_root(config: DatasetConfig) -> Path:
 
 
 def find_images(config: DatasetConfig) -> Iterator[ImageFile]:
-    """All images of a source, at least one, in no particular order.
+    """All images of a source, at least one; of folders and tars class by class, a class in order of its paths.
 
     Raises:
         InputError: What `image_root` raises; no classes; a class without images; a name not in UTF-8; a damaged tar.
@@ -104,7 +104,7 @@ def _class_folders(root: Path) -> Iterator[ImageFile]:
         raise InputError(f"{root} holds no class folders, expected {root}/<class>/<image>")
     for class_name in names:
         empty = True
-        for relpath in _walk(root, class_name):
+        for relpath in sorted(_walk(root, class_name)):
             empty = False
             yield ImageFile(relpath, class_name)
         if empty:
@@ -137,7 +137,7 @@ def _nested(archive: Span) -> Iterator[tuple[str, Span]]:
 
 def _class_tar(name: str, archive: Span) -> Iterator[ImageFile]:
     empty = True
-    for member in members(archive):
+    for member in sorted(members(archive)):
         if _is_image(member.name.rpartition("/")[2]):
             empty = False
             relpath = f"{name}/{member.name}"

@@ -34,7 +34,7 @@ _SCHEMA = pa.schema(
         pa.field("digest", pa.binary(DIGEST_BYTES), nullable=False),
     ]
 )
-_ROW_GROUP = 65536
+_ROW_GROUP = 4096  # images that are objects while the index is written or read
 
 
 def file_digest(data: bytes) -> bytes:

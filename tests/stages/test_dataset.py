@@ -148,6 +148,14 @@ def test_what_is_no_whole_image_is_left_out_with_a_reason_that_every_machine_giv
     assert len(index) == 20
 
 
+def test_a_png_in_the_name_of_a_jpeg_is_an_image_like_any_other(tmp_path: Path) -> None:
+    make_images(tmp_path / "images")  # ImageNet has one
+    (tmp_path / "images" / "a" / "a3.png").rename(tmp_path / "images" / "a" / "a3.JPEG")
+    index = run(tmp_path / "images", tmp_path / "out", max_broken_fraction=0)
+    assert len(index) == 20
+    assert index.relpaths[3] == "a/a3.JPEG"
+
+
 def test_held_out_images_come_last_and_are_a_share_of_each_class(tmp_path: Path) -> None:
     make_images(tmp_path / "images")
     index = run(tmp_path / "images", tmp_path / "out", heldout_fraction=0.3)
