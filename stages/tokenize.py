@@ -77,7 +77,7 @@ class ViewReader:
         return np.stack(views(picture, self.config.image_size, self.config.views))
 
     def ahead(self, images: Iterable[int]) -> AbstractContextManager[Iterator[Pixels]]:
-        """Views of each image, made by one thread a core while others are encoded: two batches ahead at most."""
+        """Views of each image, made in threads while others are encoded: two batches ahead, or two images a thread."""
         threads = torch.get_num_threads()
         a_batch = -(-self.config.batch_size // len(view_names(self.config.views)))
         return prefetch(self.views, images, threads=threads, depth=2 * max(threads, a_batch))
@@ -95,19 +95,24 @@ class Encoder:
     @torch.inference_mode()
     def tokens(self, pictures: Iterable[Pixels], progress: Progress) -> NDArray[np.uint16]:
         """Tokens (images, A, T) of images given as their views (A, H, W, 3)."""
-        done, encoded = progress.done, list[NDArray[np.uint16]]()
+        done, views_done = progress.done, 0
+        encoded: list[NDArray[np.uint16]] = []
+        for tokens in self._one_behind(batches(pictures, self.config.batch_size)):
+            encoded.append(tokens.cpu().numpy().astype(np.uint16))
+            views_done += len(tokens)
+            progress.update(done + views_done // self.num_views)
+        together = np.concatenate(encoded)
+        return together.reshape(-1, self.num_views, together.shape[1])
+
+    def _one_behind(self, batches: Iterable[Pixels]) -> Iterator[Tensor]:
+        """Tokens of each batch, handed on when the next is put together: meanwhile a GPU works on them."""
         running: Tensor | None = None
-        for batch in batches(pictures, self.config.batch_size):
-            # A GPU still works on the last batch while this one is put together; only then is its result asked for.
+        for batch in batches:
             if running is not None:
-                encoded.append(_to_host(running))
-                progress.update(done + sum(map(len, encoded)) // self.num_views)
+                yield running
             running = self._encode(batch)
         if running is not None:
-            encoded.append(_to_host(running))
-        tokens = np.concatenate(encoded)
-        progress.update(done + len(tokens) // self.num_views)
-        return tokens.reshape(-1, self.num_views, tokens.shape[1])
+            yield running
 
     def _encode(self, batch: Pixels) -> Tensor:
         pixels = pixels_to_float(batch, self.world.device)
@@ -132,10 +137,6 @@ def batches(pictures: Iterable[Pixels], batch_size: int) -> Iterator[Pixels]:
                 parts, missing = [], batch_size
     if parts:
         yield np.concatenate(parts)
-
-
-def _to_host(tokens: Tensor) -> NDArray[np.uint16]:
-    return tokens.cpu().numpy().astype(np.uint16)
 
 
 def _facts(config: TokenizeConfig, index: ImageIndex, model: VQModel, tokenizer: Path) -> TokenFacts:

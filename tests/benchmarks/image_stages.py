@@ -93,7 +93,7 @@ def vq16(folder: Path, rounds: int, images: int, batch_size: int) -> Figures:
     torch.manual_seed(0)
     settings = TokenizeConfig(image_size=256, views="center", batch_size=batch_size)
     index = ImageIndex.open(folder / "jpeg_index")
-    return throughput("VQ-16", VQModel(VQConfig()), index, folder / "jpegs", settings, rounds)
+    return throughput(VQModel(VQConfig()), index, folder / "jpegs", settings, rounds)
 
 
 def demo(folder: Path, rounds: int, images: int) -> Figures:
@@ -106,7 +106,7 @@ def demo(folder: Path, rounds: int, images: int) -> Figures:
     config = DatasetConfig(root=folder / "emoji")
     dataset(config, {"images": image_root(config)}, folder / "emoji_index", RuntimeConfig())
     index = ImageIndex.open(folder / "emoji_index")
-    return throughput("demo", VQModel(settings.tokenizer.model), index, folder / "emoji", settings.tokenize, rounds)
+    return throughput(VQModel(settings.tokenizer.model), index, folder / "emoji", settings.tokenize, rounds)
 
 
 def picture(seed: int) -> Image.Image:
@@ -221,9 +221,8 @@ def main() -> None:
         for row, value in rows.items():
             print(f"{column:16s} {row:40s} {value:12.2f}")
     for entry in gates:
-        print(
-            f"{'met' if entry['met'] else 'MISSED':7s} {entry['name']} {entry['value']:.3f} {entry['relation']} {entry['bound']}"
-        )
+        verdict = "met" if entry["met"] else "MISSED"
+        print(f"{verdict:7s} {entry['name']} {entry['value']:.3f} {entry['relation']} {entry['bound']}")
 
 
 if __name__ == "__main__":
