@@ -37,7 +37,7 @@ def external_digest(stage: Stage, section: Section, home: Path) -> str | None:
             return _remembered(root, _headers_digest, home / ".digests.json")
         return _listing_digest(root, home / ".listings.json")
     path: Path | None = getattr(section, stage.external)
-    if getattr(section, "source", None) == "train":  # a tokenizer that is trained reads no weights
+    if getattr(section, "source", None) == "train":  # what is trained reads no weights
         path = None
     if path is None:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,7 +64,9 @@ def write_index(
     schema = _SCHEMA.with_metadata({"num_train": str(num_train), "source": source})
 
     def write(file: IO[bytes]) -> None:
-        with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
+        with pq.ParquetWriter(
+            file, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+        ) as writer:
             for first in range(0, len(order), _ROW_GROUP):
                 rows = order[first : first + _ROW_GROUP]
                 writer.write_table(pa.Table.from_arrays(_columns(images, facts, rows), schema=schema))
@@ -115,7 +117,7 @@ class ImageIndex:
         """
         path = artifact / INDEX_FILE
         try:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 if not file.schema_arrow.equals(_SCHEMA):
                     raise ArtifactError(f"{path} has the columns {file.schema_arrow.names}, expected {_SCHEMA.names}")
                 columns = _read_columns(file)
@@ -127,6 +129,11 @@ class ImageIndex:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the digests of all files, in hex."""
+        return sha256(self.digests.data).hexdigest()
 
     @property
     def num_heldout(self) -> int:

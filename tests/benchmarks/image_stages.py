@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import subprocess
 import sys
@@ -21,12 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from report import report
 from timing import interleaved
 
 from conf.load import load_settings
 from conf.schema import DatasetConfig, RuntimeConfig, TokenizeConfig
 from models.config import VQConfig
 from models.vq import VQModel
+from pipeline.bench import Figures, Gate, gate
 from stages.dataset import dataset
 from stages.distributed import World
 from stages.images import pixels_to_float
@@ -41,13 +42,10 @@ BYTES_BOUND = 200.0
 FEW, FACTOR, CLASS_SIZE = 5000, 10, 1300  # more than what any block of work holds
 TINY = VQConfig(channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, z_channels=32, codebook_size=64)
 STAGES = ("dataset", "tokenize")
-Gate = dict[str, object]
-Figures = dict[str, float]
+Rows = dict[str, float]
 
 
-def throughput(
-    name: str, model: VQModel, index: ImageIndex, root: Path, config: TokenizeConfig, rounds: int
-) -> Figures:
+def throughput(model: VQModel, index: ImageIndex, root: Path, config: TokenizeConfig, rounds: int) -> Rows:
     """Images a second of tokenize and of its encoder alone."""
     cuda = torch.cuda.is_available()
     world = World(rank=0, size=1, device=torch.device("cuda" if cuda else "cpu"))
@@ -83,7 +81,7 @@ def throughput(
     }
 
 
-def vq16(folder: Path, rounds: int, images: int, batch_size: int) -> Figures:
+def vq16(folder: Path, rounds: int, images: int, batch_size: int) -> Rows:
     """VQ-16 at 256 px on JPEGs of 500 x 375."""
     (folder / "jpegs" / "class").mkdir(parents=True)
     for number in range(images):
@@ -96,7 +94,7 @@ def vq16(folder: Path, rounds: int, images: int, batch_size: int) -> Figures:
     return throughput(VQModel(VQConfig()), index, folder / "jpegs", settings, rounds)
 
 
-def demo(folder: Path, rounds: int, images: int) -> Figures:
+def demo(folder: Path, rounds: int, images: int) -> Rows:
     """The demo's tokenizer at 64 px on its emoji."""
     settings, _ = load_settings("demo")
     source = image_root(settings.dataset)
@@ -119,7 +117,7 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def bytes_per_image(folder: Path, stage: str) -> Figures:
+def bytes_per_image(folder: Path, stage: str) -> Rows:
     """How much the peak memory of a stage grows from FEW to FACTOR * FEW images."""
     # glibc adapts its thresholds to what was freed, and threads share arenas by chance: peaks would jump by megabytes.
     steady = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
@@ -170,7 +168,7 @@ def print_peak(stage: str, count: int, folder: Path) -> None:
     print(1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
 
 
-def memory(folder: Path) -> dict[str, Figures]:
+def memory(folder: Path) -> dict[str, Rows]:
     """Growth of both stages, by stage."""
     for count in (FEW, FACTOR * FEW):
         tiny_images(folder / f"{count}.tar", count)
@@ -179,16 +177,9 @@ def memory(folder: Path) -> dict[str, Figures]:
     return {stage: bytes_per_image(folder, stage) for stage in STAGES}
 
 
-def gate(name: str, value: float, relation: str, bound: float) -> Gate:
-    """A value beside its bound."""
-    met = value > bound if relation == ">" else value < bound
-    return {"name": name, "value": value, "relation": relation, "bound": bound, "met": met}
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Throughput and memory of the stages that read images.")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=12, help="images that VQ-16 sees; more on a GPU")
     parser.add_argument("--batch-size", type=int, default=4, help="of VQ-16; larger on a GPU")
@@ -199,7 +190,7 @@ def main() -> None:
     if options.peak:
         print_peak(options.peak, options.images, options.folder)
         return
-    figures: dict[str, Figures] = {}
+    figures: Figures = {}
     gates: list[Gate] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -214,15 +205,7 @@ def main() -> None:
             for stage, found in memory(folder).items():
                 figures[stage] = found
                 gates.append(gate(f"{stage}: bytes an added image", found["bytes an added image"], "<", BYTES_BOUND))
-    if options.json:
-        print(json.dumps({"gates": gates, "figures": figures}))
-        return
-    for column, rows in figures.items():
-        for row, value in rows.items():
-            print(f"{column:16s} {row:40s} {value:12.2f}")
-    for entry in gates:
-        verdict = "met" if entry["met"] else "MISSED"
-        print(f"{verdict:7s} {entry['name']} {entry['value']:.3f} {entry['relation']} {entry['bound']}")
+    report(gates, figures)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tarfile
 from pathlib import Path
@@ -122,6 +123,21 @@ def test_a_tar_is_known_by_the_headers_of_its_class_tars(tmp_path: Path, monkeyp
     assert of_tar(pack(tmp_path / "two.tar", "n01.tar", "n03.tar")) != first
     monkeypatch.setattr("pipeline.external.headers", None)  # a second look reads none
     assert of_tar(tmp_path / "one.tar") == first
+
+
+def test_an_imported_transformer_is_known_by_its_contents_and_a_trained_one_reads_none(tmp_path: Path) -> None:
+    weights = tmp_path / "c2i_B_256.pt"
+    rival = ["train.family=llamagen", f"train.checkpoint={weights}"]
+
+    def of_weights(*overrides: str) -> str | None:
+        settings, _ = load_settings(overrides=[*rival, *overrides])
+        return external_digest(STAGES["train"], settings.train, tmp_path)
+
+    assert of_weights() is None
+    with pytest.raises(InputError, match=r"train.checkpoint is .*c2i_B_256.pt, and there is no such file"):
+        of_weights("train.source=checkpoint")
+    weights.write_bytes(b"weights")
+    assert of_weights("train.source=checkpoint") == hashlib.sha256(b"weights").hexdigest()
 
 
 def test_a_missing_image_root_is_named(tmp_path: Path) -> None:

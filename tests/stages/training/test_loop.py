@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from conf.schema import TrainingConfig
 from stages.distributed import World
+from stages.errors import ArtifactError
 from stages.training.checkpoint import load_latest, save_checkpoint
 from stages.training.log import MetricLog
 from stages.training.loop import CHECKPOINTS, Training, train_model
@@ -57,6 +59,7 @@ def training(make_batch: Callable[[int], Any] = batch, **changes: Any) -> Traini
         model=model,
         objective=Regression(model),
         batch=make_batch,
+        data_state=lambda steps: {"seed": 5, "samples_seen": 16 * steps, "tokens": "t" * 64},
         validate=lambda: {"heldout_loss": 1.0},
         config=config,
         seed=5,
@@ -93,6 +96,16 @@ def test_an_interrupted_run_ends_with_the_same_weights_bit_for_bit(tmp_path: Pat
         assert torch.equal(expected, found)
     strip = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(tmp_path / "whole")]
     assert [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(tmp_path / "broken")] == strip
+
+
+def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
+    train_model(training(steps=20), tmp_path, WORLD)
+    for name, value, said in (("tokens", "s" * 64, "tokens t+, expected s+"), ("seed", 6, "seed 5, expected 6")):
+        other = training(steps=40)
+        state = other.data_state
+        other = replace(other, data_state=lambda steps, state=state, change={name: value}: state(steps) | change)
+        with pytest.raises(ArtifactError, match=f"were trained with {said}: they belong to other data"):
+            train_model(other, tmp_path, WORLD)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_try(tmp_path: Path) -> None:
@@ -177,6 +190,35 @@ def test_learning_rate_warms_up_then_follows_its_decay() -> None:
     assert learning_rate(99, cosine) < 0.001
     constant = TrainingConfig(steps=100, learning_rate=1e-4)
     assert {learning_rate(step, constant) for step in (0, 50, 99)} == {1e-4}
+
+
+def test_npps_learning_rate_begins_anew_in_each_level_and_falls_in_its_last_fifth() -> None:
+    config = TrainingConfig(steps=300, warmup_steps=1, learning_rate=1.0, decay="linear_tail")  # a step an epoch
+
+    def published(epoch: float, last: int) -> float:
+        """The factor as the paper's schedule has it, by epochs of a segment."""
+        return min(1.0, epoch, 1.0 - 0.9 * (epoch - 0.8 * last) / (0.2 * last))
+
+    for step in range(1, 300):
+        assert learning_rate(step, config, (150,)) == pytest.approx(published(step % 150 or 1, 150), abs=1e-9)
+    assert learning_rate(149, config, (150,)) == pytest.approx(0.13)
+    assert learning_rate(150, config, (150,)) == 1.0  # the warm-up's one step ends at the full rate
+    slow = TrainingConfig(steps=300, warmup_steps=10, learning_rate=1.0, decay="linear_tail")
+    for first in (0, 75, 150):
+        assert [learning_rate(first + n, slow, (75, 150)) for n in range(10)] == [(n + 1) / 10 for n in range(10)]
+
+
+def test_every_decay_begins_anew_where_it_is_told_to() -> None:
+    for decay in ("constant", "cosine", "linear_tail"):
+        config = TrainingConfig(steps=40, warmup_steps=3, decay=decay)
+        half = TrainingConfig(steps=20, warmup_steps=3, decay=decay)
+        expected = [learning_rate(step, half) for step in range(20)]
+        assert [learning_rate(step, config, (20,)) for step in range(40)] == expected * 2
+
+
+def test_a_tail_after_a_long_warmup_starts_where_the_warmup_ends() -> None:
+    config = TrainingConfig(steps=10, warmup_steps=9, learning_rate=1.0, decay="linear_tail")
+    assert [learning_rate(step, config) for step in (8, 9)] == [1.0, 1.0]
 
 
 def test_weight_decay_spares_norms_and_biases() -> None:
