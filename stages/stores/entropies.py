@@ -96,10 +96,6 @@ class EntropyStore:
         """Entropies (rows, T) of one view of the images of one unit: read-only, straight from the file."""
         return self._checked(self._entropy.block(unit, view))
 
-    def verify_deep(self) -> None:
-        """Read the whole store and check every checksum; see `BlockStore.verify`."""
-        self._store.verify()
-
     def _checked(self, entropy: NDArray[np.float32]) -> NDArray[np.float32]:
         if not np.isfinite(entropy).all():
             raise ArtifactError(f"{self.path} holds entropies that are no numbers: run the entropy_map stage again")

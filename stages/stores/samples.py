@@ -78,11 +78,7 @@ class SampleStore:
 
     def blocks(self) -> Iterator[NDArray[np.uint8]]:
         """All images in order, (rows, H, W, 3) at a time: read-only, straight from the files."""
-        yield from self._store.arrays["images"].chunks
-
-    def verify_deep(self) -> None:
-        """Read the whole store and check every checksum; see `BlockStore.verify`."""
-        self._store.verify()
+        yield from self._store.arrays["images"].blocks()
 
     def _whole(self, name: str) -> Array:
-        return np.concatenate(self._store.arrays[name].chunks)
+        return np.concatenate(list(self._store.arrays[name].blocks()))

@@ -63,7 +63,7 @@ class TokenStore:
         self.path = store.path
         self.facts = TokenFacts(**store.facts)
         self.digest = store.digest
-        self.labels: NDArray[np.uint16] = np.concatenate(store.arrays["labels"].chunks)
+        self.labels: NDArray[np.uint16] = np.concatenate(list(store.arrays["labels"].blocks()))
         self.num_images, self.num_views = self.facts.num_images, self.facts.num_views
         self.num_tokens, self.grid = self.facts.num_tokens, self.facts.grid
         self.num_train, self.num_classes = self.facts.num_train, self.facts.num_classes
@@ -102,10 +102,6 @@ class TokenStore:
     def num_units(self) -> int:
         """Row-blocks of the store."""
         return self._store.spec.num_units
-
-    def verify_deep(self) -> None:
-        """Read the whole store and check every checksum; see `BlockStore.verify`."""
-        self._store.verify()
 
     def _checked(self, tokens: NDArray[np.uint16]) -> NDArray[np.uint16]:
         if tokens.size and tokens.max() >= self.codebook_size:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,16 @@ class ArraySpec:
     per_view: bool = False
     """The second axis is the views, each in chunks of its own."""
 
+    @property
+    def num_views(self) -> int:
+        """Chunks of one unit: one a view."""
+        return self.shape[1] if self.per_view else 1
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row of one view."""
+        return self.shape[2:] if self.per_view else self.shape[1:]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSpec:
@@ -74,18 +85,18 @@ class StoreSpec:
 
     def chunk_shape(self, array: ArraySpec) -> tuple[int, ...]:
         """Shape of every chunk of an array, the last one included: Zarr pads it."""
-        rest = (1, *array.shape[2:]) if array.per_view else array.shape[1:]
-        return (self.chunk_rows, *rest)
+        return (self.chunk_rows, *((1,) if array.per_view else ()), *array.row_shape)
 
     def chunk_bytes(self, array: ArraySpec) -> int:
         """Size of every chunk file of an array."""
-        return int(np.prod(self.chunk_shape(array))) * np.dtype(array.dtype).itemsize + CRC_BYTES
+        return math.prod(self.chunk_shape(array)) * np.dtype(array.dtype).itemsize + CRC_BYTES
 
     def chunk_keys(self, array: ArraySpec, unit: int) -> list[str]:
         """Files of a unit's chunks below the store, one a view where the array has views."""
-        views = array.shape[1] if array.per_view else 1
-        zeros = "/0" * (len(array.shape) - (2 if array.per_view else 1))
-        return [f"{array.name}/c/{unit}" + (f"/{view}" if array.per_view else "") + zeros for view in range(views)]
+        zeros = "/0" * len(array.row_shape)
+        if not array.per_view:
+            return [f"{array.name}/c/{unit}{zeros}"]
+        return [f"{array.name}/c/{unit}/{view}{zeros}" for view in range(array.num_views)]
 
 
 class UnitWriter:
