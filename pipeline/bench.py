@@ -1,7 +1,8 @@
-"""Gates: numbers that a change must not spoil, read from finished artifacts or measured on fresh processes."""
+"""Gates: numbers that a change must not spoil, read from finished artifacts or measured in fresh processes."""
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
-from stages.errors import ArtifactError
+from stages.errors import ArtifactError, InputError
 
 STATUS_BOUND_S = 1.0
 CACHED_RUN_BOUND_S = 10.0
@@ -22,7 +24,11 @@ BELOW_EACH_OTHER = (
     ("train_heldout_loss", "train_unigram_loss"),
     *pairwise(LADDER),
 )
+SCRIPTS_FOLDER = Path(__file__).parents[1] / "tests" / "benchmarks"
+SCRIPTS = {"train-step": "train_step.py"}
+NAMES = ("demo", "cli", *SCRIPTS)
 Relation = Literal["<", ">"]
+Figures = dict[str, dict[str, float]]  # by column and row of a table
 BOUNDS: tuple[tuple[str, Relation, float], ...] = (
     ("ratio_to_marginals", "<", 0.8),
     ("ratio_to_random", "<", 0.7),
@@ -53,8 +59,8 @@ def demo_gates(metrics: Mapping[str, float]) -> list[Gate]:
     if missing:
         raise ArtifactError(f"evaluate has no {', '.join(missing)}: make it again, `dpar run --force evaluate`")
     return [
-        *(_gate(f"{low} < {high}", metrics[low], "<", metrics[high]) for low, high in BELOW_EACH_OTHER),
-        *(_gate(f"{name} {relation} {bound}", metrics[name], relation, bound) for name, relation, bound in BOUNDS),
+        *(gate(f"{low} < {high}", metrics[low], "<", metrics[high]) for low, high in BELOW_EACH_OTHER),
+        *(gate(f"{name} {relation} {bound}", metrics[name], relation, bound) for name, relation, bound in BOUNDS),
     ]
 
 
@@ -66,9 +72,26 @@ def cli_gates(overrides: Sequence[str] = ()) -> list[Gate]:
     """
     shared = ["--preset", "demo", *(word for override in overrides for word in ("--set", override))]
     return [
-        _gate("dpar status, s", _median_seconds(["status", *shared], REPEATS), "<", STATUS_BOUND_S),
-        _gate("dpar run, all cached, s", _median_seconds(["run", *shared], REPEATS), "<", CACHED_RUN_BOUND_S),
+        gate("dpar status, s", _median_seconds(["status", *shared], REPEATS), "<", STATUS_BOUND_S),
+        gate("dpar run, all cached, s", _median_seconds(["run", *shared], REPEATS), "<", CACHED_RUN_BOUND_S),
     ]
+
+
+def run_script(name: str) -> tuple[list[Gate], Figures]:
+    """Run one of SCRIPTS, minutes long, and return its gates and what else it measured.
+
+    Raises:
+        InputError: dpar is installed without its source tree, where the scripts are.
+        ArtifactError: The script failed.
+    """
+    path = SCRIPTS_FOLDER / SCRIPTS[name]
+    if not path.is_file():
+        raise InputError(f"{path} is not there, expected the source tree of dpar: run this benchmark from a clone")
+    done = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise ArtifactError(f"benchmark {name} ended with {done.returncode}: what it said is above")
+    said = json.loads(done.stdout)
+    return [Gate(**gate) for gate in said["gates"]], said["figures"]
 
 
 def _median_seconds(arguments: Sequence[str], repeats: int) -> float:
@@ -85,6 +108,6 @@ def _median_seconds(arguments: Sequence[str], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def _gate(name: str, value: float, relation: Relation, bound: float) -> Gate:
-    """A NaN meets nothing."""
+def gate(name: str, value: float, relation: Relation, bound: float) -> Gate:
+    """Hold a value against its bound; a NaN meets nothing."""
     return Gate(name=name, value=value, bound=bound, met=value < bound if relation == "<" else value > bound)

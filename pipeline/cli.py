@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
 
 from conf.load import describe, names
 from conf.schema import RuntimeConfig
-from pipeline import bench as gates
 from pipeline import display
+from pipeline.cli_measure import app as measure_app
 from pipeline.cli_upkeep import app as upkeep_app
 from pipeline.failures import describe_failure
 from pipeline.graph import STAGES
@@ -33,12 +31,12 @@ from pipeline.options import (
     StageName,
     Until,
     load,
+    show_json,
 )
-from pipeline.plan import StageStatus, explain, plan
-from pipeline.report import collect, read_metrics
+from pipeline.plan import StageStatus, cached_paths, explain, plan
+from pipeline.report import collect
 from pipeline.runner import run_stage
 from pipeline.selection import asked_for, known_stage, select
-from stages.errors import InputError
 
 logger = logging.getLogger("pipeline")
 INTERRUPTED = 130
@@ -48,6 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From a folder of images to a trained, sampled and scored DPAR model. What is unchanged is not made again.",
 )
+app.add_typer(measure_app)
 app.add_typer(upkeep_app)
 
 
@@ -135,7 +134,7 @@ def why(
     """Show every change that makes a stage run again."""
     changes = explain(STAGES[known_stage(name)], *load(preset, ablation, overrides))
     if as_json:
-        _show_json({"stage": name, "changes": changes})
+        show_json({"stage": name, "changes": changes})
     else:
         typer.echo("\n".join(changes) if changes else f"{name} is cached: nothing has changed")
 
@@ -146,7 +145,7 @@ def config(*, preset: Preset = None, ablation: Ablation = None, overrides: Overr
     settings, runtime = load(preset, ablation, overrides)
     tree = {**settings.model_dump(mode="json"), "runtime": runtime.model_dump(mode="json")}
     if as_json:
-        _show_json(tree)
+        show_json(tree)
     else:
         typer.echo(yaml.safe_dump(tree, sort_keys=False), nl=False)
 
@@ -156,43 +155,11 @@ def presets(as_json: AsJson = False) -> None:
     """List presets and ablations, and what each is for."""
     found = {kind: {name: describe(kind, name) for name in names(kind)} for kind in ("preset", "ablation")}
     if as_json:
-        _show_json(found)
+        show_json(found)
         return
     for kind, described in found.items():
         for name, purpose in described.items():
             typer.echo(f"--{kind} {name:<18} {purpose}")
-
-
-@app.command()
-def bench(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="demo: what its models learned; cli: how long one waits.")
-    ],
-    *,
-    overrides: Overrides,
-    as_json: AsJson = False,
-) -> None:
-    """Hold numbers of the demo against their bounds.
-
-    Exit code 1 when one is missed.
-    """
-    if name not in ("demo", "cli"):
-        raise InputError(f"benchmark is {name!r}, expected demo or cli")
-    statuses = plan(*load("demo", overrides=overrides))
-    missing = [status.stage for status in statuses if status.state != "cached"]
-    if missing:
-        raise InputError(f"not cached: {', '.join(missing)}: make them with `dpar run --preset demo`")
-    measured = (
-        gates.cli_gates(overrides)
-        if name == "cli"
-        else gates.demo_gates(read_metrics(_artifacts(statuses)["evaluate"]))
-    )
-    if as_json:
-        _show_json({"gates": [asdict(gate) for gate in measured]})
-    else:
-        display.make_console().print(display.gate_table(measured))
-    if not all(gate.met for gate in measured):
-        raise typer.Exit(1)
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -215,28 +182,20 @@ def main() -> None:
     sys.exit(run_command(sys.argv[1:]))
 
 
-def _artifacts(statuses: Iterable[StageStatus]) -> dict[str, Path]:
-    return {status.stage: status.path for status in statuses if status.state == "cached" and status.path is not None}
-
-
 def _show_statuses(statuses: Sequence[StageStatus], as_json: bool) -> None:
     if as_json:
-        _show_json({"stages": [asdict(status) for status in statuses]})
+        show_json({"stages": [asdict(status) for status in statuses]})
     else:
         display.make_console().print(display.status_table(statuses))
 
 
 def _show_report(statuses: Sequence[StageStatus], runtime: RuntimeConfig, as_json: bool) -> None:
-    report = collect(_artifacts(statuses))
+    report = collect(cached_paths(statuses))
     if as_json:
         scores = {score.name: score.value for score in (*report.ladder, *report.scores)}
-        _show_json({"stages": [asdict(status) for status in statuses], "scores": scores})
+        show_json({"stages": [asdict(status) for status in statuses], "scores": scores})
     else:
         display.print_report(display.make_console(), report, runtime.home)
-
-
-def _show_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -13,7 +13,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from pipeline.bench import Gate
 from pipeline.plan import StageStatus
 from pipeline.report import Report, Score
 from pipeline.runner import Observer, StageResult
@@ -182,7 +181,7 @@ def size(count: int) -> str:
 
 def status_table(statuses: Iterable[StageStatus]) -> Table:
     """Stages with their state, why, and key."""
-    table = _table("stage", "state", "key", "why")
+    table = plain_table("stage", "state", "key", "why")
     for status in statuses:
         table.add_row(
             status.stage, Text(status.state, style=STYLES[status.state]), short_key(status.key), status.reason
@@ -190,19 +189,10 @@ def status_table(statuses: Iterable[StageStatus]) -> Table:
     return table
 
 
-def gate_table(gates: Iterable[Gate]) -> Table:
-    """Gates with their value and bound."""
-    table = _table("gate", "value", "bound", "")
-    for gate in gates:
-        verdict = Text("met", style="green") if gate.met else Text("MISSED", style="bold red")
-        table.add_row(gate.name, number(gate.value), number(gate.bound), verdict)
-    return table
-
-
 def score_table(scores: Iterable[Score]) -> Table:
     """Scores with a few words on how to read each."""
     scores = list(scores)
-    table = _table("score", "value", "meaning" if any(score.meaning for score in scores) else "")
+    table = plain_table("score", "value", "meaning" if any(score.meaning for score in scores) else "")
     for score in scores:
         table.add_row(score.name, number(score.value), Text(score.meaning, style="dim"))
     return table
@@ -227,8 +217,9 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str, numbers: Collection[str] = ("value", "bound")) -> Table:
+    """A table without lines; columns of `numbers` stand to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        table.add_column(column, justify="right" if column in ("value", "bound") else "left", overflow="fold")
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     return table

@@ -30,7 +30,7 @@ def external_digest(stage: Stage, section: Section, home: Path) -> str | None:
     if stage.external == "images":
         return _listing_digest(image_root(section), home / ".listings.json")  # type: ignore[arg-type]
     path: Path | None = getattr(section, stage.external)
-    if getattr(section, "source", None) == "train":  # a tokenizer that is trained reads no weights
+    if getattr(section, "source", None) == "train":  # what is trained reads no weights
         path = None
     return None if path is None else _file_digest(path, f"{stage.name}.{stage.external}", home / ".digests.json")
 

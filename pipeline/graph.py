@@ -64,7 +64,9 @@ STAGES: dict[str, Stage] = {
             spmd=False,
             packages=(),
         ),
-        Stage(name="train", inputs=("tokenize", "patch_index"), summary="class-conditional model"),
+        Stage(
+            name="train", inputs=("tokenize", "patch_index"), summary="class-conditional model", external="checkpoint"
+        ),
         Stage(
             name="sample",
             inputs=("dataset", "tokenizer", "tokenize", "entropy_model", "entropy_map", "patch_index", "train"),

@@ -1,10 +1,11 @@
-"""Options that several commands of `dpar` share, and the settings they come to."""
+"""Options that several commands of `dpar` share, the settings they come to, and answers in JSON."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,13 +17,21 @@ Preset = Annotated[str | None, typer.Option(metavar="NAME", help="Settings to st
 Ablation = Annotated[str | None, typer.Option(metavar="NAME", help="Change to the preset; see `dpar presets`.")]
 Overrides = Annotated[
     list[str],
-    typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="One setting; can be given again.", default_factory=list),
+    typer.Option(
+        "--set",
+        metavar="STAGE.FIELD=VALUE",
+        help="One setting; can be given again.",
+        default_factory=list,
+        show_default=False,
+    ),
 ]
 From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Start here; what it reads must be cached.")]
 Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
 ForcedStages = Annotated[
     list[str],
-    typer.Option("--force", metavar="STAGE", help="Make it again; can be given again.", default_factory=list),
+    typer.Option(
+        "--force", metavar="STAGE", help="Make it again; can be given again.", default_factory=list, show_default=False
+    ),
 ]
 Forced = Annotated[bool, typer.Option("--force", help="Make it again though it is cached.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be made, and why.")]
@@ -38,3 +47,8 @@ def load(
     if runtime.log_level == "debug":
         logging.getLogger("pipeline").setLevel(logging.DEBUG)
     return settings, runtime
+
+
+def show_json(value: Any) -> None:
+    """Print a command's answer."""
+    typer.echo(json.dumps(value, indent=2, default=str))

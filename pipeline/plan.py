@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,6 +48,11 @@ def plan(settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) ->
         if manifest is not None:
             digests[stage.name] = manifest.digest
     return statuses
+
+
+def cached_paths(statuses: Iterable[StageStatus]) -> dict[str, Path]:
+    """Artifacts of the stages that are cached."""
+    return {status.stage: status.path for status in statuses if status.state == "cached" and status.path is not None}
 
 
 def current_parts(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) -> Parts | None:

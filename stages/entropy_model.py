@@ -16,6 +16,7 @@ from models.gpt import GPT
 from stages.distributed import process_group
 from stages.job import Inputs, main
 from stages.stores.tokens import TokenStore
+from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
 from stages.training.loop import Training, train_model
 from stages.training.stream import SampleStream
@@ -38,6 +39,8 @@ def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runt
             )
         )
         objective = GPTObjective(model)
+        if runtime.compile:
+            compile_blocks(model)
         stream = SampleStream(data.store.num_train, config.training.global_batch_size, config.seed)
         run = Training(
             model=model,

@@ -1,4 +1,4 @@
-"""Weights made elsewhere: VQ tokenizers of LlamaGen, and the VGG16 of LPIPS.
+"""Weights made elsewhere: LlamaGen's VQ tokenizers and transformers, and the VGG16 of LPIPS.
 
 Nothing here executes what a file holds: safetensors, `torch.load(weights_only=True)`, and for the LPIPS weights an
 unpickler that knows arrays of numbers and nothing else.
@@ -18,12 +18,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.config import VQConfig
+from conf.schema import gpt_size_name
+from models.config import GPTConfig, VQConfig
+from models.gpt import GPT
 from models.lpips import LPIPS
 from models.vq import VQModel
 from stages.errors import InputError
+from stages.weights import misfit
 
 _LPIPS_VGG16_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
+_CONTAINERS = ("model", "module", "state_dict")
 
 
 def read_vq_checkpoint(path: Path | None, config: VQConfig) -> VQModel:
@@ -40,19 +44,52 @@ def read_vq_checkpoint(path: Path | None, config: VQConfig) -> VQModel:
     state = _read_state(path)
     model = VQModel(config)
     state.setdefault("quantize.codebook_used", model.quantize.codebook_used)
-    wanted = model.state_dict()
-    problems = [f"{name} is missing" for name in wanted if name not in state]
-    problems += [f"{name} is not part of a VQ tokenizer" for name in state if name not in wanted]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, tokenizer.model makes it {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputError(f"{path} does not fit tokenizer.model: {problems[0]}{more}; set tokenizer.model to its sizes")
+    if problem := misfit(state, model.state_dict()):
+        raise InputError(f"{path} does not fit tokenizer.model: {problem}; set tokenizer.model to its sizes")
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return model
+
+
+def read_gpt_checkpoint(path: Path, config: GPTConfig) -> GPT:
+    """Import LlamaGen's class-conditional weights, of any float type, as released for any image size.
+
+    The number of tokens is not in the weights: rotary positions are made anew. Nor is the number of heads.
+
+    Raises:
+        InputError: The file is missing or unreadable, or its tensors are not those of `config`.
+    """
+    if not path.is_file():
+        raise InputError(f"train.checkpoint is {path}, expected a file: give LlamaGen's weights, e.g. c2i_B_256.pt")
+    state = _read_state(path)
+    state.pop("freqs_cis", None)  # old files hold the rotary table
+    with torch.device("meta"):
+        model = GPT(config)
+    if problem := _other_gpt(state, config) or misfit(state, model.state_dict()):
+        raise InputError(f"{path} does not fit train.model and these tokens: {problem}")
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return model
+
+
+def _other_gpt(state: dict[str, Tensor], config: GPTConfig) -> str | None:
+    """What the weights are of, where that says more than the first tensor that differs."""
+    for prefix, kind in (("local_encoder.", "a DPAR model"), ("quantize.", "a VQ tokenizer")):
+        if any(name.startswith(prefix) for name in state):
+            return f"it holds {kind}, expected LlamaGen's transformer"
+    tokens, classes = (state.get(f"{name}.weight") for name in ("tok_embeddings", "cls_embedding.embedding_table"))
+    if tokens is None or tokens.ndim != 2:
+        return None
+    if classes is None:
+        return "it has no class embedding, expected the class-conditional transformer (c2i)"
+    layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+    if (tokens.shape[1], layers) != (config.dim, config.num_layers):
+        return (
+            f"it is {tokens.shape[1]} wide with {layers} layers, expected {config.dim} wide with {config.num_layers} "
+            f"layers: set train.model to {gpt_size_name(tokens.shape[1], layers) or 'that size'}"
+        )
+    found, wanted = (len(tokens), len(classes) - 1), (config.codebook_size, config.num_classes)
+    if found != wanted:
+        return f"it has {found[0]} codes and {found[1]} classes, expected the tokens' {wanted[0]} and {wanted[1]}"
+    return None
 
 
 def read_lpips(path: Path | None) -> LPIPS:
@@ -106,7 +143,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             container = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged bytes torch.load raises almost anything
         raise InputError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:200]}") from error
-    state = container.get("model", container) if isinstance(container, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise InputError(f"{path} holds no weights, expected tensors by name, or such under 'model'")
+    state = container if isinstance(container, dict) else {}
+    # Trained under DDP, DeepSpeed, or by others; FSDP's files are the tensors themselves.
+    state = next((state[name] for name in _CONTAINERS if name in state), state)
+    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"{path} holds no weights, expected tensors by name, or such under {' or '.join(_CONTAINERS)}")
     return dict(state)

@@ -1,50 +1,48 @@
 """Stage `tokenizer`: import the VQ weights, or train them on the images.
 
-Training minimises squared error, the codebook and commitment terms of VQ-VAE with a straight-through gradient, and
-LPIPS. Source: LlamaGen (arXiv 2406.06525), section 2.1.
+Training minimises squared error, the codebook and commitment terms of VQ-VAE with a straight-through gradient, LPIPS,
+and from a given step on what a discriminator says. Source: LlamaGen (arXiv 2406.06525), section 2.1.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from PIL import Image
-from torch import Tensor, nn
 
 from conf.schema import RuntimeConfig, TokenizerConfig
-from models.lpips import LPIPS
+from models.discriminator import PatchDiscriminator
 from models.vq import VQModel
-from stages.artifact import write_json
+from stages.artifact import file_sha256, write_json
 from stages.distributed import World, process_group
 from stages.foreign_weights import read_lpips, read_vq_checkpoint
-from stages.images import Pixels, center_crop, decode, float_to_pixels, pixels_to_float, random_crop
+from stages.images import float_to_pixels, pixels_to_float
 from stages.job import Inputs, main
 from stages.stores.files import ImageIndex
+from stages.training.images import ImageBatch, ImageFiles, VQObjective
 from stages.training.loop import Training, train_model
 from stages.training.stream import SampleStream
 from stages.weights import save_vq
 
 logger = logging.getLogger(__name__)
 _VALIDATION_IMAGES = 512
+SOURCE_FILE = "source.json"
 
 
 def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `vq.safetensors`, its config and its reconstruction scores on held-out images."""
+    """Write `vq.safetensors`, its config and its reconstruction scores on held-out images.
+
+    Of imported weights, `source.json` holds the SHA-256 of the file that they came from.
+    """
     with process_group(runtime) as world:
         images = ImageFiles(ImageIndex.open(inputs["dataset"]), inputs["images"], config.image_size)
         if config.source == "checkpoint":
             model = read_vq_checkpoint(config.checkpoint, config.model).to(world.device).eval()
             metrics = reconstruction_scores(model, images, world)
+            if world.is_main and config.checkpoint is not None:
+                write_json(output / SOURCE_FILE, _source(config.checkpoint))
         else:
             model, metrics = _train(config, images, output, runtime, world)
         if world.is_main:
@@ -52,62 +50,11 @@ def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: Ru
             write_json(output / "metrics.json", metrics)
 
 
-class VQObjective(nn.Module):
-    """Loss of a batch of images in [-1, 1]."""
-
-    def __init__(self, model: VQModel, lpips: LPIPS | None, config: TokenizerConfig) -> None:
-        super().__init__()
-        self.model, self.lpips, self.config = model, lpips, config
-
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total loss and its parts."""
-        pixels = pixels.to(next(self.model.parameters()).device)
-        reconstruction, quantized = self.model(pixels)
-        squared = F.mse_loss(reconstruction.float(), pixels)
-        loss = squared + quantized.codebook_loss + self.config.commitment_weight * quantized.commitment_loss
-        used = torch.bincount(quantized.tokens.flatten(), minlength=self.config.model.codebook_size) > 0
-        parts = {
-            "squared_error": squared.detach(),
-            "commitment_loss": quantized.commitment_loss.detach(),
-            "codebook_usage": used.float().mean(),
-        }
-        if self.lpips is not None:
-            distance = self.lpips(reconstruction, pixels).mean()
-            loss = loss + self.config.lpips_weight * distance
-            parts["lpips"] = distance.detach()
-        return loss, parts
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """The images of an index, as pixels. Decoding is spread over threads: Pillow lets go of the interpreter lock."""
-
-    index: ImageIndex
-    root: Path
-    size: int
-
-    def training_batch(self, stream: SampleStream, step: int, world: World) -> Float[Tensor, "B 3 H W"]:
-        """Random crops and mirror images of this process's share of a step."""
-        images, epochs = stream.rank_slice(step, world)
-
-        def crop(image: np.int64, epoch: np.int64) -> Pixels:
-            generator = np.random.default_rng([stream.seed, int(epoch), int(image)])
-            return random_crop(self._decode(image), self.size, generator)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return pixels_to_float(np.stack(list(pool.map(crop, images, epochs))))
-
-    def center_batches(self, rows: npt.NDArray[np.int64], batch_size: int) -> Iterator[Pixels]:
-        """Center crops of the given rows, (B, H, W, 3) uint8."""
-        for first in range(0, len(rows), batch_size):
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                yield np.stack(list(pool.map(self._center, rows[first : first + batch_size])))
-
-    def _center(self, image: np.int64) -> Pixels:
-        return center_crop(self._decode(image), self.size)
-
-    def _decode(self, image: np.int64) -> Image.Image:
-        return decode(self.index.read(self.root, int(image)))
+def _source(checkpoint: Path) -> dict[str, str | int]:
+    """What tells one file of weights from another; its name does not."""
+    source: dict[str, str | int] = {"sha256": file_sha256(checkpoint), "bytes": checkpoint.stat().st_size}
+    logger.info("imported %s, sha256 %s", checkpoint, source["sha256"])
+    return source
 
 
 def reconstruction_scores(model: VQModel, images: ImageFiles, world: World) -> dict[str, float]:
@@ -137,15 +84,22 @@ def _train(
 ) -> tuple[VQModel, dict[str, float]]:
     torch.manual_seed(config.seed)
     model = VQModel(config.model)
+    discriminator = PatchDiscriminator() if config.adversarial else None
+    logger.info("training %s a discriminator", "without" if discriminator is None else "with")
     lpips = read_lpips(runtime.lpips_weights) if config.lpips_weight > 0 else None
     stream = SampleStream(images.index.num_train, config.training.global_batch_size, config.seed)
+
+    def batch(step: int) -> ImageBatch:
+        return ImageBatch(images.training_pixels(stream, step, world), step >= config.adversarial_start)
+
     run = Training(
         model=model,
-        objective=VQObjective(model, lpips, config),
-        batch=lambda step: images.training_batch(stream, step, world),
+        objective=VQObjective(model, lpips, discriminator, config),
+        batch=batch,
         validate=lambda: reconstruction_scores(model, images, world),
         config=config.training,
         seed=config.seed,
+        adversary=discriminator,
     )
     metrics = train_model(run, output, world)
     return model.eval(), metrics

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from models.config import DPARConfig, GPTConfig, VQConfig
 from models.dpar import DPAR
@@ -38,29 +39,57 @@ def load_vq(artifact: Path, device: torch.device | str = "cpu") -> VQModel:
 
 
 def save_model(artifact: Path, family: str, model: nn.Module, config: GPTConfig | DPARConfig) -> None:
-    """Write a trained model's weights (float32) and config; `family` is "gpt", "llamagen" or "dpar"."""
+    """Write a trained model's weights (float32) and config.
+
+    `family` is that of stage `train`, or "gpt" for the unconditional entropy model.
+    """
     _save(artifact / MODEL_FILE, model)
     write_json(artifact / CONFIG_FILE, {"family": family, "config": asdict(config)})
 
 
 def load_model(artifact: Path, device: torch.device | str = "cpu") -> GPT | DPAR:
-    """The class-conditional model of a finished `train` artifact, in evaluation mode."""
-    saved = read_json(artifact / CONFIG_FILE)
-    if saved["family"] != "dpar":
-        return load_gpt(artifact, device)
-    return _fill(DPAR(DPARConfig(**saved["config"])), artifact / MODEL_FILE).to(device).eval()
-
-
-def load_gpt(artifact: Path, device: torch.device | str = "cpu") -> GPT:
-    """A GPT, e.g. the entropy model of a finished `entropy_model` artifact, in evaluation mode.
+    """The class-conditional model of a finished `train` artifact, in evaluation mode.
 
     Raises:
         ArtifactError: It holds another kind of model, or is damaged.
     """
+    family, config = _saved_config(artifact, "dpar", "llamagen", "npp")
+    model = DPAR(DPARConfig(**config)) if family == "dpar" else GPT(GPTConfig(**config))
+    return _fill(model, artifact / MODEL_FILE).to(device).eval()
+
+
+def load_gpt(artifact: Path, device: torch.device | str = "cpu") -> GPT:
+    """The entropy model of a finished `entropy_model` artifact, in evaluation mode.
+
+    Raises:
+        ArtifactError: It holds another kind of model, or is damaged.
+    """
+    _, config = _saved_config(artifact, "gpt")
+    return _fill(GPT(GPTConfig(**config)), artifact / MODEL_FILE).to(device).eval()
+
+
+def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+    """The first difference between the names and shapes of two sets of weights, and how many more there are."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not part of it" for name in found if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return problems[0] + more if problems else None
+
+
+def _saved_config(artifact: Path, *families: str) -> tuple[str, dict[str, Any]]:
+    """Family and config of a model's artifact, if it is of one of `families`."""
     saved = read_json(artifact / CONFIG_FILE)
-    if saved["family"] not in {"gpt", "llamagen"}:
-        raise ArtifactError(f"{artifact} holds a model of family {saved['family']}, expected a GPT")
-    return _fill(GPT(GPTConfig(**saved["config"])), artifact / MODEL_FILE).to(device).eval()
+    if saved["family"] not in families:
+        raise ArtifactError(
+            f"{artifact} holds a model of family {saved['family']}, expected {' or '.join(families)}: "
+            "it is the artifact of another stage"
+        )
+    return saved["family"], saved["config"]
 
 
 def _save(path: Path, model: nn.Module) -> None:
@@ -72,7 +101,10 @@ def _save(path: Path, model: nn.Module) -> None:
 
 def _fill(model: Module, path: Path) -> Module:
     try:
-        model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ArtifactError(f"{path} is damaged or of another model: {' '.join(str(error).split())[:200]}") from error
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    if problem := misfit(state, model.state_dict()):
+        raise ArtifactError(f"{path} is not of the model that {CONFIG_FILE} beside it describes: {problem}")
+    model.load_state_dict(state)
     return model

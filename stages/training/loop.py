@@ -1,7 +1,11 @@
 """The training loop of every model: forward, backward, step, log, checkpoint.
 
-Randomness of step s on rank r is seeded from (seed, s, r), so weights, optimiser and step number are the whole state: a
-run that was killed goes on from its last checkpoint to the same weights, bit for bit on CPU.
+Randomness of step s on rank r is seeded from (seed, s, r), so weights, optimisers and step number are the whole state:
+a run that was killed goes on from its last checkpoint to the same weights, bit for bit on CPU.
+
+An adversary learns in the same step as the model. Its objective adds both losses, each cut off from the other's
+weights, so that one backward pass gives both gradients, and then both optimisers take their step. As long as the
+adversary judges what the model made before its step, this equals training them in turn, as GANs usually are.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ from stages.memory import return_free_memory
 from stages.progress import Progress
 from stages.training.checkpoint import load_latest, save_checkpoint
 from stages.training.log import MetricLog
-from stages.training.optim import learning_rate, make_optimizer
+from stages.training.optim import learning_rate
+from stages.training.state import TrainingState
 from stages.training.stream import prefetch
 
 logger = logging.getLogger(__name__)
@@ -40,11 +45,14 @@ class Training(Generic[Batch]):
 
     Attributes:
         model: The weights that are trained and kept.
-        objective: Module around `model`: `objective(batch)` gives the loss and named scalars to log.
+        objective: Module around all that is trained: `objective(batch)` gives the loss and named scalars to log.
         batch: This process's batch of a step, made ahead in a thread.
         validate: Held-out metrics, computed at every checkpoint.
         config: Steps, batch, optimiser.
         seed: Of dropout and everything else random in the forward pass.
+        restarts: Steps at which the learning rate's schedule begins anew.
+        adversary: Weights in `objective` that are trained against `model`, with an optimiser and a gradient norm of
+            their own. Each needs a gradient in every step, a zero one if need be. They are in checkpoints only.
     """
 
     model: nn.Module
@@ -53,20 +61,25 @@ class Training(Generic[Batch]):
     validate: Callable[[], dict[str, float]]
     config: TrainingConfig
     seed: int
+    restarts: tuple[int, ...] = ()
+    adversary: nn.Module | None = None
 
 
 def train_model(run: Training[Any], output: Path, world: World) -> dict[str, float]:
-    """Train to the last step, from the last checkpoint if there is one, and return the final held-out metrics."""
+    """Train to the last step, from the last checkpoint if there is one, and return the final held-out metrics.
+
+    With an `ema_decay`, held-out metrics are of the averaged weights, and `run.model` holds these in the end.
+    """
     run.objective.to(world.device)
-    optimizer = make_optimizer(run.model, run.config)
-    first = _resume(run, optimizer, output, world)
+    state = TrainingState(run.model, run.adversary, run.config)
+    first = _resume(state, output, world)
     objective = DistributedDataParallel(run.objective) if world.size > 1 else run.objective
     log = MetricLog(output, first, enabled=world.is_main)
     progress = Progress(output, "steps", run.config.steps, done=first, enabled=world.is_main)
     since = time.perf_counter()
     run.objective.train()
     for step, batch in prefetch(run.batch, range(first, run.config.steps)):
-        metrics = train_step(run, objective, optimizer, batch, step, world)
+        metrics = train_step(run, objective, state, batch, step, world)
         done = step + 1
         if done % run.config.log_every == 0 or done == run.config.steps:
             numbers = _mean_over_ranks(metrics, world)
@@ -77,54 +90,48 @@ def train_model(run: Training[Any], output: Path, world: World) -> dict[str, flo
             return_free_memory()
             progress.update(done, f"loss {numbers['loss']:.4f}")
         if done % run.config.checkpoint_every == 0 and done < run.config.steps:
-            log.write(done, _validate(run))
-            _save(run, optimizer, output, done, world)
-    return _finish(run, optimizer, output, log, world)
+            with state.averaged():
+                log.write(done, _validate(run))
+            _save(state, output, done, run.config.steps, world)
+    return _finish(run, state, output, log, world)
 
 
 def train_step(
-    run: Training[Any], objective: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, step: int, world: World
+    run: Training[Any], objective: nn.Module, state: TrainingState, batch: Any, step: int, world: World
 ) -> dict[str, Tensor]:
-    """One optimiser step. The named scalars stay on the device: reading them would make the host wait."""
+    """One step of every optimiser. The named scalars stay on the device: reading them would make the host wait."""
     torch.manual_seed(_stream_seed(run.seed, step, world.rank))
-    rate = learning_rate(step, run.config)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     bfloat16 = run.config.precision == "bfloat16"
     with torch.autocast(world.device.type, torch.bfloat16, enabled=bfloat16):
         loss, metrics = objective(batch)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip)
-    optimizer.step()
-    return {"loss": loss.detach(), "grad_norm": norm, "learning_rate": torch.tensor(rate), **metrics}
+    rate = learning_rate(step, run.config, run.restarts)
+    norms = state.step(loss, rate)
+    return {"loss": loss.detach(), **norms, "learning_rate": torch.tensor(rate), **metrics}
 
 
-def _resume(run: Training[Any], optimizer: torch.optim.Optimizer, output: Path, world: World) -> int:
+def _resume(state: TrainingState, output: Path, world: World) -> int:
     """Load the newest checkpoint; the number of steps done."""
-    state = load_latest(output / CHECKPOINTS, world.device)
-    if state is None:
+    saved = load_latest(output / CHECKPOINTS, world.device)
+    if saved is None:
         return 0
-    run.model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    logger.info("going on from step %d", state["step"])
-    return int(state["step"])
+    state.load_state_dict(saved)
+    logger.info("going on from step %d", saved["step"])
+    return int(saved["step"])
 
 
-def _save(run: Training[Any], optimizer: torch.optim.Optimizer, output: Path, done: int, world: World) -> None:
+def _save(state: TrainingState, output: Path, done: int, last: int, world: World) -> None:
     if world.is_main:
-        state = {"model": run.model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
         # The last one is kept with the artifact as its training state; before that, one spare.
-        save_checkpoint(output / CHECKPOINTS, done, state, keep=1 if done == run.config.steps else 2)
+        save_checkpoint(output / CHECKPOINTS, done, state.state_dict() | {"step": done}, keep=1 if done == last else 2)
     barrier()
 
 
-def _finish(
-    run: Training[Any], optimizer: torch.optim.Optimizer, output: Path, log: MetricLog, world: World
-) -> dict[str, float]:
-    final = _validate(run)
+def _finish(run: Training[Any], state: TrainingState, output: Path, log: MetricLog, world: World) -> dict[str, float]:
+    with state.averaged():
+        final = _validate(run)
     log.write(run.config.steps, final)
-    _save(run, optimizer, output, run.config.steps, world)
+    _save(state, output, run.config.steps, run.config.steps, world)
+    state.keep_average()
     return final
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -20,11 +21,21 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Learning rate of optimiser step `step`, counted from 0: linear warm-up, then constant or a cosine to zero."""
+def learning_rate(step: int, config: TrainingConfig, restarts: Sequence[int] = ()) -> float:
+    """Learning rate of optimiser step `step`, counted from 0: linear warm-up, then `config.decay`.
+
+    Constant, a cosine to zero, or NPP's linear tail: constant, and over the last fifth down to a tenth. All of it
+    begins anew at each step in `restarts`.
+    """
+    first = max((start for start in restarts if start <= step), default=0)
+    steps = min((start for start in restarts if start > step), default=config.steps) - first
+    step -= first
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.decay == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.decay == "cosine":
+        progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.decay == "linear_tail":
+        tail = max(config.warmup_steps, 0.8 * steps)
+        return config.learning_rate * (1 - 0.9 * max(0.0, step - tail) / (steps - tail))
+    return config.learning_rate

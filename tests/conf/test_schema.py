@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from conf.schema import (
     TrainingConfig,
 )
 from models.config import DPAR_SIZES, GPT_SIZES
+
+DPAR_B = asdict(DPAR_SIZES["B"])
 
 
 def test_defaults_are_the_papers_256_px_recipe() -> None:
@@ -38,10 +41,33 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (TrainingConfig, {"steps": 10, "warmup_steps": 10}, "fewer than steps"),
         (TrainingConfig, {"steps": 10, "learning_rate": 0}, "greater than 0"),
         (TokenizerConfig, {"image_size": 100}, "multiple of 16"),
+        (
+            TokenizerConfig,
+            {"source": "train", "image_size": 16, "adversarial_start": 0},
+            r"at least 24 for the discriminator: or set tokenizer\.adversarial_weight",
+        ),
+        (TrainingConfig, {"steps": 10, "ema_decay": 1.0}, "less than 1"),
         (DatasetConfig, {"source": "twemoji", "root": "here"}, "finds its images itself"),
         (EvaluateConfig, {"extractor": "inception"}, "weights file with inception"),
         (TrainConfig, {"model": "Z"}, "expected one of B, L"),
-        (TrainConfig, {"family": "llamagen", "model": DPAR_SIZES["B"]}, "expected GPTSize"),
+        (TrainConfig, {"family": "dpar", "model": GPT_SIZES["B"]}, "GPTSize and train.family dpar"),
+        (TrainConfig, {"model": {**DPAR_B, "num_heads": 32}}, "head width 24 .*multiple of 16 for dynamic position"),
+        (TrainConfig, {"family": "npp", "npp": {"levels": 5}}, r"levels is 5 .*expected 1\.\.4"),
+        (TrainConfig, {"family": "npp", "npp": {"rate": 1.0}}, "rate 1.0, expected .*0 < rate < 1"),
+        (TrainConfig, {"family": "npp", "npp": {"level": 2}}, "Unexpected keyword"),
+        (
+            TrainConfig,
+            {"family": "npp", "training": {"steps": 100, "warmup_steps": 50}},
+            r"warmup_steps is 50, expected fewer than the 50 .*end at steps \[50, 100\]",
+        ),
+        (TrainConfig, {"family": "npp", "npp": {"levels": 4}, "training": {"steps": 7}}, "fewer than the 0 steps"),
+        (TrainConfig, {"source": "checkpoint", "checkpoint": "a.pt"}, "train.family dpar .*expected family llamagen"),
+        (TrainConfig, {"source": "checkpoint", "family": "npp"}, "train.checkpoint None, expected .*c2i_B_256.pt"),
+        (
+            Settings,
+            {"tokenize": {"image_size": 240}, "train": {"family": "npp"}},
+            "blocks of 2 x 2 tokens, on a grid of 15 x 15",
+        ),
         (TrainConfig, {"model": {"dim": 100, "num_heads": 3, "num_layers": 1}}, "multiple of 4"),
         (Settings, {"tokenize": {"image_size": 250}}, "tokenize.image_size is 250"),
         (Settings, {"trian": {}}, "Extra inputs"),
@@ -61,6 +87,38 @@ def test_a_sizes_name_means_its_numbers() -> None:
     assert named.key_fields() == spelled.key_fields()
 
 
+@pytest.mark.parametrize("family", ["llamagen", "npp"])
+def test_a_dpar_size_means_its_rival_of_the_same_width_and_depth(family: str) -> None:
+    for name in ("B", "L", "XL", "XXL"):
+        assert (
+            TrainConfig.model_validate({"family": family, "model": asdict(DPAR_SIZES[name])}).model == GPT_SIZES[name]
+        )
+        assert TrainConfig.model_validate({"family": family, "model": name}).model == GPT_SIZES[name]
+    default = TrainConfig.model_validate({"family": family})
+    assert default.model == GPT_SIZES["B"]
+    assert TrainConfig.model_validate(default.model_dump(mode="json")) == default
+
+
+def test_a_familys_key_holds_what_it_reads_and_no_more() -> None:
+    def key(**fields: Any) -> dict[str, Any]:
+        return TrainConfig.model_validate(fields).key_fields()
+
+    assert key(npp={"levels": 3}) == key()
+    assert key(position_embedding="patch_index_1d") != key()
+    assert key(family="npp", npp={"levels": 3}) != key(family="npp")
+    for family in ("llamagen", "npp"):
+        assert key(family=family, position_embedding="patch_index_1d") == key(family=family)
+    assert key(family="llamagen", npp={"levels": 3}) == key(family="llamagen")
+
+
+def test_an_imported_transformer_does_not_depend_on_how_one_would_train() -> None:
+    imported = {"family": "llamagen", "model": "L", "source": "checkpoint", "checkpoint": "a.pt"}
+    key = TrainConfig.model_validate(imported).key_fields()
+    assert key == {"source": "checkpoint", "family": "llamagen", "model": asdict(GPT_SIZES["L"])}
+    other = {"checkpoint": "b.pt", "dropout": 0.5, "seed": 3, "training": {"steps": 1}}
+    assert TrainConfig.model_validate(imported | other).key_fields() == key
+
+
 def test_places_are_not_in_the_key_and_settings_are() -> None:
     here, there = DatasetConfig.model_validate({"root": "/a"}), DatasetConfig.model_validate({"root": "/b"})
     assert here.key_fields() == there.key_fields()
@@ -76,6 +134,24 @@ def test_habits_are_not_in_the_key() -> None:
 
 def test_an_imported_tokenizer_does_not_depend_on_how_one_would_train() -> None:
     imported = TokenizerConfig.model_validate({"checkpoint": "a.pt", "lpips_weight": 0.5})
+    assert set(imported.key_fields()) == {"source", "model", "image_size"}
     assert imported.key_fields() == TokenizerConfig.model_validate({"checkpoint": "b.pt"}).key_fields()
     trained = TokenizerConfig.model_validate({"source": "train", "lpips_weight": 0.5})
     assert trained.key_fields() != TokenizerConfig.model_validate({"source": "train"}).key_fields()
+
+
+def test_the_discriminator_comes_in_only_where_it_has_weight_and_time() -> None:
+    def adversarial(**fields: Any) -> bool:
+        training = {"steps": 10}
+        return TokenizerConfig.model_validate({"source": "train", "training": training, **fields}).adversarial
+
+    assert TokenizerConfig(source="train").adversarial  # LlamaGen's recipe
+    assert adversarial(adversarial_start=9)
+    assert not adversarial(adversarial_start=10)
+    assert not adversarial(adversarial_start=0, adversarial_weight=0.0)
+
+
+def test_vq8_makes_a_grid_of_an_eighth() -> None:
+    vq8 = {"model": {"channel_multipliers": [1, 2, 2, 4]}, "image_size": 264}
+    settings = Settings.model_validate({"tokenizer": vq8, "tokenize": {"image_size": 264}})
+    assert settings.tokenize.image_size // settings.tokenizer.model.downsample == 33

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -83,3 +84,22 @@ def test_training_takes_the_same_steps(
     together = read_json(run_on_two(name, config, {}) / "metrics.json")
     assert together["heldout_loss"] == pytest.approx(alone["heldout_loss"], abs=1e-4)
     assert together["unigram_loss"] == alone["unigram_loss"]
+
+
+def test_the_tokenizer_trains_on_two_processes_as_on_one(
+    run_on_two: Run, run_in_process: Run, tiny_settings: Settings, tiny_artifacts: dict[str, Path]
+) -> None:
+    # Without the discriminator, whose BatchNorm depends on how many images a process holds.
+    config = tiny_settings.tokenizer.model_copy(update={"adversarial_weight": 0.0})
+    alone = run_in_process("tokenizer", config, {"dataset": tiny_artifacts["dataset"]})
+    together = run_on_two("tokenizer", config, {})
+    scores = [read_json(path / "metrics.json")["psnr"] for path in (alone, together)]
+    assert scores[0] == pytest.approx(scores[1], abs=0.05)
+
+
+def test_the_discriminator_joins_on_two_processes(run_on_two: Run, tiny_settings: Settings) -> None:
+    output = run_on_two("tokenizer", tiny_settings.tokenizer, {})
+    lines = [json.loads(line) for line in (output / "record/metrics.jsonl").read_text().splitlines()]
+    norms = [line["adversary_grad_norm"] for line in lines if "loss" in line]
+    assert [norm > 0 for norm in norms] == [False, False, True, True]
+    assert "warn" not in (output / "record/log.txt").read_text().lower()

@@ -119,6 +119,39 @@ def test_another_number_of_tokens_is_refused() -> None:
         small()(torch.zeros(1, 4, dtype=torch.int64), torch.tensor([0]))
 
 
+@pytest.mark.parametrize("grid", [8, 16, 24, 32])
+@pytest.mark.parametrize("num_classes", [5, None])
+def test_every_grid_trains_from_the_logarithm_of_the_codebook(grid: int, num_classes: int | None) -> None:
+    config = GPTConfig(
+        dim=32, num_layers=1, num_heads=2, codebook_size=50, num_tokens=grid * grid, num_classes=num_classes
+    )
+    model, tokens = GPT(config), torch.randint(50, (2, grid * grid))
+    loss = model.loss(tokens, None if num_classes is None else torch.tensor([0, 4]))
+    assert loss.item() == pytest.approx(math.log(50), abs=1e-5)
+    loss.backward()
+    assert model.output.weight.grad is not None
+    assert model.output.weight.grad.any()
+
+
+def test_the_order_of_images_does_not_matter() -> None:
+    model, tokens, labels = small(), torch.randint(50, (4, 16)), torch.tensor([0, 1, 2, 3])
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(model(tokens[order], labels[order]), model(tokens, labels)[order], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_tokens": 15}, "num_tokens is 15, expected a square number"),
+        ({"dim": 30}, "dim is 30 with 4 heads"),
+        ({"dim": 24}, "expected a head width that is a multiple of 4"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused_when_the_model_is_built(changes: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        small(**{"num_heads": 4} | changes)
+
+
 def test_labels_are_needed_exactly_where_there_are_classes() -> None:
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     with pytest.raises(ValueError, match="expected them exactly when the model has classes"):

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from models.attention import causal_attention
 from models.layers import (
+    Attention,
     FeedForward,
     LabelEmbedder,
     RMSNorm,
@@ -52,6 +54,27 @@ def test_grid_rope_turns_adjacent_pairs_by_row_then_column_and_zeroes_the_class(
         assert rotated[0, 2 * pair].item() == pytest.approx(a * math.cos(angle) - b * math.sin(angle), abs=1e-5)
         assert rotated[0, 2 * pair + 1].item() == pytest.approx(b * math.cos(angle) + a * math.sin(angle), abs=1e-5)
     assert not apply_rope(x, table[0]).any()
+
+
+def test_the_class_position_asks_and_answers_nothing_but_its_value_is_read() -> None:
+    torch.manual_seed(0)
+    layer, x = Attention(16, 2, dropout=0.0), torch.randn(1, 5, 16)
+    table = grid_rope(2, 8, CPU, class_row=True)
+    caught: list[torch.Tensor] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        caught[:] = [q, k, v]
+        return causal_attention(q, k, v)
+
+    before = layer(x, table, attend)
+    q, k, v = caught
+    assert not q[:, 0].any()
+    assert not k[:, 0].any()
+    assert v[:, 0].all()
+    assert q[:, 1:].all()
+    changed = x.clone()
+    changed[:, 0] += 1
+    assert ((layer(changed, table, attend) - before).abs().amax(dim=-1) > 1e-3).all()
 
 
 def test_rotation_keeps_lengths() -> None:

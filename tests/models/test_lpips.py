@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from torch_fidelity import sample_similarity_lpips
 
 from models.lpips import LPIPS
 
@@ -35,6 +39,22 @@ def test_equals_the_definition(lpips: LPIPS) -> None:
             expected += F.conv2d(difference, lpips.heads[tap].view(1, -1, 1, 1)).mean(dim=(1, 2, 3))
             a, b, tap = F.max_pool2d(a, 2), F.max_pool2d(b, 2), tap + 1
     torch.testing.assert_close(lpips(images, others), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_equals_torch_fidelitys(lpips: LPIPS, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    convs = [layer for layer in backbone if isinstance(layer, torch.nn.Conv2d)]
+    for theirs, ours in zip(convs, lpips.convs, strict=True):
+        theirs.load_state_dict(ours.state_dict())
+    heads = {f"lin{i}.model.1.weight": head.view(1, -1, 1, 1) for i, head in enumerate(lpips.heads)}
+    monkeypatch.setattr(sample_similarity_lpips, "load_state_dict_from_url", lambda *_, **__: heads)
+    monkeypatch.setattr(
+        sample_similarity_lpips, "torchvision_load_pretrained_vgg16", lambda: SimpleNamespace(features=backbone)
+    )
+    oracle = sample_similarity_lpips.SampleSimilarityLPIPS("oracle")
+    images, others = (torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8) for _ in range(2))
+    found = lpips(images / 127.5 - 1, others / 127.5 - 1)
+    torch.testing.assert_close(found, oracle(images, others).flatten(), atol=1e-5, rtol=1e-4)
 
 
 def test_is_zero_of_equal_images_and_gradient_flows_to_the_first(lpips: LPIPS) -> None:

@@ -10,11 +10,9 @@ import yaml
 from PIL import Image
 
 from conf.load import load_settings
-from pipeline import bench as gates
 from pipeline import cli
 from pipeline.cli import run_command
 from pipeline.graph import STAGES
-from pipeline.plan import StageStatus
 from pipeline.runner import Observer, run_stage
 
 
@@ -193,7 +191,6 @@ def test_presets_and_ablations_are_listed_with_their_purpose(capsys: pytest.Capt
         (["stage", "nosuch"], "stage is 'nosuch', expected one of"),
         (["run", "--from", "train", "--until", "dataset"], "dataset comes first"),
         (["status", "--set", "dataset.root=/no/such/folder"], "/no/such/folder"),
-        (["bench", "nosuch"], "benchmark is 'nosuch', expected demo or cli"),
     ],
 )
 def test_what_a_person_can_mend_is_one_line_and_code_2(
@@ -261,29 +258,3 @@ def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(options: list[str], tmp_pat
 def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command([]) == 0
     assert "status" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("reconstruction", "code"), [(0.15, 0), (0.0, 1)])
-def test_a_missed_gate_is_the_exit_code(
-    reconstruction: float,
-    code: int,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    metrics = {name: bound * (0.9 if relation == "<" else 1.1) for name, relation, bound in gates.BOUNDS}
-    metrics |= dict.fromkeys(("entropy_model_heldout_loss", "train_heldout_loss"), 4.0)
-    metrics |= dict.fromkeys(("entropy_model_unigram_loss", "train_unigram_loss"), 5.0)
-    metrics |= {name: 0.1 * place for place, name in enumerate(gates.LADDER)}
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"fd_lite0_reconstruction": reconstruction}))
-    cached = [StageStatus(stage, "cached", "unchanged", f"{stage}-0", tmp_path) for stage in STAGES]
-    monkeypatch.setattr(cli, "plan", lambda *settings: cached)
-    assert run_command(["bench", "demo", "--json"]) == code
-    told = answer(capsys)["gates"]
-    assert {tuple(gate) for gate in told} == {("name", "value", "bound", "met")}
-    assert [gate["name"] for gate in told if not gate["met"]] == ["fd_lite0_heldout < fd_lite0_reconstruction"][:code]
-
-
-def test_a_benchmark_needs_the_finished_demo(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(["bench", "cli", *home(options)]) == 2
-    assert "dpar run --preset demo" in capsys.readouterr().err

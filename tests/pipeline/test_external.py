@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -103,6 +104,21 @@ def test_weights_are_known_by_their_contents_and_missing_ones_by_their_setting(t
     assert of_weights() != first
     settings, _ = load_settings("demo", None, ["tokenizer.source=train", "tokenizer.checkpoint=no-such-file"])
     assert external_digest(STAGES["tokenizer"], settings.tokenizer, tmp_path) is None
+
+
+def test_an_imported_transformer_is_known_by_its_contents_and_a_trained_one_reads_none(tmp_path: Path) -> None:
+    weights = tmp_path / "c2i_B_256.pt"
+    rival = ["train.family=llamagen", f"train.checkpoint={weights}"]
+
+    def of_weights(*overrides: str) -> str | None:
+        settings, _ = load_settings(overrides=[*rival, *overrides])
+        return external_digest(STAGES["train"], settings.train, tmp_path)
+
+    assert of_weights() is None
+    with pytest.raises(InputError, match=r"train.checkpoint is .*c2i_B_256.pt, and there is no such file"):
+        of_weights("train.source=checkpoint")
+    weights.write_bytes(b"weights")
+    assert of_weights("train.source=checkpoint") == hashlib.sha256(b"weights").hexdigest()
 
 
 def test_a_missing_image_root_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import io
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -177,6 +178,38 @@ def test_random_crops_depend_on_the_generator_alone() -> None:
     assert all(crop.shape == (32, 32, 3) for crop in crops)
     assert np.array_equal(crops, again)
     assert len({crop.tobytes() for crop in crops}) > 10
+
+
+class Recorded:
+    """A generator whose draws are known: of every range first the lowest, then the highest number."""
+
+    def __init__(self, draws: list[int]) -> None:
+        self.draws, self.ranges = draws, list[tuple[int, int]]()
+
+    def integers(self, low: int, high: int | None = None, *, endpoint: bool) -> int:
+        low, high = (0, low) if high is None else (low, high)
+        assert endpoint
+        self.ranges.append((low, high))
+        return min(self.draws.pop(0), high)
+
+    def random(self) -> float:
+        return 0.9
+
+
+@pytest.mark.parametrize("size", [16, 33, 64, 250, 256, 384])
+def test_the_shorter_side_of_training_crops_is_as_published(size: int) -> None:
+    source, side = noise(500, 400), math.ceil(size / 0.8)
+    recorded = Recorded([side, 3, 5])
+    crop = random_crop(source, size, recorded)  # type: ignore[arg-type]
+    assert recorded.ranges[0] == (math.ceil(size / 1.0), side)
+    resized = source
+    while min(resized.size) >= 2 * side:
+        resized = resized.resize((resized.width // 2, resized.height // 2), Image.Resampling.BOX)
+    scale = side / min(resized.size)
+    resized = resized.resize((round(resized.width * scale), round(resized.height * scale)), Image.Resampling.BICUBIC)
+    top, left = min(3, resized.height - size), min(5, resized.width - size)
+    assert recorded.ranges[1:] == [(0, resized.height - size), (0, resized.width - size)]
+    assert np.array_equal(crop, np.asarray(resized)[top : top + size, left : left + size])
 
 
 def test_random_crops_show_at_least_four_fifths_of_the_shorter_side() -> None:

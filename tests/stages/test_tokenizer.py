@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import Section, Settings, TokenizerConfig
+from conf.schema import RuntimeConfig, Section, Settings, TokenizerConfig
 from models.config import VQConfig
+from models.discriminator import PatchDiscriminator
 from models.lpips import LPIPS
 from models.vq import VQModel
-from stages.artifact import read_json
+from stages.artifact import file_sha256, read_json
+from stages.distributed import World
 from stages.errors import InputError
-from stages.tokenizer import VQObjective
+from stages.tokenizer import tokenizer
+from stages.training.images import ImageBatch, ImageFiles, VQObjective
+from stages.training.loop import CHECKPOINTS
+from stages.training.stream import SampleStream
 from stages.weights import load_vq
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
@@ -36,6 +42,8 @@ def test_training_lowers_the_loss_and_an_import_gives_the_same_weights(
     assert (imported / "vq.safetensors").read_bytes() == (trained / "vq.safetensors").read_bytes()
     assert read_json(imported / "metrics.json") == read_json(trained / "metrics.json")
     assert read_json(imported / "metrics.json")["num_images"] == 9
+    assert read_json(imported / "source.json")["sha256"] == file_sha256(trained / "vq.safetensors")
+    assert not (trained / "source.json").exists()
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
@@ -50,8 +58,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
 
 
 def test_perceptual_loss_needs_its_weights_and_says_so(
-    tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
+    tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("DPAR_LPIPS_WEIGHTS", raising=False)
     config = tiny_settings.tokenizer.model_copy(update={"lpips_weight": 1.0})
     with pytest.raises(InputError, match=r"make lpips.*tokenizer.lpips_weight=0"):
         run_in_process("tokenizer", config, {"dataset": tiny_artifacts["dataset"]})
@@ -62,14 +71,88 @@ def test_every_term_of_the_loss_counts_with_its_weight() -> None:
     lpips = LPIPS()
     for head in lpips.heads:
         head.data.uniform_()
-    config = TokenizerConfig(model=TINY, image_size=32, commitment_weight=0.25, lpips_weight=0.5)
-    model = VQModel(TINY)
+    config = TokenizerConfig(
+        model=TINY, image_size=32, commitment_weight=0.25, lpips_weight=0.5, adversarial_weight=0.125
+    )
+    objective = VQObjective(VQModel(TINY), lpips, PatchDiscriminator(), config)
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        loss, parts = VQObjective(model, lpips, config)(pixels)
-        quantized = model(pixels)[1]
-    expected = parts["squared_error"] + quantized.codebook_loss + 0.25 * parts["commitment_loss"] + 0.5 * parts["lpips"]
+        loss, parts = objective(ImageBatch(pixels, adversarial=False))
+        expected = (
+            parts["squared_error"] + parts["codebook_loss"] + 0.25 * parts["commitment_loss"] + 0.5 * parts["lpips"]
+        )
+        torch.testing.assert_close(loss, expected)
+        assert not {"generator_loss", "discriminator_loss", "logits_real", "logits_fake"} & set(parts)
+        loss, parts = objective(ImageBatch(pixels, adversarial=True))
+    expected = expected + 0.125 * parts["generator_loss"] + 0.125 * parts["discriminator_loss"]
     torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(parts["generator_loss"], -parts["logits_fake"])
+
+
+def test_both_gradients_are_those_of_training_in_turn() -> None:
+    torch.manual_seed(0)
+    config = TokenizerConfig(model=TINY, image_size=32)
+    objective = VQObjective(VQModel(TINY), None, PatchDiscriminator(), config)
+    model, discriminator = objective.model, objective.discriminator
+    assert discriminator is not None
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    objective(ImageBatch(pixels, adversarial=True))[0].backward()
+    reconstruction, quantized = model(pixels)
+    vq = (reconstruction - pixels).square().mean() + quantized.codebook_loss + 0.25 * quantized.commitment_loss
+    fooling = -discriminator(reconstruction).mean()
+    real, fake = discriminator(pixels), discriminator(reconstruction.detach())
+    telling = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
+    for network, loss in ((model, vq + 0.5 * fooling), (discriminator, 0.5 * telling)):
+        expected = torch.autograd.grad(loss, list(network.parameters()))
+        for weight, gradient in zip(network.parameters(), expected, strict=True):
+            torch.testing.assert_close(weight.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_before_its_start_the_discriminator_has_gradients_of_zero_and_sees_nothing() -> None:
+    objective = VQObjective(VQModel(TINY), None, PatchDiscriminator(), TokenizerConfig(model=TINY, image_size=32))
+    assert objective.discriminator is not None
+    objective(ImageBatch(torch.rand(1, 3, 32, 32), adversarial=False))[0].backward()
+    for weight in objective.discriminator.parameters():
+        assert weight.grad is not None
+        assert not weight.grad.any()
+    assert all(not count for name, count in objective.discriminator.named_buffers() if name.endswith("tracked"))
+
+
+def test_the_tiny_preset_plays_against_a_discriminator_from_its_start_on(tiny_artifacts: dict[str, Path]) -> None:
+    lines = [
+        json.loads(line) for line in (tiny_artifacts["tokenizer"] / "record/metrics.jsonl").read_text().splitlines()
+    ]
+    losses = {line["step"]: line for line in lines if "loss" in line}
+    assert [step for step, line in losses.items() if "discriminator_loss" in line] == [6, 8]
+    assert [step for step, line in losses.items() if line["adversary_grad_norm"] > 0] == [6, 8]
+    assert 0 < losses[8]["codebook_usage"] <= 1
+
+
+def test_killed_after_the_discriminators_start_it_ends_the_same_bit_for_bit(
+    tiny_settings: Settings,
+    tiny_artifacts: dict[str, Path],
+    image_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = {"dataset": tiny_artifacts["dataset"], "images": image_root}
+    runtime = RuntimeConfig(device="cpu", threads=2)
+    training = tiny_settings.tokenizer.training.model_copy(update={"checkpoint_every": 6})
+    config = tiny_settings.tokenizer.model_copy(update={"training": training})
+    whole = ImageFiles.training_pixels
+
+    def breaks(self: ImageFiles, stream: SampleStream, step: int, world: World) -> torch.Tensor:
+        if step == 7:
+            raise KeyboardInterrupt
+        return whole(self, stream, step, world)
+
+    monkeypatch.setattr(ImageFiles, "training_pixels", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer(config, inputs, tmp_path, runtime)
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-000000006.pt"]
+    monkeypatch.undo()
+    tokenizer(config, inputs, tmp_path, runtime)
+    assert (tmp_path / "vq.safetensors").read_bytes() == (tiny_artifacts["tokenizer"] / "vq.safetensors").read_bytes()
 
 
 def test_a_finished_tokenizer_loads_ready_to_use(tiny_artifacts: dict[str, Path]) -> None:

@@ -179,6 +179,35 @@ def test_learning_rate_warms_up_then_follows_its_decay() -> None:
     assert {learning_rate(step, constant) for step in (0, 50, 99)} == {1e-4}
 
 
+def test_npps_learning_rate_begins_anew_in_each_level_and_falls_in_its_last_fifth() -> None:
+    config = TrainingConfig(steps=300, warmup_steps=1, learning_rate=1.0, decay="linear_tail")  # a step an epoch
+
+    def published(epoch: float, last: int) -> float:
+        """The factor as the paper's schedule has it, by epochs of a segment."""
+        return min(1.0, epoch, 1.0 - 0.9 * (epoch - 0.8 * last) / (0.2 * last))
+
+    for step in range(1, 300):
+        assert learning_rate(step, config, (150,)) == pytest.approx(published(step % 150 or 1, 150), abs=1e-9)
+    assert learning_rate(149, config, (150,)) == pytest.approx(0.13)
+    assert learning_rate(150, config, (150,)) == 1.0  # the warm-up's one step ends at the full rate
+    slow = TrainingConfig(steps=300, warmup_steps=10, learning_rate=1.0, decay="linear_tail")
+    for first in (0, 75, 150):
+        assert [learning_rate(first + n, slow, (75, 150)) for n in range(10)] == [(n + 1) / 10 for n in range(10)]
+
+
+def test_every_decay_begins_anew_where_it_is_told_to() -> None:
+    for decay in ("constant", "cosine", "linear_tail"):
+        config = TrainingConfig(steps=40, warmup_steps=3, decay=decay)
+        half = TrainingConfig(steps=20, warmup_steps=3, decay=decay)
+        expected = [learning_rate(step, half) for step in range(20)]
+        assert [learning_rate(step, config, (20,)) for step in range(40)] == expected * 2
+
+
+def test_a_tail_after_a_long_warmup_starts_where_the_warmup_ends() -> None:
+    config = TrainingConfig(steps=10, warmup_steps=9, learning_rate=1.0, decay="linear_tail")
+    assert [learning_rate(step, config) for step in (8, 9)] == [1.0, 1.0]
+
+
 def test_weight_decay_spares_norms_and_biases() -> None:
     model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4))
     decayed, spared = make_optimizer(model, TrainingConfig(steps=1)).param_groups

@@ -1,0 +1,67 @@
+"""Cross-entropy straight from the features that the head reads, so that float32 logits never exist all at once.
+
+Over 16,384 classes the logits are the largest tensor of a training step. The plain road holds them three times: in the
+type of the matrix product, in float32, and as log-probabilities for the backward pass. Here the head works on an eighth
+of the rows at a time, and what is kept of a slice is its gradient, in the type of the matrix product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_SLICES = 8
+
+
+def head_cross_entropy(
+    features: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N K"]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy, nats, of the logits `features @ weight.T` with K target classes a row; float32 softmax.
+
+    Several targets a row count equally, as if the row were repeated for each of them.
+    """
+    kind = features.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        features, weight = features.to(dtype), weight.to(dtype)
+    return _HeadCrossEntropy.apply(features, weight, targets)
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """The gradient of the logits is known as soon as the loss is: it takes their place, nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), device=features.device)
+        keep = any(ctx.needs_input_grad)
+        kept = features.new_empty(len(features) if keep else 0, len(weight))
+        step = -(-len(features) // _SLICES)
+        for first in range(0, len(features), step):
+            rows = slice(first, first + step)
+            place = kept[rows] if keep else None
+            product = torch.mm(features[rows], weight.T, out=place)
+            logits, classes = product.float(), targets[rows]  # (n, V); float32 products are their own logits
+            normalizer = logits.logsumexp(dim=1, keepdim=True)
+            total += (normalizer - logits.gather(1, classes)).sum()
+            if place is not None:
+                place.copy_(_logit_gradient(logits, normalizer, classes, targets.numel()))
+        if keep:
+            ctx.save_for_backward(features, weight, kept)
+        return total / targets.numel()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        features, weight, kept = ctx.saved_tensors
+        scale = gradients[0].type_as(features)
+        return (kept @ weight) * scale, (kept.T @ features) * scale, None
+
+
+def _logit_gradient(
+    logits: Float[Tensor, "n V"], normalizer: Float[Tensor, "n 1"], targets: Int[Tensor, "n K"], count: int
+) -> Float[Tensor, "n V"]:
+    """Gradient of the mean over `count` targets, written over `logits`: K times the probabilities, less the targets."""
+    gradient = logits.sub_(normalizer).exp_().mul_(targets.shape[1] / count)
+    return gradient.scatter_add_(1, targets, gradient.new_full((), -1 / count).expand(targets.shape))

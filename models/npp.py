@@ -1,0 +1,43 @@
+"""Next Patch Prediction: LlamaGen's transformer trained on blocks of tokens first and on single tokens last.
+
+A block of p x p tokens is one position: its embedding is the mean of its tokens' embeddings, and the one distribution
+predicted for it is held against all of its tokens. There are no new weights, and p = 1 is LlamaGen.
+
+Source: arXiv 2412.15321.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from models.gpt import GPT
+from models.loss import head_cross_entropy
+
+
+def next_patch_loss(model: GPT, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], side: int) -> Float[Tensor, ""]:
+    """Mean cross-entropy, nats, of all tokens under the distribution predicted for their block.
+
+    A block's logits are normalised once, however many tokens it has. Rotary positions are those of the grid of blocks,
+    counted in blocks.
+
+    Raises:
+        ValueError: The tokens are not of the model's grid, or the grid has no blocks of this side.
+    """
+    grid = model.config.grid
+    if tokens.shape[1] != model.config.num_tokens or grid % side:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens an image and blocks of {side} x {side}, expected {model.config.num_tokens} "
+            f"tokens and a side that divides the grid of {grid} x {grid}"
+        )
+    blocks = tokens_by_block(tokens, side)
+    embedded = model.tok_embeddings(blocks[:, :-1]).mean(dim=2)  # the last block is read by no one
+    features = model.transform(embedded, labels, grid // side)
+    return head_cross_entropy(features.flatten(0, 1), model.output.weight, blocks.flatten(0, 1))
+
+
+def tokens_by_block(tokens: Int[Tensor, "B T"], side: int) -> Int[Tensor, "B S N"]:
+    """The N = `side`^2 tokens of each block of a square grid; blocks, and tokens in them, in raster order."""
+    blocks = round(tokens.shape[1] ** 0.5) // side
+    grid = tokens.unflatten(1, (blocks, side, blocks, side))
+    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)

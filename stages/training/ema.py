@@ -1,0 +1,53 @@
+"""An exponential moving average of weights: steadier than the weights of any one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class WeightAverage:
+    """Averages of a model's trained weights, float32 as they are: a <- decay * a + (1 - decay) * weight at each step.
+
+    They start at the model's first weights, as LlamaGen's do. Buffers are not averaged.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self._blend = get_ema_multi_avg_fn(decay)
+
+    def update(self) -> None:
+        """Take in the weights of a finished step."""
+        self._blend(list(self._averages.values()), [weight.detach() for weight in self._weights.values()], 0)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Put the averages into the model and keep its weights here; a second call undoes the first, bit for bit."""
+        for name, weight in self._weights.items():
+            kept = weight.detach().clone()
+            weight.copy_(self._averages[name])
+            self._averages[name].copy_(kept)
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """The model holds the averages inside."""
+        self.exchange()
+        try:
+            yield
+        finally:
+            self.exchange()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by name."""
+        return self._averages
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from saved averages."""
+        for name, average in self._averages.items():
+            average.copy_(state[name])

@@ -1,0 +1,113 @@
+"""Batches of images, and the loss of a VQ tokenizer on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from conf.schema import TokenizerConfig
+from models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss, judge_frozen
+from models.lpips import LPIPS
+from models.vq import VQModel
+from stages.distributed import World
+from stages.images import Pixels, center_crop, decode, pixels_to_float, random_crop
+from stages.stores.files import ImageIndex
+from stages.training.stream import SampleStream
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """One process's share of a step."""
+
+    pixels: Float[Tensor, "B 3 H W"]
+    """In [-1, 1]."""
+    adversarial: bool
+    """Whether the discriminator has started."""
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The images of an index, as pixels. Decoding is spread over threads: Pillow lets go of the interpreter lock."""
+
+    index: ImageIndex
+    root: Path
+    size: int
+
+    def training_pixels(self, stream: SampleStream, step: int, world: World) -> Float[Tensor, "B 3 H W"]:
+        """Random crops and mirror images of this process's share of a step."""
+        images, epochs = stream.rank_slice(step, world)
+
+        def crop(image: np.int64, epoch: np.int64) -> Pixels:
+            generator = np.random.default_rng([stream.seed, int(epoch), int(image)])
+            return random_crop(self._decode(image), self.size, generator)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return pixels_to_float(np.stack(list(pool.map(crop, images, epochs))))
+
+    def center_batches(self, rows: npt.NDArray[np.int64], batch_size: int) -> Iterator[Pixels]:
+        """Center crops of the given rows, (B, H, W, 3) uint8."""
+        for first in range(0, len(rows), batch_size):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                yield np.stack(list(pool.map(self._center, rows[first : first + batch_size])))
+
+    def _center(self, image: np.int64) -> Pixels:
+        return center_crop(self._decode(image), self.size)
+
+    def _decode(self, image: np.int64) -> Image.Image:
+        return decode(self.index.read(self.root, int(image)))
+
+
+class VQObjective(nn.Module):
+    """Loss of the tokenizer, and of its discriminator once it has started.
+
+    Before the start LlamaGen runs the discriminator with weight 0. Here it is not run: weight 0 teaches it nothing,
+    and the statistics that its BatchNorm would gather are never used.
+    """
+
+    def __init__(
+        self, model: VQModel, lpips: LPIPS | None, discriminator: PatchDiscriminator | None, config: TokenizerConfig
+    ) -> None:
+        super().__init__()
+        self.model, self.lpips, self.discriminator, self.config = model, lpips, discriminator, config
+
+    def forward(self, batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss and its parts, each before its weight."""
+        pixels = batch.pixels.to(next(self.model.parameters()).device)
+        reconstruction, quantized = self.model(pixels)
+        parts = {
+            "squared_error": F.mse_loss(reconstruction.float(), pixels),
+            "codebook_loss": quantized.codebook_loss,
+            "commitment_loss": quantized.commitment_loss,
+        }
+        weights = {"commitment_loss": self.config.commitment_weight}
+        if self.lpips is not None:
+            parts["lpips"] = self.lpips(reconstruction, pixels).mean()
+            weights["lpips"] = self.config.lpips_weight
+        logits: dict[str, Tensor] = {}
+        if self.discriminator is not None and batch.adversarial:
+            real, fake = self.discriminator(pixels), self.discriminator(reconstruction.detach())
+            parts["generator_loss"] = generator_loss(judge_frozen(self.discriminator, reconstruction))
+            parts["discriminator_loss"] = discriminator_loss(real, fake)
+            weights |= dict.fromkeys(("generator_loss", "discriminator_loss"), self.config.adversarial_weight)
+            logits = {"logits_real": real.mean(), "logits_fake": fake.mean()}
+        loss = torch.stack([weights.get(name, 1.0) * part for name, part in parts.items()]).sum()
+        if self.discriminator is not None and not batch.adversarial:
+            loss = loss + _no_gradient(self.discriminator)
+        scalars = parts | logits | {"codebook_usage": self.model.quantize.codebook_usage()}
+        return loss, {name: scalar.detach() for name, scalar in scalars.items()}
+
+
+def _no_gradient(module: nn.Module) -> Tensor:
+    """Zero, with a gradient of zero for every parameter: data parallelism waits for one of each."""
+    return torch.stack([parameter.sum() for parameter in module.parameters()]).sum() * 0.0

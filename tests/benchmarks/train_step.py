@@ -1,0 +1,167 @@
+"""Time and memory of a training step: DPAR beside LlamaGen, on the same tokens, in turns, in one process.
+
+Real steps of the training loop (bfloat16 autocast, clipping, AdamW) on random tokens, 256 an image, cut into patches of
+1.81 tokens. The gate is the paper's promise: time goes down as far as the multiply-accumulates of the linear layers do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from report import report
+from timing import interleaved
+
+from conf.schema import TrainingConfig
+from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
+from models.dpar import DPAR, pack_patches
+from models.flops import dpar_cost, gpt_cost
+from models.gpt import GPT
+from models.patching import PatchRule, patch_starts
+from pipeline.bench import Gate, gate
+from stages.distributed import World
+from stages.training.data import GPTObjective, TokenBatch
+from stages.training.loop import Training, train_step
+from stages.training.patched import DPARObjective, PatchedBatch
+from stages.training.state import TrainingState
+
+BATCH, TOKENS, CODES, CLASSES, MEAN_LENGTH = 8, 256, 16384, 1000, 1.81
+SHAPE: dict[str, Any] = {"codebook_size": CODES, "num_tokens": TOKENS, "num_classes": CLASSES}
+FAMILIES = ("llamagen", "dpar")
+CPU = World(rank=0, size=1, device=torch.device("cpu"))
+TIME_BOUND, MEMORY_BOUND = 1.05, 1.1
+
+Step = Callable[[], object]
+
+
+def batch() -> PatchedBatch:
+    """Random tokens, cut where random entropies exceed the threshold that gives the mean patch length."""
+    generator = torch.Generator().manual_seed(0)
+    entropies = torch.rand(BATCH, TOKENS, generator=generator)
+    candidates = (patch_starts(PatchRule(th / 1000, 4, True, 16), entropies) for th in range(1000))
+    wanted = BATCH * (TOKENS - 1) / MEAN_LENGTH
+    starts = min(candidates, key=lambda starts: abs(int(starts[:, :-1].sum()) - wanted))
+    tokens = torch.randint(CODES, (BATCH, TOKENS), generator=generator)
+    return PatchedBatch(tokens, torch.randint(CLASSES, (BATCH,), generator=generator), pack_patches(starts))
+
+
+def training_step(family: str, size: str) -> Step:
+    """One optimiser step of a fresh model."""
+    torch.manual_seed(0)
+    patched = batch()
+    data: TokenBatch = patched if family == "dpar" else TokenBatch(patched.tokens, patched.labels)
+    objective: torch.nn.Module
+    if family == "dpar":
+        model: DPAR | GPT = DPAR(DPARConfig(**asdict(DPAR_SIZES[size]), **SHAPE))
+        objective = DPARObjective(model)
+    else:
+        model = GPT(GPTConfig(**asdict(GPT_SIZES[size]), **SHAPE))
+        objective = GPTObjective(model)
+    config = TrainingConfig(steps=1_000_000)
+    run = Training(model=model, objective=objective, batch=lambda step: data, validate=dict, config=config, seed=0)
+    state = TrainingState(model, None, config)
+    objective.train()
+    return lambda: train_step(run, objective, state, data, 0, CPU)
+
+
+def linear_macs(family: str, size: str) -> float:
+    """Multiply-accumulates of the linear layers of one image's forward pass."""
+    if family == "dpar":
+        return dpar_cost(DPARConfig(**asdict(DPAR_SIZES[size]), **SHAPE), MEAN_LENGTH).forward.linear
+    return gpt_cost(GPTConfig(**asdict(GPT_SIZES[size]), **SHAPE)).forward.linear
+
+
+def shares(step: Step) -> dict[str, float]:
+    """Share of a step's time by what it is spent on."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    spent: dict[str, float] = {}
+    for event in profile.events():
+        kind = kind_of(event)
+        spent[kind] = spent.get(kind, 0.0) + event.self_cpu_time_total
+    total = sum(spent.values())
+    return {kind: time / total for kind, time in sorted(spent.items(), key=lambda item: -item[1])}
+
+
+def kind_of(event: Any) -> str:
+    """What an operation belongs to, by its name and by the names of what called it."""
+    name, ancestors = event.name, []
+    while event is not None:
+        ancestors.append(event.name)
+        event = event.cpu_parent
+    if name in ("aten::mm", "aten::addmm"):
+        return "linear layers"
+    if any("HeadCrossEntropy" in one or "embedding" in one for one in ancestors):
+        return "embedding and loss"
+    if name in ("aten::bmm", "aten::masked_fill_") or "softmax" in name or "scaled_dot_product" in name:
+        return "attention"
+    if any("AdamW" in one or "adamw" in one or ("norm" in one and "linalg" in one) for one in ancestors):
+        return "optimiser"
+    return "norms, dropout, casts, rotary"
+
+
+def peak_bytes(family: str, size: str) -> int:
+    """Largest memory of a process that trains three steps, beyond what it held before the model was made."""
+    command = [sys.executable, __file__, "--peak", family, "--sizes", size]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def print_peak(family: str, size: str) -> None:
+    """What `peak_bytes` asks for, in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = training_step(family, size)
+    for _ in range(3):
+        step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def measure(size: str, rounds: int) -> tuple[list[Gate], dict[str, dict[str, float]]]:
+    """Gates and figures of one size; a column a model."""
+    peaks = {family: peak_bytes(family, size) for family in FAMILIES}
+    made = {family: training_step(family, size) for family in FAMILIES}
+    for step in made.values():
+        step()  # the first step allocates, and is several times slower
+    seconds = interleaved(made, rounds)
+    macs = {family: linear_macs(family, size) for family in FAMILIES}
+    columns = {}
+    for family, step in made.items():
+        columns[f"{family}-{size}"] = {
+            "seconds a step": seconds[family],
+            "GMAC an image, linear layers": macs[family] / 1e9,
+            "peak memory, GB": peaks[family] / 1e9,
+            **{f"share of time: {kind}": share for kind, share in shares(step).items()},
+        }
+    time_ratio, mac_ratio, memory_ratio = (x["dpar"] / x["llamagen"] for x in (seconds, macs, peaks))
+    pair = f"DPAR-{size} / LlamaGen-{size}"
+    return [
+        gate(f"{pair}, step time / MACs", time_ratio / mac_ratio, "<", TIME_BOUND),
+        gate(f"{pair}, peak memory", memory_ratio, "<", MEMORY_BOUND),
+    ], columns
+
+
+def main() -> None:
+    """Measure each size and print what was found."""
+    parser = argparse.ArgumentParser(description="Time and memory of a training step, DPAR beside LlamaGen.")
+    parser.add_argument("--sizes", nargs="+", default=["B", "L"], choices=sorted(DPAR_SIZES.keys() & GPT_SIZES.keys()))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peak", choices=FAMILIES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print_peak(options.peak, *options.sizes)
+        return
+    gates: list[Gate] = []
+    columns: dict[str, dict[str, float]] = {}
+    for size in options.sizes:
+        of_size, of_columns = measure(size, options.rounds)
+        gates, columns = gates + of_size, columns | of_columns
+    report(gates, columns)
+
+
+if __name__ == "__main__":
+    main()

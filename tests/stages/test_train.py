@@ -1,0 +1,154 @@
+"""Stage train: the families, NPP's levels and resume, imported transformers, and that all of them can be sampled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conf.schema import RuntimeConfig, Section, Settings, TrainConfig
+from models.gpt import GPT
+from stages.artifact import file_sha256, read_json
+from stages.distributed import World
+from stages.errors import InputError
+from stages.stores.samples import SampleStore
+from stages.stores.tokens import TokenStore
+from stages.train import train
+from stages.training.data import GPTObjective, TokenData
+from stages.training.next_patch import NextPatchData
+from stages.weights import load_model
+
+Run = Callable[[str, Section, dict[str, Path]], Path]
+SIZE = {"dim": 32, "num_layers": 2, "num_heads": 2}
+RUNTIME = RuntimeConfig(device="cpu", threads=1)
+
+
+def config(settings: Settings, family: str, **changes: Any) -> TrainConfig:
+    training = settings.train.training.model_dump() | {"decay": "linear_tail"} | changes.pop("training", {})
+    return TrainConfig.model_validate({"family": family, "model": SIZE, "training": training} | changes)
+
+
+def train_inputs(artifacts: dict[str, Path]) -> dict[str, Path]:
+    return {name: artifacts[name] for name in ("tokenize", "patch_index")}
+
+
+def lines(artifact: Path) -> list[dict[str, float]]:
+    found = [json.loads(line) for line in (artifact / "record/metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in found]
+
+
+@pytest.fixture(scope="module")
+def npp(tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run) -> Path:
+    """A finished NPP artifact: four steps in blocks of 2 x 2, four on single tokens."""
+    return run_in_process("train", config(tiny_settings, "npp"), train_inputs(tiny_artifacts))
+
+
+def test_npp_goes_from_blocks_to_tokens_and_says_so(npp: Path) -> None:
+    steps = [line for line in lines(npp) if "loss" in line]
+    assert [(line["step"], line["patch_side"]) for line in steps] == [(2, 2), (4, 2), (6, 1), (8, 1)]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_npps_heldout_loss_is_llamagens(npp: Path, tiny_artifacts: dict[str, Path]) -> None:
+    model = load_model(npp)
+    assert isinstance(model, GPT)
+    data = TokenData(TokenStore.open(tiny_artifacts["tokenize"] / "tokens.zarr"))
+    with torch.no_grad():
+        expected = data.heldout_loss(GPTObjective(model), World(0, 1, torch.device("cpu")))
+    metrics = read_json(npp / "metrics.json")
+    assert metrics["heldout_loss"] == expected["heldout_loss"]
+    assert metrics["unigram_loss"] > 0
+
+
+@pytest.mark.parametrize("killed_at", [3, 6])
+def test_npp_interrupted_in_either_level_ends_the_same_bit_for_bit(
+    npp: Path,
+    tiny_settings: Settings,
+    tiny_artifacts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed_at: int,
+) -> None:
+    settings = config(tiny_settings, "npp", training={"checkpoint_every": 2})
+    whole = NextPatchData.training_batch
+
+    def breaks(self: NextPatchData, stream: Any, step: int, world: World) -> Any:
+        if step == killed_at:
+            raise KeyboardInterrupt
+        return whole(self, stream, step, world)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NextPatchData, "training_batch", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, train_inputs(tiny_artifacts), tmp_path, RUNTIME)
+    done = max(line["step"] for line in lines(tmp_path))
+    assert 0 < done < killed_at + 1
+    train(settings, train_inputs(tiny_artifacts), tmp_path, RUNTIME)
+    assert (tmp_path / "model.safetensors").read_bytes() == (npp / "model.safetensors").read_bytes()
+    assert (tmp_path / "metrics.json").read_bytes() == (npp / "metrics.json").read_bytes()
+    assert [line for line in lines(tmp_path) if "loss" in line] == [line for line in lines(npp) if "loss" in line]
+
+
+def test_a_schedule_of_one_level_is_llamagen(
+    tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
+) -> None:
+    weights = [
+        (run_in_process("train", settings, train_inputs(tiny_artifacts)) / "model.safetensors").read_bytes()
+        for settings in (config(tiny_settings, "npp", npp={"levels": 1}), config(tiny_settings, "llamagen"))
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_weights_of_npp_and_llamagen_are_interchangeable_and_sample_the_same(
+    npp: Path, tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
+) -> None:
+    imported = run_in_process(
+        "train",
+        config(tiny_settings, "llamagen", source="checkpoint", checkpoint=npp / "model.safetensors", dropout=0.7),
+        {"tokenize": tiny_artifacts["tokenize"]},
+    )
+    assert (imported / "model.safetensors").read_bytes() == (npp / "model.safetensors").read_bytes()
+    sampled = [
+        SampleStore.open(
+            run_in_process("sample", tiny_settings.sample, tiny_artifacts | {"train": artifact}) / "samples.zarr"
+        )
+        for artifact in (npp, imported)
+    ]
+    assert np.array_equal(sampled[0].tokens, sampled[1].tokens)
+    assert sampled[0].patch_starts.all()  # a token a step
+
+
+def test_an_imported_transformer_is_scored_and_known_by_its_files_digest(
+    npp: Path, tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run, tmp_path: Path
+) -> None:
+    state = load_model(npp).state_dict()
+    torch.save({"model": state}, tmp_path / "c2i.pt")
+    artifacts = [
+        run_in_process(
+            "train",
+            config(tiny_settings, "llamagen", source="checkpoint", checkpoint=tmp_path / "c2i.pt", **changes),
+            {"tokenize": tiny_artifacts["tokenize"]},
+        )
+        for changes in ({}, {"dropout": 0.5, "seed": 3, "class_dropout_prob": 0.9, "training": {"steps": 99}})
+    ]
+    assert read_json(artifacts[0] / "imported.json") == {"sha256": file_sha256(tmp_path / "c2i.pt")}
+    assert read_json(artifacts[0] / "metrics.json") == read_json(npp / "metrics.json")
+    names = sorted(path.name for path in artifacts[0].iterdir())
+    assert names == ["config.json", "imported.json", "metrics.json", "model.safetensors"]
+    for name in names:  # what is in no key changes no byte
+        assert (artifacts[0] / name).read_bytes() == (artifacts[1] / name).read_bytes()
+
+
+def test_a_dpars_weights_are_no_llamagens(
+    tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
+) -> None:
+    settings = config(
+        tiny_settings, "llamagen", source="checkpoint", checkpoint=tiny_artifacts["train"] / "model.safetensors"
+    )
+    with pytest.raises(InputError, match="holds a DPAR model, expected LlamaGen's transformer"):
+        run_in_process("train", settings, {"tokenize": tiny_artifacts["tokenize"]})
