@@ -74,7 +74,14 @@ def write_index(
     write_json(output / CLASSES_FILE, classes)
     write_atomic(
         output / INDEX_FILE,
-        lambda file: pq.write_table(table, file, row_group_size=_ROW_GROUP, compression="zstd", use_dictionary=False),
+        lambda file: pq.write_table(
+            table,
+            file,
+            row_group_size=_ROW_GROUP,
+            compression="zstd",
+            use_dictionary=False,
+            write_page_checksum=True,
+        ),
     )
 
 
@@ -102,7 +109,7 @@ class ImageIndex:
         """
         path = artifact / INDEX_FILE
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(path, page_checksum_verification=True)
             classes: list[str] = read_json(artifact / CLASSES_FILE)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ArtifactError(f"{path} cannot be read ({error}): run the dataset stage again") from error

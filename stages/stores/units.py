@@ -24,11 +24,11 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from stages.artifact import RECORD, read_json, write_atomic, write_json
+from stages.artifact import RECORD, file_sha256, read_json, remove_partials, write_atomic, write_json
 from stages.errors import ArtifactError
 
 Array = NDArray[Any]
-FORMAT = 1
+FORMAT = 2
 ATTRIBUTES = "dpar"
 CRC_BYTES = 4
 NOT_FACTS = frozenset({"format", "complete", "digest"})  # the attributes that say nothing of what is stored
@@ -138,15 +138,21 @@ class UnitWriter:
             blocks: The unit's rows of each array, by its name.
 
         Raises:
-            ValueError: A block that is not all rows of the unit, of another type, or holds the value for missing ones.
+            ValueError: A unit that the store does not have or that is written already; a block that is not all rows of
+                the unit, of another type, or holds the value for missing ones.
             ArtifactError: The disk gave back other bytes than were written.
         """
-        chunks: dict[str, dict[str, int | str]] = {}
+        if not 0 <= unit < self.spec.num_units:
+            raise ValueError(f"unit {unit} of {self.path.name}, expected 0..{self.spec.num_units - 1}")
         if set(blocks) != {array.name for array in self.spec.arrays}:
             raise ValueError(f"unit {unit} has the arrays {sorted(blocks)}, expected all of {self.path.name}")
         for array in self.spec.arrays:
+            self._check_block(array, unit, blocks[array.name])
+        if self._manifest(unit) is not None:
+            raise ValueError(f"unit {unit} of {self.path.name} is written already: units are written once")
+        chunks: dict[str, dict[str, int | str]] = {}
+        for array in self.spec.arrays:
             block = blocks[array.name]
-            self._check_block(array, unit, block)
             for view, key in enumerate(self.spec.chunk_keys(array, unit)):
                 chunks[key] = self._write_chunk(key, array, block[:, view] if array.per_view else block)
         write_json(self._manifest_path(unit), {"unit": unit, "chunks": chunks})
@@ -157,15 +163,14 @@ class UnitWriter:
         Raises:
             ArtifactError: A unit is missing.
         """
-        hashes: dict[str, str] = {}
+        hashes = {key: file_sha256(self.path / key) for key in metadata_keys(self.spec)}
         for unit in range(self.spec.num_units):
             chunks = self._manifest(unit)
             if chunks is None:
                 raise ArtifactError(f"{self.path} lacks unit {unit} of {self.spec.num_units}: run the stage again")
             hashes |= {key: str(chunk["sha256"]) for key, chunk in chunks.items()}
         digest = store_digest(self._facts, hashes)
-        for partial in self.path.rglob("*.partial"):  # left by killed attempts
-            partial.unlink()
+        remove_partials(self.path)
         done = _documents(self.spec, {"format": FORMAT, **self._facts, "digest": digest, "complete": True})
         _write_bytes(self.path / "zarr.json", done["zarr.json"])
         return digest
@@ -220,8 +225,13 @@ class UnitWriter:
 
 
 def store_digest(facts: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
-    """SHA-256 over what a store was made from and the SHA-256 of every chunk file, by key."""
-    return hashlib.sha256(_canonical({"facts": dict(facts), "chunks": dict(hashes)})).hexdigest()
+    """SHA-256 over what a store was made from and the SHA-256 of every file but the group's own, by key."""
+    return hashlib.sha256(_canonical({"facts": dict(facts), "files": dict(hashes)})).hexdigest()
+
+
+def metadata_keys(spec: StoreSpec) -> list[str]:
+    """The arrays' metadata files below a store."""
+    return [f"{array.name}/zarr.json" for array in spec.arrays]
 
 
 def is_missing(block: Array, missing: float | None) -> NDArray[np.bool_]:

@@ -6,7 +6,7 @@ Opening a store checks only sizes and metadata; this is the pass for disks and c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,27 +36,37 @@ STORES: dict[str, SpecOf] = {
     "entropies.zarr": lambda facts: EntropyFacts(**facts).spec(),
     "samples.zarr": lambda facts: SampleFacts(**facts).spec(),
 }
+_WHOLE = google_crc32c.value(bytes(CRC_BYTES))
+"""CRC-32C of any data with their own CRC-32C behind them: so also of none with theirs, which is zero."""
 PATCHES = "patches.parquet"
-ORIGINS = {"tokens_digest": "tokens.zarr", "entropies_digest": "entropies.zarr"}
-"""Facts that name the store something was made from, by its digest."""
+ORIGINS = {"entropies_digest": "entropies.zarr", "tokens_digest": "tokens.zarr"}
+"""Facts that name, by its digest, the store that something was made from."""
 
 
-def artifact_damage(artifact: Path, sources: Mapping[str, Path]) -> Iterator[Damage]:
+def artifact_damage(artifact: Path, sources: Iterable[Path]) -> Iterator[Damage]:
     """All damage of the stores and tables of an artifact.
 
     Args:
         artifact: Its folder.
-        sources: Folders of the artifacts it was made from, by any name, as far as they are still there: what it says of
-            its origin must fit them.
+        sources: Folders of the artifacts it was made from, as far as they are still there: the stores in them must be
+            those that it names.
     """
+    claims: dict[Path, Mapping[str, Any]] = {}
     for name, spec_of in STORES.items():
         if (artifact / name).exists():
             yield from store_damage(artifact / name, spec_of)
-            yield from _other_origin(artifact / name / "zarr.json", lambda n=name: _facts(artifact / n), sources)
+            claims[artifact / name / "zarr.json"] = _facts(artifact / name, spec_of)
     for path in sorted(artifact.glob("*.parquet")):
         yield from parquet_damage(path)
-    if (artifact / PATCHES).exists():
-        yield from _other_origin(artifact / PATCHES, lambda: _patch_facts(artifact / PATCHES), sources)
+        claims[path] = _text_facts(path)
+    origins = _digests(sources)
+    for path, facts in claims.items():
+        for fact in sorted(facts.keys() & origins.keys()):
+            if facts[fact] != origins[fact]:
+                what = (
+                    f"{path} was made from {fact} {facts[fact]}, but the store that it was made from is {origins[fact]}"
+                )
+                yield Damage(path, what)
 
 
 def store_damage(path: Path, spec_of: SpecOf) -> Iterator[Damage]:
@@ -100,7 +110,7 @@ def parquet_damage(path: Path) -> Iterator[Damage]:
                         text = f"column {name}, row group {group} of {path.name} (file {path}) is damaged ({error})"
                         yield Damage(path, text)
         if path.name == PATCHES and not found:
-            PatchIndex.open(path, _patch_facts(path)["tokens_digest"])
+            PatchIndex.open(path, _text_facts(path)["tokens_digest"])
     except (OSError, ValueError, KeyError, pa.ArrowException, ArtifactError) as error:
         yield Damage(path, f"{path} is damaged ({error})")
 
@@ -115,11 +125,12 @@ def _damage_of(header: StoreHeader, array: ArraySpec, unit: int, key: str) -> st
         return f"{name} cannot be read ({error.strerror})"
     if what := header.size_damage(array, key, len(data)):
         return what
-    values = memoryview(data)[:-CRC_BYTES]
-    if google_crc32c.value(values) != int.from_bytes(data[-CRC_BYTES:], "little"):
+    if google_crc32c.value(data) != _WHOLE:
         return f"{name} is damaged, its checksum differs: run its stage again"
     if array.missing is not None:
-        rows = np.frombuffer(values, np.dtype(array.dtype).newbyteorder("<")).reshape(header.spec.chunk_rows, -1)
+        dtype = np.dtype(array.dtype).newbyteorder("<")
+        values = np.frombuffer(data, dtype, count=(len(data) - CRC_BYTES) // dtype.itemsize)
+        rows = values.reshape(header.spec.chunk_rows, -1)
         if is_missing(rows[: header.spec.count_rows([unit])], array.missing).any():
             return f"{name} holds entries that were never written: run its stage again"
     return None
@@ -134,3 +145,31 @@ def _digest(header: StoreHeader) -> str:
         with (header.path / key).open("rb") as file:
             hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
     return store_digest(header.facts, hashes)
+
+
+def _digests(sources: Iterable[Path]) -> dict[str, str]:
+    """Digests of the stores in some artifacts and of those that these name in turn, by the facts that name them."""
+    found: dict[str, str] = {}
+    for source in sources:
+        for fact, name in ORIGINS.items():
+            if facts := _facts(source / name, STORES[name]):
+                found |= {fact: facts["digest"]} | {f: facts[f] for f in ORIGINS if f in facts}
+    return found
+
+
+def _facts(path: Path, spec_of: SpecOf) -> Mapping[str, Any]:
+    """Facts and digest of a store; none where there is no readable one."""
+    try:
+        header = StoreHeader.read(path, spec_of)
+    except ArtifactError:
+        return {}
+    return header.facts | {"digest": header.digest}
+
+
+def _text_facts(path: Path) -> Mapping[str, str]:
+    """What the schema of a Parquet file says of it; nothing where it cannot be read."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        return {key.decode(): value.decode() for key, value in metadata.items()}
+    except (OSError, ValueError, pa.ArrowException):
+        return {}
