@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from models.layers import Attend
+
+_BLOCK = 32  # positions by which caches grow
 
 
 def causal_attention(
@@ -50,47 +52,75 @@ def packed_causal_attention(lengths: Sequence[int], device: torch.device) -> Att
 
 
 class KVCache:
-    """Keys and values of one layer for B sequences of at most `capacity` positions, filled one position at a time.
+    """Keys and values of a stack of layers, for B sequences that grow position by position to at most `capacity`.
 
     One query a sequence makes no use of torch's attention kernels; the plain products are faster.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, num_layers: int, capacity: int) -> None:
         self._capacity = capacity
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
 
-    def step(self, position: int) -> Attend:
-        """Attention of the one new position of all sequences to everything up to it."""
+    def step(self, position: int) -> Iterator[Attend]:
+        """For each layer: attention of one new position of every sequence to all up to it."""
+        room = self._room(position + 1)
+        for layer in range(len(self._layers)):
+            yield partial(self._step, layer, position, room)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self._storage(k, len(k))  # (B, H, capacity, K)
-            keys[:, :, position], values[:, :, position] = k, v
-            filled = slice(position + 1)
-            return plain_attention(q[:, :, None], keys[:, :, filled], values[:, :, filled])[:, :, 0]
+    def ragged_step(self, rows: Int[Tensor, " R"], last: Int[Tensor, " B"]) -> Iterator[Attend]:
+        """For each layer: attention of a new position of some sequences to all up to their own `last`.
 
-        return attend
+        All sequences attend, and what the others get is thrown away: to choose keys and values of some is to copy them.
+        """
+        room = self._room(int(last[rows].max()) + 1)
+        later = torch.arange(room, device=last.device) > last[:, None]  # (B, S)
+        for layer in range(len(self._layers)):
+            yield partial(self._ragged_step, layer, rows, last, later)
 
-    def ragged_step(self, batch: int, rows: Int[Tensor, " R"], positions: Int[Tensor, " R"], filled: int) -> Attend:
-        """Attention of a new position of some sequences, each at its own position below `filled`."""
+    @property
+    def num_bytes(self) -> int:
+        """Memory that keys and values take now."""
+        return sum(x.nbytes for pair in self._layers if pair is not None for x in pair)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self._storage(k, batch)
-            keys[rows, :, positions], values[rows, :, positions] = k, v
-            later = torch.arange(filled, device=k.device) > positions[:, None]  # (R, filled)
-            # Several times faster than indexing by `rows`.
-            keys, values = (x[:, :, :filled].index_select(0, rows) for x in (keys, values))
-            return plain_attention(q[:, :, None], keys, values, later[:, None, None])[:, :, 0]
+    def _step(self, layer: int, position: int, room: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self._storage(layer, k, len(k), room)
+        keys[:, :, position], values[:, :, position] = k, v
+        later = torch.arange(keys.shape[2], device=k.device) > position  # (S,)
+        return plain_attention(q[:, :, None], keys, values, later)[:, :, 0]
 
-        return attend
+    def _ragged_step(
+        self, layer: int, rows: Tensor, last: Tensor, later: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        keys, values = self._storage(layer, k, *later.shape)
+        keys[rows, :, last[rows]], values[rows, :, last[rows]] = k, v
+        queries = q.new_zeros(len(last), *q.shape[1:]).index_copy(0, rows, q)
+        mixed = plain_attention(queries[:, :, None], keys, values, later[:, None, None])[:, :, 0]
+        return mixed.index_select(0, rows)
 
-    def _storage(self, like: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """Allocated at the first step, in the type that attention computes in. Zeros: what is masked must be finite."""
-        if self._keys is None or self._values is None:
-            heads, width = like.shape[-2:]
-            self._keys = like.new_zeros(batch, heads, self._capacity, width)
-            self._values = torch.zeros_like(self._keys)
-        return self._keys, self._values
+    def _room(self, filled: int) -> int:
+        """Positions of whole blocks that hold `filled` positions."""
+        if filled > self._capacity:
+            raise ValueError(
+                f"position {filled - 1} of a cache for {self._capacity} positions, expected one below that"
+            )
+        return min(self._capacity, -(-filled // _BLOCK) * _BLOCK)
+
+    def _storage(self, layer: int, like: Tensor, batch: int, room: int) -> tuple[Tensor, Tensor]:
+        """The first `room` positions of a layer, (B, H, S, K), in the type that attention computes in.
+
+        Zeros at first: what is masked must be finite. On CUDA all is allocated at once. On a CPU it grows a block at a
+        time, because products of bfloat16 copy any array that is not contiguous, as a part of a longer one.
+        """
+        pair = self._layers[layer]
+        heads, width = like.shape[-2:]
+        if pair is None:
+            length = self._capacity if like.is_cuda else room
+            keys = like.new_zeros(batch, heads, length, width)
+            pair = self._layers[layer] = (keys, torch.zeros_like(keys))
+        elif pair[0].shape[2] < room:
+            more = (0, 0, 0, room - pair[0].shape[2])
+            pair = self._layers[layer] = (F.pad(pair[0], more), F.pad(pair[1], more))
+        return pair[0][:, :, :room], pair[1][:, :, :room]
 
 
 def _padded_attention(lengths: Sequence[int], device: torch.device) -> Attend:

@@ -9,13 +9,15 @@ Source: DPAR (arXiv 2512.21867), section 3. Names of weights follow the authors'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.attention import causal_attention, packed_causal_attention
@@ -28,7 +30,8 @@ from models.loss import head_cross_entropy
 class PackedPatches:
     """The patches of a batch, laid out for the model. P patches over the encoder's T - 1 tokens of all images.
 
-    Rows of the global sequence are packed image after image, the class row of each before its patches.
+    Rows of the global sequence are packed image after image, the class row of each before its patches. Numbers are
+    int32: half of what would have to go to the device.
     """
 
     global_lengths: list[int]
@@ -50,9 +53,13 @@ class PackedPatches:
 
     def to(self, device: torch.device) -> PackedPatches:
         """The same patches with their tensors on `device`."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedPatches:
+        """The same patches with each tensor changed."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
-        return PackedPatches(**moved)
+        changed: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return PackedPatches(**changed)
 
 
 def pack_patches(starts: Bool[Tensor, "B T"]) -> PackedPatches:
@@ -67,26 +74,42 @@ def pack_patches(starts: Bool[Tensor, "B T"]) -> PackedPatches:
         raise ValueError(f"starts are {tuple(starts.shape)}, expected two tokens and more of each image: (images, T)")
     if not bool(starts[:, 0].all()):
         raise ValueError("the first token of an image opens no patch, expected every image to start one")
-    batch, width = starts.shape[0], starts.shape[1] - 1
-    images, first = starts[:, :-1].nonzero(as_tuple=True)
-    flat = images * width + first
-    lengths = torch.diff(flat, append=torch.tensor([batch * width]))
-    offsets = torch.arange(int(lengths.max()))
-    counts = torch.bincount(images, minlength=batch)
-    class_rows = torch.cumsum(counts + 1, 0) - (counts + 1)
-    patch_rows = torch.arange(len(flat)) + images + 1
-    global_order = torch.empty(batch + len(flat), dtype=torch.int64)
-    global_order[torch.cat([class_rows, patch_rows])] = torch.arange(batch + len(flat))
+    marks = starts.numpy()
+    batch, width = len(marks), marks.shape[1] - 1
+    counts = marks[:, :-1].sum(axis=1, dtype=np.int32)
+    before = np.cumsum(counts, dtype=np.int32) - counts  # patches of the images before
+    class_rows = before + np.arange(batch, dtype=np.int32)
+    flat = np.flatnonzero(marks[:, :-1]).astype(np.int32)
+    lengths = np.diff(flat, append=np.int32(batch * width))
+    first = flat - np.repeat(width * np.arange(batch, dtype=np.int32), counts)
+    # Patch p of image i stands in global row p + i + 1 and in place B + p: the place is the row plus B - 1 - i.
+    global_order = np.arange(batch + len(flat), dtype=np.int32)
+    global_order += np.repeat(np.arange(batch, dtype=np.int32)[::-1], counts + 1)
+    global_order[class_rows] = np.arange(batch)
+    targets = marks.cumsum(axis=1, dtype=np.int32)
+    targets += (class_rows - 1)[:, None]
     return PackedPatches(
         global_lengths=(counts + 1).tolist(),
-        tokens=flat[:, None] + torch.minimum(offsets, lengths[:, None] - 1),
-        valid=offsets < lengths[:, None],
-        first=first,
-        last=first + lengths - 1,
-        number=patch_rows - class_rows[images] - 1,
-        global_order=global_order,
-        target_rows=class_rows[:, None] + starts.long().cumsum(1) - 1,
+        tokens=torch.from_numpy(_ranges(flat, lengths)),
+        valid=torch.from_numpy(np.take(np.tri(lengths.max() + 1, lengths.max(), -1, dtype=np.bool_), lengths, axis=0)),
+        first=torch.from_numpy(first),
+        last=torch.from_numpy(first + lengths - 1),
+        number=torch.from_numpy(np.arange(len(flat), dtype=np.int32) - np.repeat(before, counts)),
+        global_order=torch.from_numpy(global_order),
+        target_rows=torch.from_numpy(targets),
     )
+
+
+def _ranges(first: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Rows (P, L) of `lengths` numbers counted up from `first`; short rows repeat their last number.
+
+    Column by column: along its short rows numpy would pay for each of them.
+    """
+    last = first + lengths - 1
+    rows = np.empty((len(first), lengths.max()), dtype=np.int32)
+    for offset, column in enumerate(rows.T):
+        np.minimum(first + np.int32(offset), last, out=column)
+    return rows
 
 
 class DPAR(nn.Module):

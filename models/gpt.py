@@ -82,15 +82,15 @@ class GPT(nn.Module):
         first = torch.full((len(tokens), 1), math.log(self.config.codebook_size), device=tokens.device)
         return torch.cat([first, token_entropy(self(tokens))], dim=1)
 
-    def new_caches(self) -> list[KVCache]:
-        """Empty caches for `step`, one a layer."""
-        return [KVCache(self.config.num_tokens) for _ in self.layers]
+    def new_cache(self) -> KVCache:
+        """An empty cache for `step`."""
+        return KVCache(len(self.layers), self.config.num_tokens)
 
-    def step(self, hidden: Float[Tensor, "B D"], position: int, caches: list[KVCache]) -> Float[Tensor, "B V"]:
+    def step(self, hidden: Float[Tensor, "B D"], position: int, cache: KVCache) -> Float[Tensor, "B V"]:
         """Logits after one more position, whose embedding is `hidden`."""
         rope = self._rope(self.config.grid, hidden.device)[position]
-        for layer, cache in zip(self.layers, caches, strict=True):
-            hidden = layer(hidden, rope, cache.step(position))
+        for layer, attend in zip(self.layers, cache.step(position), strict=True):
+            hidden = layer(hidden, rope, attend)
         return self.output(self.norm(hidden)).float()
 
     def _rope(self, grid: int, device: torch.device) -> Float[Tensor, "L R 2"]:

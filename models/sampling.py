@@ -54,7 +54,7 @@ class EntropyBoundaries:
 
     def __init__(self, model: GPT, rule: PatchRule) -> None:
         self.model, self.rule = model, rule
-        self._caches: list[KVCache] = []
+        self._cache = model.new_cache()
 
     def begin(self, batch: int, num_tokens: int) -> None:
         """Forget the images before.
@@ -67,11 +67,11 @@ class EntropyBoundaries:
                 f"the entropy model was made for {self.model.config.num_tokens} tokens an image, the sampled model for "
                 f"{num_tokens}: use an entropy model of the same tokenizer and image size"
             )
-        self._caches = self.model.new_caches()
+        self._cache = self.model.new_cache()
 
     def opens(self, position: int, previous: Int[Tensor, " B"], open_lengths: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
         """Apply the rule to the entropy of the token at `position`, which the token before it brings."""
-        logits = self.model.step(self.model.tok_embeddings(previous), position - 1, self._caches)
+        logits = self.model.step(self.model.tok_embeddings(previous), position - 1, self._cache)
         return opens_patch(self.rule, position, token_entropy(logits), open_lengths)
 
 
@@ -95,11 +95,11 @@ def sample_gpt(
     model: GPT, labels: Int[Tensor, " B"], uniforms: Float[Tensor, "B T"], options: SamplingOptions
 ) -> Int[Tensor, "B T"]:
     """Tokens drawn from a class-conditional GPT."""
-    caches = model.new_caches()
+    cache = model.new_cache()
     hidden = model.cls_embedding(_with_null(labels, model.cls_embedding.num_classes, options))
     tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
     for position in range(model.config.num_tokens):
-        logits = _guide(model.step(hidden, position, caches), options)
+        logits = _guide(model.step(hidden, position, cache), options)
         tokens[:, position] = draw(logits, uniforms[:, position], options)
         hidden = _twice(model.tok_embeddings(tokens[:, position]), options)
     return tokens
@@ -135,9 +135,9 @@ class DPARDecoding:
         self.starts = torch.zeros(batch, num_tokens, dtype=torch.bool, device=device)
         self.open_lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.num_patches = torch.zeros(batch, dtype=torch.int64, device=device)  # closed ones
-        self._encoder_caches = [KVCache(num_tokens) for _ in model.local_encoder.layers]
-        self._global_caches = [KVCache(num_tokens + 1) for _ in model.layers]
-        self._decoder_caches = [KVCache(num_tokens) for _ in model.local_decoder.layers]
+        self._encoder_cache = KVCache(len(model.local_encoder.layers), num_tokens)
+        self._global_cache = KVCache(len(model.layers), num_tokens + 1)
+        self._decoder_cache = KVCache(len(model.local_decoder.layers), num_tokens)
         self._encoded: list[Tensor] = []  # per encoder layer (B, T, D): what the pooling reads
         self._token_rope = model.token_rope(device)
         self._projections: Tensor | None = None  # (decoder layers, B or 2 B, D): of the open patch's context
@@ -165,8 +165,9 @@ class DPARDecoding:
         """Encoder state of the token at position - 1."""
         place = self.position - 1
         state = self.model.tok_embeddings(previous)
-        for index, layer in enumerate(self.model.local_encoder.layers):
-            state = layer(state, self._token_rope[place + 1], self._encoder_caches[index].step(place))
+        layers = zip(self.model.local_encoder.layers, self._encoder_cache.step(place), strict=True)
+        for index, (layer, attend) in enumerate(layers):
+            state = layer(state, self._token_rope[place + 1], attend)
             if len(self._encoded) <= index:
                 self._encoded.append(state.new_empty(len(state), self.model.config.num_tokens, state.shape[1]))
             self._encoded[index][:, place] = state
@@ -193,14 +194,12 @@ class DPARDecoding:
         self, hidden: Float[Tensor, "R2 D"], images: Int[Tensor, " R"], rope: Float[Tensor, "R C 2"] | None = None
     ) -> None:
         """Feed one row (the class where `rope` is None) and keep its output's projections for the decoder."""
-        rows, places = _halves(images, len(self.starts), self.options), self.num_patches[images]
-        places = _twice(places, self.options)
+        rows, last = _halves(images, len(self.starts), self.options), _twice(self.num_patches, self.options)
         if rope is None:
             rope = torch.zeros(len(images), self.model.head_dim // 2, 2, device=hidden.device)
         rope = _twice(rope, self.options)
-        filled = int(places.max()) + 1
-        for layer, cache in zip(self.model.layers, self._global_caches, strict=True):
-            hidden = layer(hidden, rope, cache.ragged_step(len(self.labels), rows, places, filled))
+        for layer, attend in zip(self.model.layers, self._global_cache.ragged_step(rows, last), strict=True):
+            hidden = layer(hidden, rope, attend)
         projected = torch.stack([projection(hidden) for projection in self.model.local_decoder.cross_attn_layers])
         if self._projections is None:
             self._projections = projected.new_zeros(len(projected), len(self.labels), projected.shape[-1])
@@ -210,9 +209,9 @@ class DPARDecoding:
         """Logits of both halves for the token at `position`."""
         assert self._projections is not None
         hidden = _twice(state, self.options)
-        layers = zip(self.model.local_decoder.layers, self._projections, self._decoder_caches, strict=True)
-        for layer, projection, cache in layers:
-            hidden = layer(hidden + projection, self._token_rope[self.position], cache.step(self.position))
+        attends = self._decoder_cache.step(self.position)
+        for layer, projection, attend in zip(self.model.local_decoder.layers, self._projections, attends, strict=True):
+            hidden = layer(hidden + projection, self._token_rope[self.position], attend)
         return self.model.output(self.model.norm(hidden)).float()
 
 

@@ -16,6 +16,7 @@ from conf.load import describe, names
 from conf.schema import RuntimeConfig
 from pipeline import display
 from pipeline.cli_measure import app as measure_app
+from pipeline.cli_patches import app as patches_app
 from pipeline.cli_upkeep import app as upkeep_app
 from pipeline.failures import describe_failure
 from pipeline.graph import STAGES
@@ -47,6 +48,7 @@ app = typer.Typer(
     help="From a folder of images to a trained, sampled and scored DPAR model. What is unchanged is not made again.",
 )
 app.add_typer(measure_app)
+app.add_typer(patches_app)
 app.add_typer(upkeep_app)
 
 

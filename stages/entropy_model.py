@@ -46,6 +46,7 @@ def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runt
             model=model,
             objective=objective,
             batch=lambda step: data.training_batch(stream, step, world),
+            data_state=lambda steps: stream.state(steps) | data.digests,
             validate=lambda: data.heldout_loss(objective, world),
             config=config.training,
             seed=config.seed,

@@ -71,7 +71,7 @@ def patch_picture(
         canvas.paste(outlined, (_MARGIN + step, top))
         heat = _heat_map(entropy, grid, low, high).resize((side, side), Image.Resampling.NEAREST)
         canvas.paste(heat, (_MARGIN + 2 * step, top))
-        text = f"{int(start.sum())} patches for {grid * grid} tokens, mean length {grid * grid / start.sum():.2f}"
+        text = f"{int(start.sum())} patches, mean length {grid * grid / start.sum():.2f}"
         _caption(canvas, (_MARGIN + step, top + side), text, side)
     _colour_bar(canvas, (_MARGIN + 3 * step, head), (bar, side), low, high)
     return canvas

@@ -96,6 +96,7 @@ def _train(
         model=model,
         objective=VQObjective(model, lpips, discriminator, config),
         batch=batch,
+        data_state=lambda steps: stream.state(steps) | {"images": images.index.digest},
         validate=lambda: reconstruction_scores(model, images, world),
         config=config.training,
         seed=config.seed,

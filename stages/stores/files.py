@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +129,11 @@ class ImageIndex:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the digests of all files, in hex."""
+        return sha256(self.digests.data).hexdigest()
 
     @property
     def num_heldout(self) -> int:

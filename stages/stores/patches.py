@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from models.patch_tables import Bytes, unpack_bits
 from stages.artifact import write_atomic
 from stages.errors import ArtifactError
 from stages.stores.blocks import Integers
@@ -31,14 +34,15 @@ class PatchFacts:
 
 
 def write_patches(
-    path: Path, facts: PatchFacts, blocks: Iterable[NDArray[np.bool_]], *, rule: Mapping[str, str], chunk_rows: int
+    path: Path, facts: PatchFacts, blocks: Iterable[Bytes], *, rule: Mapping[str, str], chunk_rows: int
 ) -> None:
     """Write an index, with as little in memory as one block.
 
     Args:
         path: File to write.
         facts: Sizes and origin.
-        blocks: Patch starts (rows, T), view by view, in each view all images in order; each becomes a row group.
+        blocks: Patch starts as bits (rows, bytes), view by view, in each view all images in order; each becomes a row
+            group.
         rule: How the starts were found, for people who open the file.
         chunk_rows: Rows of a block; the last one of each view may have fewer.
 
@@ -53,7 +57,7 @@ def write_patches(
 class PatchIndex:
     """Patch starts of every view of every image, in memory: T / 8 bytes a view."""
 
-    def __init__(self, path: Path, facts: PatchFacts, masks: NDArray[np.uint8]) -> None:
+    def __init__(self, path: Path, facts: PatchFacts, masks: Bytes) -> None:
         self.path, self.facts = path, facts
         self._masks = masks  # (N, A, bytes)
 
@@ -81,25 +85,47 @@ class PatchIndex:
             )
         return cls(path, facts, masks)
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all patch starts, in hex."""
+        return hashlib.sha256(self._masks.data).hexdigest()
+
     def starts(self, images: Integers, views: Integers) -> NDArray[np.bool_]:
         """Patch starts (n, T) of the given images, each in its view: true where a token opens a patch."""
-        bits = np.unpackbits(self._masks[images, views], axis=-1, count=self.facts.num_tokens, bitorder="little")
-        return bits.astype(np.bool_)
+        return unpack_bits(self._masks[images, views], self.facts.num_tokens)
+
+    def require_entropies(self, digest: str) -> None:
+        """Check that the index was made from the entropy store of this digest.
+
+        Raises:
+            ArtifactError: It was made from others.
+        """
+        if self.facts.entropies_digest != digest:
+            raise ArtifactError(
+                f"{self.path} was made from entropies {self.facts.entropies_digest[:12]}, expected {digest[:12]}: "
+                "it belongs to another entropy store, run the patch_index stage again"
+            )
 
 
 def _write_blocks(
-    file: IO[bytes], schema: pa.Schema, facts: PatchFacts, blocks: Iterable[NDArray[np.bool_]], chunk_rows: int
+    file: IO[bytes], schema: pa.Schema, facts: PatchFacts, blocks: Iterable[Bytes], chunk_rows: int
 ) -> None:
     written = 0
     with pq.ParquetWriter(
-        file, schema, compression="zstd", compression_level=3, use_dictionary=False, write_page_checksum=True
+        file,
+        schema,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=False,
+        column_encoding={"image_id": "DELTA_BINARY_PACKED", "n_patches": "DELTA_BINARY_PACKED"},
+        write_page_checksum=True,
     ) as writer:
-        for starts in blocks:
+        for masks in blocks:
             view, first = divmod(written, facts.num_images)
-            if starts.shape != (min(chunk_rows, facts.num_images - first), facts.num_tokens):
-                raise ValueError(f"patch starts from image {first} of view {view} have shape {starts.shape}")
-            writer.write_table(_table(schema, view, first, starts), row_group_size=chunk_rows)
-            written += len(starts)
+            if masks.shape != (min(chunk_rows, facts.num_images - first), -(-facts.num_tokens // 8)):
+                raise ValueError(f"patch starts from image {first} of view {view} have shape {masks.shape}")
+            writer.write_table(_table(schema, view, first, masks), row_group_size=chunk_rows)
+            written += len(masks)
     if written != facts.num_images * facts.num_views:
         raise ValueError(f"{written} rows were given, expected {facts.num_images} images x {facts.num_views} views")
 
@@ -115,14 +141,13 @@ def _schema(num_tokens: int) -> pa.Schema:
     )
 
 
-def _table(schema: pa.Schema, view: int, first: int, starts: NDArray[np.bool_]) -> pa.Table:
-    masks = np.packbits(starts, axis=-1, bitorder="little")
+def _table(schema: pa.Schema, view: int, first: int, masks: Bytes) -> pa.Table:
     columns = [
-        pa.array(np.arange(first, first + len(starts), dtype=np.uint32)),
-        pa.array(np.full(len(starts), view, dtype=np.uint8)),
-        pa.array(starts.sum(axis=-1).astype(np.uint16)),
+        pa.array(np.arange(first, first + len(masks), dtype=np.uint32)),
+        pa.array(np.full(len(masks), view, dtype=np.uint8)),
+        pa.array(np.bitwise_count(masks).sum(axis=-1, dtype=np.uint16)),
         pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(masks.shape[1]), len(starts), [None, pa.py_buffer(masks.tobytes())]
+            pa.binary(masks.shape[1]), len(masks), [None, pa.py_buffer(masks.tobytes())]
         ),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
@@ -145,7 +170,7 @@ def _facts(path: Path, schema: pa.Schema) -> PatchFacts:
     return facts
 
 
-def _read_masks(path: Path, file: pq.ParquetFile, facts: PatchFacts) -> NDArray[np.uint8]:
+def _read_masks(path: Path, file: pq.ParquetFile, facts: PatchFacts) -> Bytes:
     """All masks (N, A, bytes), each row checked to be where its image and view belong."""
     num_rows = facts.num_images * facts.num_views
     if file.metadata.num_rows != num_rows:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +25,13 @@ class TokenBatch:
     tokens: Int[Tensor, "B T"]
     labels: Int[Tensor, " B"]
 
-    def to(self, device: torch.device) -> TokenBatch:
-        """The same batch on `device`."""
-        return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
+    def to(self, device: torch.device) -> Self:
+        """The same batch on `device`; the host does not wait for what it has pinned."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same batch with each tensor changed."""
+        return replace(self, tokens=change(self.tokens), labels=change(self.labels))
 
 
 class GPTObjective(nn.Module):
@@ -47,10 +53,16 @@ class TokenData:
 
     store: TokenStore
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of each thing that batches are made from."""
+        return {"tokens": self.store.digest}
+
     def training_batch(self, stream: SampleStream, step: int, world: World) -> TokenBatch:
-        """This process's share of a step, each image in a view of its own."""
+        """This process's share of a step, each image in a view of its own; in pinned memory if it goes to a GPU."""
         images, epochs = stream.rank_slice(step, world)
-        return self.batch(images, stream.views(images, epochs, self.store.num_views))
+        batch = self.batch(images, stream.views(images, epochs, self.store.num_views))
+        return batch.map(Tensor.pin_memory) if world.device.type == "cuda" else batch
 
     def batch(self, images: Integers, views: Integers) -> TokenBatch:
         """Tokens and labels of the given images and views."""

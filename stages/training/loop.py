@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from conf.schema import TrainingConfig
 from stages.artifact import RECORD
 from stages.distributed import World, all_reduce_sum, barrier
+from stages.errors import ArtifactError
 from stages.memory import return_free_memory
 from stages.progress import Progress
 from stages.training.checkpoint import load_latest, save_checkpoint
@@ -47,6 +48,8 @@ class Training(Generic[Batch]):
         model: The weights that are trained and kept.
         objective: Module around all that is trained: `objective(batch)` gives the loss and named scalars to log.
         batch: This process's batch of a step, made ahead in a thread.
+        data_state: What `batch` stands for after so many steps: seed, samples seen, digests of the data. It goes into
+            checkpoints, and a checkpoint of another state is refused.
         validate: Held-out metrics, computed at every checkpoint.
         config: Steps, batch, optimiser.
         seed: Of dropout and everything else random in the forward pass.
@@ -58,6 +61,7 @@ class Training(Generic[Batch]):
     model: nn.Module
     objective: nn.Module
     batch: Callable[[int], Batch]
+    data_state: Callable[[int], dict[str, int | str]]
     validate: Callable[[], dict[str, float]]
     config: TrainingConfig
     seed: int
@@ -72,7 +76,7 @@ def train_model(run: Training[Any], output: Path, world: World) -> dict[str, flo
     """
     run.objective.to(world.device)
     state = TrainingState(run.model, run.adversary, run.config)
-    first = _resume(state, output, world)
+    first = _resume(run, state, output, world)
     objective = DistributedDataParallel(run.objective) if world.size > 1 else run.objective
     log = MetricLog(output, first, enabled=world.is_main)
     progress = Progress(output, "steps", run.config.steps, done=first, enabled=world.is_main)
@@ -92,7 +96,7 @@ def train_model(run: Training[Any], output: Path, world: World) -> dict[str, flo
         if done % run.config.checkpoint_every == 0 and done < run.config.steps:
             with state.averaged():
                 log.write(done, _validate(run))
-            _save(state, output, done, run.config.steps, world)
+            _save(run, state, output, done, world)
     return _finish(run, state, output, log, world)
 
 
@@ -109,20 +113,35 @@ def train_step(
     return {"loss": loss.detach(), **norms, "learning_rate": torch.tensor(rate), **metrics}
 
 
-def _resume(state: TrainingState, output: Path, world: World) -> int:
-    """Load the newest checkpoint; the number of steps done."""
+def _resume(run: Training[Any], state: TrainingState, output: Path, world: World) -> int:
+    """Load the newest checkpoint; the number of steps done.
+
+    Raises:
+        ArtifactError: It was trained on other data, or in another order.
+    """
     saved = load_latest(output / CHECKPOINTS, world.device)
     if saved is None:
         return 0
+    _check_data(saved.get("data", {}), run.data_state(saved["step"]), output / CHECKPOINTS)
     state.load_state_dict(saved)
     logger.info("going on from step %d", saved["step"])
     return int(saved["step"])
 
 
-def _save(state: TrainingState, output: Path, done: int, last: int, world: World) -> None:
+def _check_data(found: dict[str, int | str], wanted: dict[str, int | str], folder: Path) -> None:
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ArtifactError(
+                f"the checkpoints in {folder} were trained with {name} {found.get(name)}, expected {wanted.get(name)}: "
+                "they belong to other data, remove them to train from the start"
+            )
+
+
+def _save(run: Training[Any], state: TrainingState, output: Path, done: int, world: World) -> None:
     if world.is_main:
+        saved = state.state_dict() | {"step": done, "data": run.data_state(done)}
         # The last one is kept with the artifact as its training state; before that, one spare.
-        save_checkpoint(output / CHECKPOINTS, done, state.state_dict() | {"step": done}, keep=1 if done == last else 2)
+        save_checkpoint(output / CHECKPOINTS, done, saved, keep=1 if done == run.config.steps else 2)
     barrier()
 
 
@@ -130,7 +149,7 @@ def _finish(run: Training[Any], state: TrainingState, output: Path, log: MetricL
     with state.averaged():
         final = _validate(run)
     log.write(run.config.steps, final)
-    _save(state, output, run.config.steps, run.config.steps, world)
+    _save(run, state, output, run.config.steps, world)
     state.keep_average()
     return final
 

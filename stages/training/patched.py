@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +21,9 @@ class PatchedBatch(TokenBatch):
 
     patches: PackedPatches
 
-    def to(self, device: torch.device) -> PatchedBatch:
-        """The same batch on `device`."""
-        tokens, labels = self.tokens.to(device), self.labels.to(device)
-        return replace(self, tokens=tokens, labels=labels, patches=self.patches.to(device))
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same batch with each tensor changed."""
+        return replace(super().map(change), patches=self.patches.map(change))
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class PatchedData(TokenData):
     """Tokens beside a patch index of the same store."""
 
     index: PatchIndex
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of each thing that batches are made from."""
+        return super().digests | {"patches": self.index.digest}
 
     def batch(self, images: Integers, views: Integers) -> PatchedBatch:
         """Tokens, labels and patches of the given images and views. The patches are laid out here, on the CPU."""

@@ -1,7 +1,7 @@
 """Which sample is trained on when: a pure function of (seed, step), whatever the number of processes.
 
 Global step s takes samples s*G .. (s+1)*G of an endless stream of epochs, each a permutation of the training images.
-Nothing is padded or repeated at the epoch's edge, and the step number is the loader's whole state.
+Nothing is padded or repeated at the epoch's edge, and the step number is all of the loader's state that ever changes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class SampleStream:
     num_images: int
     global_batch_size: int
     seed: int
+
+    def state(self, steps: int) -> dict[str, int | str]:
+        """Where the stream stands after so many steps; the number of processes is no part of it."""
+        return {"seed": self.seed, "num_images": self.num_images, "samples_seen": steps * self.global_batch_size}
 
     def rank_slice(self, step: int, world: World) -> tuple[Integers, Integers]:
         """Images that this process trains on in `step`, and the epoch of each.
@@ -72,7 +76,8 @@ def prefetch(make: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, 
             yield step, batch
 
 
-@lru_cache(maxsize=2)
-def _epoch_order(num_images: int, seed: int, epoch: int) -> Integers:
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    return generator.permutation(num_images)
+@lru_cache(maxsize=2)  # at the edge of an epoch a batch takes from two
+def _epoch_order(num_images: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
+    order = np.arange(num_images, dtype=np.uint32)
+    np.random.Generator(np.random.Philox(key=[seed, epoch])).shuffle(order)
+    return order

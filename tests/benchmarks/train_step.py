@@ -64,7 +64,15 @@ def training_step(family: str, size: str) -> Step:
         model = GPT(GPTConfig(**asdict(GPT_SIZES[size]), **SHAPE))
         objective = GPTObjective(model)
     config = TrainingConfig(steps=1_000_000)
-    run = Training(model=model, objective=objective, batch=lambda step: data, validate=dict, config=config, seed=0)
+    run = Training(
+        model=model,
+        objective=objective,
+        batch=lambda step: data,
+        data_state=lambda steps: {},
+        validate=dict,
+        config=config,
+        seed=0,
+    )
     state = TrainingState(model, None, config)
     objective.train()
     return lambda: train_step(run, objective, state, data, 0, CPU)

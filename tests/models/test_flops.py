@@ -131,6 +131,12 @@ def test_training_costs_what_its_backward_pass_really_multiplies() -> None:
     assert found == (expected.linear, expected.attention)
 
 
+@pytest.fixture(autouse=True)
+def caches_that_grow_by_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samplers attend over whole blocks of their caches: what is counted here is what is needed."""
+    monkeypatch.setattr("models.attention._BLOCK", 1)
+
+
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     """Labels, uniform numbers and ragged starts."""
     generator = torch.Generator().manual_seed(1)

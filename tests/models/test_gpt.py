@@ -89,8 +89,8 @@ def test_cached_steps_equal_the_whole_forward() -> None:
         inputs = model.tok_embeddings(tokens[:, :-1])
         if model.conditional:
             inputs = torch.cat([model.cls_embedding(labels)[:, None], inputs], dim=1)
-        caches = model.new_caches()
-        steps = [model.step(inputs[:, t], t, caches) for t in range(inputs.shape[1])]
+        cache = model.new_cache()
+        steps = [model.step(inputs[:, t], t, cache) for t in range(inputs.shape[1])]
         whole = model(tokens, labels if model.conditional else None)
         torch.testing.assert_close(torch.stack(steps, dim=1), whole, atol=1e-5, rtol=1e-4)
 

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,17 @@ ENTROPIES[TRAIN:] *= 0.5  # held-out images are less surprising
 
 @pytest.fixture(scope="module")
 def entropy_map(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("entropy_map")
+    return write_store(tmp_path_factory.mktemp("entropy_map"), ENTROPIES, chunk_rows=16)
+
+
+def write_store(folder: Path, entropies: np.ndarray, chunk_rows: int) -> Path:
     facts = EntropyFacts(
-        num_images=N,
-        num_train=TRAIN,
+        num_images=len(entropies),
+        num_train=len(entropies) * TRAIN // N,
         num_views=A,
         num_tokens=T,
         grid=GRID,
-        chunk_rows=16,
+        chunk_rows=chunk_rows,
         codebook_size=V,
         tokens_digest="t" * 64,
         model_sha256="m" * 64,
@@ -35,7 +39,7 @@ def entropy_map(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     writer = entropy_writer(folder / "entropies.zarr", facts)
     for unit in writer.pending():
-        writer.write(unit, entropy=ENTROPIES[writer.spec.rows(unit)])
+        writer.write(unit, entropy=entropies[writer.spec.rows(unit)])
     writer.finish()
     return folder
 
@@ -116,7 +120,7 @@ def test_the_threshold_found_gives_the_mean_length_wanted(entropy_map: Path, tmp
 def test_the_search_looks_at_an_even_share_of_many_views(
     entropy_map: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.patch_index, "SEARCH_ROWS", 20)
+    monkeypatch.setattr(stages.patch_index, "SAMPLE_ROWS", 20)
     starts = run(entropy_map, tmp_path, target_mean_length=2.0)
     assert T * TRAIN * A / starts[:TRAIN].sum() == pytest.approx(2.0, rel=0.05)
 
@@ -155,3 +159,15 @@ def test_incomplete_entropies_are_refused(entropy_map: Path, tmp_path: Path) -> 
     (tmp_path / "entropies.zarr").mkdir()
     with pytest.raises(ArtifactError, match=r"entropies\.zarr/zarr\.json is missing"):
         run(tmp_path, tmp_path / "out", threshold=4.5)
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages.patch_index, "SAMPLE_ROWS", 100)
+    peaks = []
+    for images in (2000, 2000, 20_000):  # the first run is not counted: it loads fonts and the like
+        folder = write_store(tmp_path / f"{len(peaks)}", np.resize(ENTROPIES, (images, A, T)), chunk_rows=500)
+        tracemalloc.start()
+        patch_index(PatchIndexConfig(threshold=4.5), {"entropy_map": folder}, folder, RuntimeConfig())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.2 * peaks[1]

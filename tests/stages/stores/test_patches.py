@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from models.patch_tables import pack_bits
 from stages.errors import ArtifactError
 from stages.stores.patches import PatchFacts, PatchIndex, write_patches
 
@@ -21,7 +22,7 @@ def write(path: Path, num_tokens: int = 16) -> np.ndarray:
     starts = RNG.random((N, A, num_tokens)) < 0.4
     starts[..., 0] = True
     blocks = [starts[first : first + ROWS, view] for view in range(A) for first in range(0, N, ROWS)]
-    write_patches(path, facts(num_tokens), blocks, rule={"threshold": "7.8"}, chunk_rows=ROWS)
+    write_patches(path, facts(num_tokens), map(pack_bits, blocks), rule={"threshold": "7.8"}, chunk_rows=ROWS)
     return starts
 
 
@@ -48,7 +49,9 @@ def test_the_file_explains_itself(tmp_path: Path) -> None:
 def test_the_same_starts_make_the_same_bytes(tmp_path: Path) -> None:
     starts = write(tmp_path / "one.parquet")
     blocks = [starts[first : first + ROWS, view] for view in range(A) for first in range(0, N, ROWS)]
-    write_patches(tmp_path / "two.parquet", facts(16), blocks, rule={"threshold": "7.8"}, chunk_rows=ROWS)
+    write_patches(
+        tmp_path / "two.parquet", facts(16), map(pack_bits, blocks), rule={"threshold": "7.8"}, chunk_rows=ROWS
+    )
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
 
 
@@ -58,8 +61,27 @@ def test_an_index_of_other_tokens_is_refused(tmp_path: Path) -> None:
         PatchIndex.open(tmp_path / "patches.parquet", "s" * 64)
 
 
+def test_an_index_of_other_entropies_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "patches.parquet")
+    index = PatchIndex.open(tmp_path / "patches.parquet", "t" * 64)
+    index.require_entropies("e" * 64)
+    with pytest.raises(ArtifactError, match="was made from entropies eeeeeeeeeeee, expected ffffffffffff"):
+        index.require_entropies("f" * 64)
+
+
+def test_the_digest_is_of_the_starts_alone(tmp_path: Path) -> None:
+    starts = write(tmp_path / "one.parquet")
+    for name, changed in (("same", starts), ("other", starts ^ (np.arange(16) == 9))):
+        blocks = [pack_bits(changed[:, view]) for view in range(A)]
+        write_patches(tmp_path / f"{name}.parquet", facts(16), blocks, rule={}, chunk_rows=N)
+    one, same, other = (
+        PatchIndex.open(tmp_path / f"{name}.parquet", "t" * 64).digest for name in ("one", "same", "other")
+    )
+    assert one == same != other
+
+
 def test_blocks_that_are_not_all_rows_are_refused(tmp_path: Path) -> None:
-    block = np.ones((ROWS, 16), dtype=bool)
+    block = pack_bits(np.ones((ROWS, 16), dtype=bool))
     with pytest.raises(ValueError, match="3 rows were given, expected 7 images x 2 views"):
         write_patches(tmp_path / "patches.parquet", facts(16), [block], rule={}, chunk_rows=ROWS)
     with pytest.raises(ValueError, match="from image 0 of view 0 have shape"):

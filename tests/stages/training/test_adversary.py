@@ -63,6 +63,7 @@ def training(make_batch: Callable[[int], Batch] = batch, **changes: Any) -> tupl
         model=game.maker,
         objective=game,
         batch=make_batch,
+        data_state=lambda steps: {"samples_seen": steps},
         validate=dict[str, float],
         config=config,
         seed=5,

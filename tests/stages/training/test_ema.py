@@ -33,6 +33,7 @@ def training(ema_decay: float | None) -> tuple[nn.Linear, Training[torch.Tensor]
         model=model,
         objective=Fit(model),
         batch=lambda step: torch.randn(8, 3, generator=torch.Generator().manual_seed(step)),
+        data_state=lambda steps: {"samples_seen": steps},
         validate=lambda: {"bias": model.bias.item()},
         config=TrainingConfig(
             steps=30,

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from conf.schema import TrainingConfig
 from stages.distributed import World
+from stages.errors import ArtifactError
 from stages.training.checkpoint import load_latest, save_checkpoint
 from stages.training.log import MetricLog
 from stages.training.loop import CHECKPOINTS, Training, train_model
@@ -57,6 +59,7 @@ def training(make_batch: Callable[[int], Any] = batch, **changes: Any) -> Traini
         model=model,
         objective=Regression(model),
         batch=make_batch,
+        data_state=lambda steps: {"seed": 5, "samples_seen": 16 * steps, "tokens": "t" * 64},
         validate=lambda: {"heldout_loss": 1.0},
         config=config,
         seed=5,
@@ -93,6 +96,16 @@ def test_an_interrupted_run_ends_with_the_same_weights_bit_for_bit(tmp_path: Pat
         assert torch.equal(expected, found)
     strip = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(tmp_path / "whole")]
     assert [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(tmp_path / "broken")] == strip
+
+
+def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
+    train_model(training(steps=20), tmp_path, WORLD)
+    for name, value, said in (("tokens", "s" * 64, "tokens t+, expected s+"), ("seed", 6, "seed 5, expected 6")):
+        other = training(steps=40)
+        state = other.data_state
+        other = replace(other, data_state=lambda steps, state=state, change={name: value}: state(steps) | change)
+        with pytest.raises(ArtifactError, match=f"were trained with {said}: they belong to other data"):
+            train_model(other, tmp_path, WORLD)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_try(tmp_path: Path) -> None:
