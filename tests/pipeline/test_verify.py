@@ -19,7 +19,7 @@ from stages.artifact import read_json, write_json
 from stages.errors import ArtifactError
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.files import FACTS, ImageIndex, write_index
-from stages.stores.patches import PatchFacts, PatchIndex
+from stages.stores.patches import PatchFacts, PatchIndex, write_patches
 from stages.stores.samples import SampleFacts, SampleStore, sample_writer
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
 from stages.stores.units import UnitWriter
@@ -58,12 +58,11 @@ class Home:
 
 
 def write_patches_file(path: Path, facts: PatchFacts) -> None:
-    from stages.stores import patches
-
     starts = RNG.random((N, A, T)) < 0.4
     starts[..., 0] = True
-    blocks = [starts[first : first + ROWS, view] for view in range(A) for first in range(0, N, ROWS)]
-    patches.write_patches(path, facts, blocks, rule={"threshold": "7.8"}, chunk_rows=ROWS)
+    bits = np.packbits(starts, axis=-1, bitorder="little")
+    blocks = [bits[first : first + ROWS, view] for view in range(A) for first in range(0, N, ROWS)]
+    write_patches(path, facts, blocks, rule={"threshold": "7.8"}, chunk_rows=ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +156,7 @@ def flip(data: bytes, place: int) -> bytes:
 
 DAMAGES: dict[str, Callable[[bytes, int], bytes | None]] = {
     "a flipped bit": flip,
-    "a zeroed page": lambda data, place: data[:place] + bytes(16) + data[place + 16 :],
+    "a zeroed page": lambda data, place: data[:place] + bytes(len(data[place : place + 16])) + data[place + 16 :],
     "cut by 7 bytes": lambda data, _: data[:-7],
     "cut in half": lambda data, _: data[: len(data) // 2],
     "empty": lambda _, __: b"",
@@ -272,7 +271,7 @@ def test_a_damaged_table_is_named_by_column_and_row_group(home: Home, stage: str
 def test_a_damaged_table_is_not_opened(home: Home, stage: str, name: str, kind: str) -> None:
     path = home.artifacts[stage] / name
     damage(path, DAMAGES[kind](home.content[path], max(parquet_pages(path).values()) - 20))
-    assert any(str(path) in line for line in home.damages())
+    assert any(name in line for line in home.damages())
     with pytest.raises(ArtifactError, match=name):
         PatchIndex.open(path, "t" * 64) if stage == "patch_index" else ImageIndex.open(path.parent)
 
