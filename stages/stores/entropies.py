@@ -57,6 +57,7 @@ class EntropyStore:
         self.path = store.path
         self.facts = EntropyFacts(**store.facts)
         self.digest = store.digest
+        self._known_good = np.zeros((store.spec.num_units, self.facts.num_views), dtype=np.bool_)
         self.num_images, self.num_views = self.facts.num_images, self.facts.num_views
         self.num_tokens, self.grid = self.facts.num_tokens, self.facts.grid
         self.num_train, self.codebook_size = self.facts.num_train, self.facts.codebook_size
@@ -93,8 +94,16 @@ class EntropyStore:
         return self._checked(self._entropy.gather(images, views))
 
     def read_block(self, unit: int, view: int) -> NDArray[np.float32]:
-        """Entropies (rows, T) of one view of the images of one unit: read-only, straight from the file."""
-        return self._checked(self._entropy.block(unit, view))
+        """Entropies (rows, T) of one view of the images of one unit: read-only, straight from the file.
+
+        Raises:
+            ArtifactError: As `fetch`; a block is checked when it is first read.
+        """
+        block: NDArray[np.float32] = self._entropy.block(unit, view)
+        if not self._known_good[unit, view]:
+            self._checked(block)
+            self._known_good[unit, view] = True
+        return block
 
     def _checked(self, entropy: NDArray[np.float32]) -> NDArray[np.float32]:
         if not np.isfinite(entropy).all():

@@ -64,6 +64,7 @@ class TokenStore:
         self.facts = TokenFacts(**store.facts)
         self.digest = store.digest
         self.labels: NDArray[np.uint16] = np.concatenate(list(store.arrays["labels"].blocks()))
+        self._known_good = np.zeros((store.spec.num_units, self.facts.num_views), dtype=np.bool_)
         self.num_images, self.num_views = self.facts.num_images, self.facts.num_views
         self.num_tokens, self.grid = self.facts.num_tokens, self.facts.grid
         self.num_train, self.num_classes = self.facts.num_train, self.facts.num_classes
@@ -91,8 +92,16 @@ class TokenStore:
         return self._checked(self._tokens.gather(images, views))
 
     def read_block(self, unit: int, view: int) -> NDArray[np.uint16]:
-        """Tokens (rows, T) of one view of the images of one unit: read-only, straight from the file."""
-        return self._checked(self._tokens.block(unit, view))
+        """Tokens (rows, T) of one view of the images of one unit: read-only, straight from the file.
+
+        Raises:
+            ArtifactError: As `fetch`; a block is checked when it is first read.
+        """
+        block: NDArray[np.uint16] = self._tokens.block(unit, view)
+        if not self._known_good[unit, view]:
+            self._checked(block)
+            self._known_good[unit, view] = True
+        return block
 
     def rows(self, unit: int) -> slice:
         """Images of a unit; there are `num_units` of them."""

@@ -43,9 +43,15 @@ class ArraySpec:
     dtype: str
     """Name of a little-endian type, e.g. `uint16`."""
     missing: float | None = None
-    """A value that no finished entry has, where the type has room for one: Zarr fills with it what was not written."""
+    """NaN or the largest value of the type, if no finished entry has it: Zarr fills with it what was not written."""
     per_view: bool = False
     """The second axis is the views, each in chunks of its own."""
+
+    def __post_init__(self) -> None:
+        if self.missing is not None and not np.isnan(self.missing) and self.missing != np.iinfo(self.dtype).max:
+            raise ValueError(
+                f"{self.name} marks missing entries with {self.missing}, expected the largest {self.dtype}"
+            )
 
     @property
     def num_views(self) -> int:
@@ -183,7 +189,7 @@ class UnitWriter:
                 f"{array.name} of unit {unit} is {block.dtype} {block.shape}, expected {array.dtype} {wanted}: "
                 "a unit is written whole"
             )
-        if is_missing(block, array.missing).any():
+        if holds_missing(block, array.missing):
             raise ValueError(f"{array.name} of unit {unit} holds {array.missing}, the mark of missing entries")
 
     def _write_chunk(self, key: str, array: ArraySpec, rows: Array) -> dict[str, int | str]:
@@ -234,11 +240,12 @@ def metadata_keys(spec: StoreSpec) -> list[str]:
     return [f"{array.name}/zarr.json" for array in spec.arrays]
 
 
-def is_missing(block: Array, missing: float | None) -> NDArray[np.bool_]:
-    """Where a block holds the value that stands for entries never written; nowhere if the type has no such value."""
+def holds_missing(block: Array, missing: float | None) -> bool:
+    """Whether a block holds the value that stands for entries never written; never if the type has no such value."""
     if missing is None:
-        return np.zeros(0, dtype=bool)
-    return np.isnan(block) if np.isnan(missing) else block == missing
+        return False
+    largest = block.max()  # NaN if there is one: no array of the same size is needed to find it
+    return bool(np.isnan(largest) if np.isnan(missing) else largest == missing)
 
 
 def file_size(path: Path) -> int | None:

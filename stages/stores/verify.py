@@ -21,7 +21,7 @@ from stages.stores.entropies import EntropyFacts
 from stages.stores.patches import PatchIndex
 from stages.stores.samples import SampleFacts
 from stages.stores.tokens import TokenFacts
-from stages.stores.units import CRC_BYTES, ArraySpec, StoreSpec, is_missing, metadata_keys, store_digest
+from stages.stores.units import CRC_BYTES, ArraySpec, StoreSpec, holds_missing, metadata_keys, store_digest
 
 
 class Damage(NamedTuple):
@@ -131,7 +131,7 @@ def _damage_of(header: StoreHeader, array: ArraySpec, unit: int, key: str) -> st
         dtype = np.dtype(array.dtype).newbyteorder("<")
         values = np.frombuffer(data, dtype, count=(len(data) - CRC_BYTES) // dtype.itemsize)
         rows = values.reshape(header.spec.chunk_rows, -1)
-        if is_missing(rows[: header.spec.count_rows([unit])], array.missing).any():
+        if holds_missing(rows[: header.spec.count_rows([unit])], array.missing):
             return f"{name} holds entries that were never written: run its stage again"
     return None
 
