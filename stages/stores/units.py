@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,10 @@ class StoreSpec:
         if not array.per_view:
             return [f"{array.name}/c/{unit}{zeros}"]
         return [f"{array.name}/c/{unit}/{view}{zeros}" for view in range(array.num_views)]
+
+    def keys(self, array: ArraySpec) -> Iterator[str]:
+        """Files of all chunks of an array, unit by unit, and in a unit view by view."""
+        return (key for unit in range(self.num_units) for key in self.chunk_keys(array, unit))
 
 
 class UnitWriter:

@@ -5,23 +5,22 @@ Opening a store checks only sizes and metadata; this is the pass for disks and c
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.artifact import file_sha256
 from stages.errors import ArtifactError
-from stages.stores.blocks import SpecOf, StoreHeader
 from stages.stores.entropies import EntropyFacts
+from stages.stores.header import SpecOf, StoreHeader, reader_of
 from stages.stores.patches import PatchIndex
 from stages.stores.samples import SampleFacts
 from stages.stores.tokens import TokenFacts
-from stages.stores.units import CRC_BYTES, ArraySpec, StoreSpec, holds_missing, metadata_keys, store_digest
+from stages.stores.units import CRC_BYTES, ArraySpec, holds_missing, metadata_keys, store_digest
 
 
 class Damage(NamedTuple):
@@ -36,8 +35,6 @@ STORES: dict[str, SpecOf] = {
     "entropies.zarr": lambda facts: EntropyFacts(**facts).spec(),
     "samples.zarr": lambda facts: SampleFacts(**facts).spec(),
 }
-_WHOLE = google_crc32c.value(bytes(CRC_BYTES))
-"""CRC-32C of any data with their own CRC-32C behind them: so also of none with theirs, which is zero."""
 PATCHES = "patches.parquet"
 ORIGINS = {"entropies_digest": "entropies.zarr", "tokens_digest": "tokens.zarr"}
 """Facts that name, by its digest, the store that something was made from."""
@@ -72,28 +69,28 @@ def artifact_damage(artifact: Path, sources: Iterable[Path]) -> Iterator[Damage]
 def store_damage(path: Path, spec_of: SpecOf) -> Iterator[Damage]:
     """All damage of the store in the folder `path`: metadata, sizes, checksums, entries never written, digest."""
     try:
-        header = StoreHeader.read(path, spec_of)
+        header = StoreHeader.read(path, reader_of(path), spec_of)
     except ArtifactError as error:
         yield Damage(path / "zarr.json", str(error))
         return
-    found = list(chunk_damage(header))
+    found = list(chunk_damage(path, header))
     yield from found
-    if not found and _digest(header) != header.digest:
+    if not found and _digest(path, header) != header.digest:
         what = f"{path} does not have the digest {header.digest}: chunks or facts were swapped; run its stage again"
         yield Damage(path / "zarr.json", what)
 
 
-def chunk_damage(header: StoreHeader) -> Iterator[Damage]:
+def chunk_damage(path: Path, header: StoreHeader) -> Iterator[Damage]:
     """Damage of single files of a store: all that one look at each of them can tell."""
     for array in header.spec.arrays:
         try:
-            header.check_layout(array)
+            header.check_layout(array, reader_of(path))
         except ArtifactError as error:
-            yield Damage(header.path / array.name / "zarr.json", str(error))
+            yield Damage(path / array.name / "zarr.json", str(error))
         for unit in range(header.spec.num_units):
             for key in header.spec.chunk_keys(array, unit):
-                if what := _damage_of(header, array, unit, key):
-                    yield Damage(header.path / key, what)
+                if what := _damage_of(path, header, array, unit, key):
+                    yield Damage(path / key, what)
 
 
 def parquet_damage(path: Path) -> Iterator[Damage]:
@@ -115,18 +112,16 @@ def parquet_damage(path: Path) -> Iterator[Damage]:
         yield Damage(path, f"{path} is damaged ({error})")
 
 
-def _damage_of(header: StoreHeader, array: ArraySpec, unit: int, key: str) -> str | None:
+def _damage_of(path: Path, header: StoreHeader, array: ArraySpec, unit: int, key: str) -> str | None:
     name = header.chunk_name(array, key)
     try:
-        data = (header.path / key).read_bytes()
+        data = (path / key).read_bytes()
     except FileNotFoundError:
         return header.size_damage(array, key, None)
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
-    if what := header.size_damage(array, key, len(data)):
+    if what := header.content_damage(array, key, data):
         return what
-    if google_crc32c.value(data) != _WHOLE:
-        return f"{name} is damaged, its checksum differs: run its stage again"
     if array.missing is not None:
         dtype = np.dtype(array.dtype).newbyteorder("<")
         values = np.frombuffer(data, dtype, count=(len(data) - CRC_BYTES) // dtype.itemsize)
@@ -136,15 +131,11 @@ def _damage_of(header: StoreHeader, array: ArraySpec, unit: int, key: str) -> st
     return None
 
 
-def _digest(header: StoreHeader) -> str:
+def _digest(path: Path, header: StoreHeader) -> str:
     """The store's digest, computed from its files."""
-    spec: StoreSpec = header.spec
-    chunks = [key for array in spec.arrays for unit in range(spec.num_units) for key in spec.chunk_keys(array, unit)]
-    hashes = {}
-    for key in [*metadata_keys(spec), *chunks]:
-        with (header.path / key).open("rb") as file:
-            hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
-    return store_digest(header.facts, hashes)
+    spec = header.spec
+    keys = [*metadata_keys(spec), *(key for array in spec.arrays for key in spec.keys(array))]
+    return store_digest(header.facts, {key: file_sha256(path / key) for key in keys})
 
 
 def _digests(sources: Iterable[Path]) -> dict[str, str]:
@@ -160,7 +151,7 @@ def _digests(sources: Iterable[Path]) -> dict[str, str]:
 def _facts(path: Path, spec_of: SpecOf) -> Mapping[str, Any]:
     """Facts and digest of a store; none where there is no readable one."""
     try:
-        header = StoreHeader.read(path, spec_of)
+        header = StoreHeader.read(path, reader_of(path), spec_of)
     except ArtifactError:
         return {}
     return header.facts | {"digest": header.digest}

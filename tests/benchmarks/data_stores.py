@@ -19,7 +19,7 @@ from synthetic import CHUNK_ROWS, TOKENS, lay_out_tokens, token_facts, write_tok
 from timing import interleaved
 
 from pipeline.bench import Gate, gate
-from stages.stores.blocks import StoreHeader
+from stages.stores.header import StoreHeader, reader_of
 from stages.stores.tokens import TokenStore
 from stages.stores.verify import STORES, chunk_damage
 
@@ -47,7 +47,8 @@ def copy_blocks(store: TokenStore) -> None:
 
 def read_figures(folder: Path, num_images: int, rounds: int) -> tuple[list[Gate], dict[str, float]]:
     """Random batches, whole blocks and checksums, each beside the least that any reader must do."""
-    store = TokenStore.open(folder / "tokens.zarr")
+    path = folder / "tokens.zarr"
+    store = TokenStore.open(path)
     blocks = [store.read_block(unit, 0) for unit in range(store.num_units)]
     np.concatenate(blocks).tofile(folder / "one")
     one = np.memmap(folder / "one", np.uint16, mode="r", shape=(num_images, TOKENS))
@@ -55,9 +56,9 @@ def read_figures(folder: Path, num_images: int, rounds: int) -> tuple[list[Gate]
     batches = [generator.integers(0, num_images, BATCH) for _ in range(BATCHES)]
     views = np.zeros(BATCH, dtype=np.int64)
     units = range(store.num_units)
-    stored = zarr.open_group(store.path, mode="r")["tokens"]
-    header = StoreHeader.read(store.path, STORES["tokens.zarr"])
-    files = sorted(path for path in store.path.glob("*/c/**/*") if path.is_file())
+    stored = zarr.open_group(path, mode="r")["tokens"]
+    header = StoreHeader.read(path, reader_of(path), STORES["tokens.zarr"])
+    files = sorted(file for file in path.glob("*/c/**/*") if file.is_file())
     found = interleaved(
         {
             "batches, store": each(batches, lambda rows: store.fetch(rows, views)),
@@ -65,8 +66,8 @@ def read_figures(folder: Path, num_images: int, rounds: int) -> tuple[list[Gate]
             "rows, zarr": lambda: stored.oindex[np.sort(batches[0][:ZARR_ROWS]), 0],
             "blocks, store": lambda: copy_blocks(store),
             "blocks, mapped file": each(units, lambda unit: one[store.rows(unit)].copy()),
-            "blocks, store just opened": lambda: copy_blocks(TokenStore.open(store.path)),
-            "checksums": lambda: list(chunk_damage(header)),
+            "blocks, store just opened": lambda: copy_blocks(TokenStore.open(path)),
+            "checksums": lambda: list(chunk_damage(path, header)),
             "reading": each(files, Path.read_bytes),
         },
         rounds,
@@ -74,7 +75,7 @@ def read_figures(folder: Path, num_images: int, rounds: int) -> tuple[list[Gate]
     batch_rates = {name: BATCH * BATCHES / found[f"batches, {name}"] for name in ("store", "mapped file")}
     readers = ("store", "store just opened", "mapped file")
     block_rates = {name: num_images / found[f"blocks, {name}"] for name in readers}
-    disk = sum(path.stat().st_size for path in files if path.relative_to(store.path).parts[0] == "tokens")
+    disk = sum(file.stat().st_size for file in files if file.is_relative_to(path / "tokens"))
     return [
         gate(
             "random batches of 256, store / mapped file, speeds",
@@ -89,7 +90,7 @@ def read_figures(folder: Path, num_images: int, rounds: int) -> tuple[list[Gate]
         **{f"whole blocks, {name}, images/s": rate for name, rate in block_rates.items()},
         "random rows, store / zarr, speeds": batch_rates["store"] / (ZARR_ROWS / found["rows, zarr"]),
         "checking all checksums / reading all files, speeds": found["reading"] / found["checksums"],
-        "checking all checksums, GB/s": sum(path.stat().st_size for path in files) / found["checksums"] / 1e9,
+        "checking all checksums, GB/s": sum(file.stat().st_size for file in files) / found["checksums"] / 1e9,
     }
 
 
