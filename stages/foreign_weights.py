@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from models.config import GPTConfig, VQConfig
 from models.gpt import GPT
 from models.lpips import LPIPS
 from models.vq import VQModel
+from stages.artifact import file_sha256, write_json
 from stages.errors import InputError
 from stages.weights import misfit
 
+logger = logging.getLogger(__name__)
 _LPIPS_VGG16_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
 _CONTAINERS = ("model", "module", "state_dict")
 
@@ -90,6 +93,13 @@ def _other_gpt(state: dict[str, Tensor], config: GPTConfig) -> str | None:
     if found != wanted:
         return f"it has {found[0]} codes and {found[1]} classes, expected the tokens' {wanted[0]} and {wanted[1]}"
     return None
+
+
+def write_source(output: Path, checkpoint: Path) -> None:
+    """Write `source.json`: which file an artifact's weights came from, by SHA-256 and size. A name does not tell."""
+    digest = file_sha256(checkpoint)
+    logger.info("imported %s, sha256 %s", checkpoint, digest)
+    write_json(output / "source.json", {"sha256": digest, "bytes": checkpoint.stat().st_size})
 
 
 def read_lpips(path: Path | None) -> LPIPS:

@@ -15,9 +15,9 @@ import torch
 from conf.schema import RuntimeConfig, TokenizerConfig
 from models.discriminator import PatchDiscriminator
 from models.vq import VQModel
-from stages.artifact import file_sha256, write_json
+from stages.artifact import write_json
 from stages.distributed import World, process_group
-from stages.foreign_weights import read_lpips, read_vq_checkpoint
+from stages.foreign_weights import read_lpips, read_vq_checkpoint, write_source
 from stages.images import float_to_pixels, pixels_to_float
 from stages.job import Inputs, main
 from stages.stores.files import ImageIndex
@@ -28,7 +28,6 @@ from stages.weights import save_vq
 
 logger = logging.getLogger(__name__)
 _VALIDATION_IMAGES = 512
-SOURCE_FILE = "source.json"
 
 
 def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
@@ -42,19 +41,12 @@ def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: Ru
             model = read_vq_checkpoint(config.checkpoint, config.model).to(world.device).eval()
             metrics = reconstruction_scores(model, images, world)
             if world.is_main and config.checkpoint is not None:
-                write_json(output / SOURCE_FILE, _source(config.checkpoint))
+                write_source(output, config.checkpoint)
         else:
             model, metrics = _train(config, images, output, runtime, world)
         if world.is_main:
             save_vq(output, model)
             write_json(output / "metrics.json", metrics)
-
-
-def _source(checkpoint: Path) -> dict[str, str | int]:
-    """What tells one file of weights from another; its name does not."""
-    source: dict[str, str | int] = {"sha256": file_sha256(checkpoint), "bytes": checkpoint.stat().st_size}
-    logger.info("imported %s, sha256 %s", checkpoint, source["sha256"])
-    return source
 
 
 def reconstruction_scores(model: VQModel, images: ImageFiles, world: World) -> dict[str, float]:

@@ -16,9 +16,8 @@ from conf.schema import RuntimeConfig, TrainConfig
 from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
-from stages.artifact import file_sha256, write_json
 from stages.distributed import World, process_group
-from stages.foreign_weights import read_gpt_checkpoint
+from stages.foreign_weights import read_gpt_checkpoint, write_source
 from stages.job import Inputs, main
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
@@ -35,8 +34,8 @@ from stages.weights import save_model
 def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `model.safetensors`, its config and the held-out loss beside that of the best unigram model.
 
-    The held-out loss is the mean over all T positions, with each image's own class. Imported weights leave the digest
-    of their file in `imported.json`.
+    The held-out loss is the mean over all T positions, with each image's own class. Of imported weights,
+    `source.json` holds the SHA-256 of the file that they came from.
     """
     with process_group(runtime) as world:
         store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
@@ -44,7 +43,7 @@ def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeCon
             assert config.checkpoint is not None
             model, metrics = _import(config, config.checkpoint, store, world)
             if world.is_main:
-                write_json(output / "imported.json", {"sha256": file_sha256(config.checkpoint)})
+                write_source(output, config.checkpoint)
         else:
             model, metrics = _train(config, store, inputs, output, world, compiled=runtime.compile)
         if world.is_main:

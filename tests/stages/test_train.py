@@ -136,10 +136,10 @@ def test_an_imported_transformer_is_scored_and_known_by_its_files_digest(
         )
         for changes in ({}, {"dropout": 0.5, "seed": 3, "class_dropout_prob": 0.9, "training": {"steps": 99}})
     ]
-    assert read_json(artifacts[0] / "imported.json") == {"sha256": file_sha256(tmp_path / "c2i.pt")}
+    assert read_json(artifacts[0] / "source.json")["sha256"] == file_sha256(tmp_path / "c2i.pt")
     assert read_json(artifacts[0] / "metrics.json") == read_json(npp / "metrics.json")
     names = sorted(path.name for path in artifacts[0].iterdir())
-    assert names == ["config.json", "imported.json", "metrics.json", "model.safetensors"]
+    assert names == ["config.json", "metrics.json", "model.safetensors", "source.json"]
     for name in names:  # what is in no key changes no byte
         assert (artifacts[0] / name).read_bytes() == (artifacts[1] / name).read_bytes()
 
