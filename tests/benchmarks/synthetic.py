@@ -34,8 +34,8 @@ def token_facts(num_images: int, num_views: int = 1) -> TokenFacts:
     )
 
 
-def write_tokens(path: Path, num_images: int) -> None:
-    """Write a finished store of one view whose codes follow Zipf's law, in no order."""
+def write_tokens(path: Path, num_images: int) -> str:
+    """Write a finished store of one view whose codes follow Zipf's law, in no order; returns its digest."""
     writer = token_writer(path, token_facts(num_images))
     frequencies = np.arange(1, CODEBOOK + 1) ** -ZIPF_EXPONENT
     edges = np.cumsum(frequencies / frequencies.sum())
@@ -44,7 +44,7 @@ def write_tokens(path: Path, num_images: int) -> None:
         rows = writer.spec.count_rows([unit])
         tokens = draw(generator, edges, rows * TOKENS).reshape(rows, 1, TOKENS)
         writer.write(unit, tokens=tokens, labels=generator.integers(0, 1000, rows, dtype=np.uint16))
-    writer.finish()
+    return writer.finish()
 
 
 def draw(generator: np.random.Generator, edges: NDArray[np.float64], count: int) -> NDArray[np.uint16]:

@@ -321,3 +321,11 @@ def test_an_index_of_other_stores_than_its_artifact_was_made_from_is_found(home:
 
 def store_of(home: Home) -> Path:
     return home.artifacts["tokenize"] / "tokens.zarr"
+
+
+def test_facts_that_no_longer_fit_the_metadata_are_one_damage_an_array(home: Home) -> None:
+    file = home.artifacts["entropy_map"] / "entropies.zarr/zarr.json"
+    damage(file, home.content[file].replace(b'"num_images": 11', b'"num_images": 91'))
+    found = home.damages()
+    assert len(found) == 2
+    assert "has shape [11, 2, 64], expected [91, 2, 64]" in " ".join(found)
