@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.attention import KVCache, causal_attention
 from models.config import GPTConfig
-from models.layers import Block, LabelEmbedder, RMSNorm, grid_rope, init_weights
+from models.layers import Block, LabelEmbedder, RMSNorm, check_tokens, grid_rope, init_weights
 from models.loss import head_cross_entropy
 
 _SLICE_LOGITS = 2**24  # 64 MB in float32: enough rows for fast matrix products
@@ -56,6 +56,7 @@ class GPT(nn.Module):
             raise ValueError(f"{tokens.shape[1]} tokens an image, the model was made for {self.config.num_tokens}")
         if self.conditional != (labels is not None):
             raise ValueError(f"labels are {labels}, expected them exactly when the model has classes")
+        check_tokens(tokens, self.config.codebook_size)
         return self.transform(self.tok_embeddings(tokens[:, :-1]), labels, self.config.grid)
 
     def transform(
