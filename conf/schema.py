@@ -314,6 +314,9 @@ class EvaluateConfig(Section):
     batch_size: PositiveInt = 64
     max_reference: PositiveInt | None = Field(None, description="At most this many reference images; null takes all.")
     neighbours: PositiveInt = Field(3, description="k of precision and recall.")
+    compared: PositiveInt = Field(
+        10_000, description="Reference images that precision and recall look at, at most; their cost is quadratic."
+    )
     ladder: bool = Field(True, description="Also score held-out images, reconstructions, marginals and random tokens.")
     seed: Seed = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,6 +103,20 @@ class TokenStore:
             self._checked(block)
             self._known_good[unit, view] = True
         return block
+
+    def training_blocks(self) -> Iterator[NDArray[np.uint16]]:
+        """Tokens (n, T) of the first view of all training images, some at a time, in their order."""
+        return self._first_view(0, self.num_train)
+
+    def heldout_blocks(self) -> Iterator[NDArray[np.uint16]]:
+        """The same of the held-out images, which come after them."""
+        return self._first_view(self.num_train, self.num_images)
+
+    def _first_view(self, first: int, last: int) -> Iterator[NDArray[np.uint16]]:
+        for unit in range(self.num_units):
+            rows = self.rows(unit)
+            if rows.start < last and rows.stop > first:
+                yield self.read_block(unit, 0)[max(first - rows.start, 0) : last - rows.start]
 
     def rows(self, unit: int) -> slice:
         """Images of a unit; there are `num_units` of them."""
