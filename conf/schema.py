@@ -82,10 +82,14 @@ class TrainingConfig(Section):
 class DatasetConfig(Section):
     """Which images there are."""
 
-    source: Literal["image_folder", "twemoji"] = Field(
-        "image_folder", description="`image_folder`: root/<class>/<image>; `twemoji`: emoji from the installed package."
+    source: Literal["image_folder", "imagenet_tar", "twemoji"] = Field(
+        "image_folder",
+        description="`image_folder`: root/<class>/<image>; `imagenet_tar`: ImageNet as published, class tars in a tar "
+        "or in a folder, never unpacked; `twemoji`: emoji from the installed package.",
     )
-    root: Path | None = Field(None, description="Folder of class folders (image_folder).", json_schema_extra=NOT_IN_KEY)
+    root: Path | None = Field(
+        None, description="Folder of class folders (image_folder), or tar (imagenet_tar).", json_schema_extra=NOT_IN_KEY
+    )
     heldout_fraction: float = Field(
         0.0, ge=0, le=0.5, description="Share of each class, by hash of the file name, that is never trained on."
     )
@@ -152,7 +156,7 @@ class TokenizeConfig(Section):
     views: Literal["center", "flip", "ten_crop", "ten_crop_x2"] = Field(
         "ten_crop_x2", description="1, 2, 10 or 20 views an image: crop ranges 1.1 and 1.05 for the last."
     )
-    batch_size: PositiveInt = Field(64, description="Images encoded at once by one process.")
+    batch_size: PositiveInt = Field(64, description="Views encoded at once by one process.")
     chunk_rows: PositiveInt = Field(8192, description="Images in one chunk of the store, the unit of resume.")
     precision: Precision = "float32"
 

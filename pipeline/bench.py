@@ -25,7 +25,12 @@ BELOW_EACH_OTHER = (
     *pairwise(LADDER),
 )
 SCRIPTS_FOLDER = Path(__file__).parents[1] / "tests" / "benchmarks"
-SCRIPTS = {"train-step": "train_step.py", "data-loader": "data_loader.py", "data-stores": "data_stores.py"}
+SCRIPTS = {
+    "train-step": "train_step.py",
+    "data-stores": "data_stores.py",
+    "data-loader": "data_loader.py",
+    "images": "image_stages.py",
+}
 NAMES = ("demo", "cli", *SCRIPTS)
 Relation = Literal["<", ">"]
 Figures = dict[str, dict[str, float]]  # by column and row of a table

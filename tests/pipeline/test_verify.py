@@ -17,6 +17,7 @@ from pipeline.cache import Cache
 from pipeline.upkeep import verify
 from stages.artifact import read_json, write_json
 from stages.errors import ArtifactError
+from stages.listing import Listing
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.files import FACTS, ImageIndex, write_index
 from stages.stores.patches import PatchFacts, PatchIndex, write_patches
@@ -123,9 +124,14 @@ def make_index(work: Path) -> str:
     facts = np.zeros(N, FACTS)
     facts["bytes"], facts["width"], facts["height"] = RNG.integers(1, 1000, N), 40, 40
     facts["digest"] = np.frombuffer(RNG.bytes(16 * N), "V16")
-    names = [f"{RNG.bytes(8).hex()}.png" for _ in range(N)]
-    labels = RNG.integers(1, 3, N).astype(np.uint16)
-    write_index(work, relpaths=names, labels=labels, facts=facts, classes=["a", "b", "c"], num_train=8, source="folder")
+    images = Listing(
+        relpaths=np.array([f"{RNG.bytes(8).hex()}.png" for _ in range(N)], dtype=np.dtypes.StringDType()),
+        offsets=RNG.integers(1, 1000, N),
+        sizes=facts["bytes"],
+        labels=RNG.integers(1, 3, N).astype(np.uint16),
+        classes=["a", "b", "c"],
+    )
+    write_index(work, images=images, facts=facts, order=RNG.permutation(N), num_train=8, source="folder")
     return ""
 
 
@@ -262,6 +268,8 @@ def test_a_damaged_table_is_named_by_column_and_row_group(home: Home, stage: str
         damage(path, flip(home.content[path], place))
         (found,) = home.damages()
         assert found.startswith(f"column {column}, row group {group} of {name} (file {path}) is damaged")
+        if column in ("width", "height"):  # for people: no stage reads them
+            continue
         with pytest.raises(ArtifactError, match=name):
             PatchIndex.open(path, "t" * 64) if stage == "patch_index" else ImageIndex.open(path.parent)
 
