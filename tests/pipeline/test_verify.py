@@ -124,16 +124,6 @@ def make_index(work: Path) -> str:
     facts = np.zeros(N, FACTS)
     facts["bytes"], facts["width"], facts["height"] = RNG.integers(1, 1000, N), 40, 40
     facts["digest"] = np.frombuffer(RNG.bytes(16 * N), "V16")
-<<<<<<< HEAD
-    images = Listing(
-        relpaths=np.array([f"{RNG.bytes(8).hex()}.png" for _ in range(N)], dtype=np.dtypes.StringDType()),
-        offsets=RNG.integers(1, 1000, N),
-        sizes=facts["bytes"],
-        labels=RNG.integers(1, 3, N).astype(np.uint16),
-        classes=["a", "b", "c"],
-    )
-    write_index(work, images=images, facts=facts, order=RNG.permutation(N), num_train=8, source="folder")
-=======
     names = [f"{RNG.bytes(8).hex()}.png" for _ in range(N)]
     labels = RNG.integers(1, 3, N).astype(np.uint16)
     images = Listing(
@@ -144,7 +134,6 @@ def make_index(work: Path) -> str:
         classes=["a", "b", "c"],
     )
     write_index(work, images=images, facts=facts, order=np.arange(N), num_train=8, source="folder")
->>>>>>> main
     return ""
 
 
@@ -281,13 +270,8 @@ def test_a_damaged_table_is_named_by_column_and_row_group(home: Home, stage: str
         damage(path, flip(home.content[path], place))
         (found,) = home.damages()
         assert found.startswith(f"column {column}, row group {group} of {name} (file {path}) is damaged")
-<<<<<<< HEAD
-        if column in ("width", "height"):  # for people: no stage reads them
-            continue
-=======
         if column in ("width", "height"):
             continue  # for people: no stage reads them
->>>>>>> main
         with pytest.raises(ArtifactError, match=name):
             PatchIndex.open(path, "t" * 64) if stage == "patch_index" else ImageIndex.open(path.parent)
 
