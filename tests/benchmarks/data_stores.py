@@ -123,7 +123,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder) / "tokens.zarr", num_images)
         parts = [read_figures(Path(folder), num_images, options.rounds), open_figures(Path(folder), options.rounds)]
-    report([found for gates, _ in parts for found in gates], {"one thread": parts[0][1] | parts[1][1]})
+    report([found for gates, _ in parts for found in gates], {"token store": parts[0][1] | parts[1][1]})
 
 
 if __name__ == "__main__":
