@@ -25,7 +25,11 @@ BELOW_EACH_OTHER = (
     *pairwise(LADDER),
 )
 SCRIPTS_FOLDER = Path(__file__).parents[1] / "tests" / "benchmarks"
-SCRIPTS = {"train-step": ("train_step.py",), "data": ("data_stores.py", "data_loader.py", "image_stages.py")}
+SCRIPTS = {
+    "train-step": ("train_step.py",),
+    "data": ("data_stores.py", "data_loader.py", "image_stages.py"),
+    "memory": ("stage_memory.py",),
+}
 NAMES = ("demo", "cli", *SCRIPTS)
 Relation = Literal["<", ">"]
 Figures = dict[str, dict[str, float]]  # by column and row of a table
