@@ -250,9 +250,7 @@ def filter_logits(logits: Float[Tensor, "B V"], options: SamplingOptions) -> Flo
     return logits
 
 
-def _begin(
-    uniforms: Float[Tensor, "B T"], prefix: Int[Tensor, "B K"] | None
-) -> tuple[Int[Tensor, "B T"], int]:
+def _begin(uniforms: Float[Tensor, "B T"], prefix: Int[Tensor, "B K"] | None) -> tuple[Int[Tensor, "B T"], int]:
     """Tokens to be filled, and how many of each image are given."""
     tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
     if prefix is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -21,21 +21,24 @@ _TOKEN_PIXELS = 24  # side of a token in the patch picture, at least
 _HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
 
 
-def sample_grid(
-    images: Pixels, labels: npt.NDArray[np.integer], class_names: Sequence[str], columns: int
-) -> Image.Image:
-    """One row a class, its name on the left, at most `columns` of its images (N, H, W, 3) beside it."""
-    scale = _SCALE if images.shape[1] < _SMALL else 1
-    side = images.shape[1] * scale
+def sample_grid(rows: Mapping[str, Pixels], image_size: int, columns: int) -> Image.Image:
+    """One row a class, its name on the left, at most `columns` of its images (n, H, W, 3) beside it.
+
+    Args:
+        rows: Images of each class; a class may have none.
+        image_size: H and W.
+        columns: Places in a row.
+    """
+    side = image_size * (_SCALE if image_size < _SMALL else 1)
     font = ImageFont.load_default(size=max(14, side // 9))
-    text_width = int(max(font.getlength(name) for name in class_names)) + 3 * _MARGIN
+    text_width = int(max(font.getlength(name) for name in rows)) + 3 * _MARGIN
     step = side + _MARGIN
-    canvas = Image.new("RGB", (text_width + columns * step, len(class_names) * step + _MARGIN), _BACKGROUND)
+    canvas = Image.new("RGB", (text_width + columns * step, len(rows) * step + _MARGIN), _BACKGROUND)
     pen = ImageDraw.Draw(canvas)
-    for row, name in enumerate(class_names):
+    for row, (name, images) in enumerate(rows.items()):
         top = _MARGIN + row * step
         pen.text((_MARGIN, top + side // 2), name, fill=_INK, font=font, anchor="lm")
-        for column, image in enumerate(images[labels == row][:columns]):
+        for column, image in enumerate(images[:columns]):
             canvas.paste(_enlarged(image, side), (text_width + column * step, top))
     return canvas
 

@@ -12,7 +12,8 @@ import torch
 from conf.schema import SampleConfig, Section, Settings
 from pipeline.graph import STAGES
 from stages.artifact import read_json
-from stages.sample import draw_labels, resize
+from stages.drawing import resize
+from stages.sample import draw_labels
 from stages.stores.samples import SampleStore
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
