@@ -86,14 +86,18 @@ def draw_labels(
     return generator.permutation(np.repeat(np.arange(num_classes), counts))
 
 
+def shown_classes(num_classes: int) -> npt.NDArray[np.int64]:
+    """Classes that have a row in the grid: all, or evenly spread ones."""
+    return np.linspace(0, num_classes - 1, min(num_classes, _GRID_CLASSES)).astype(np.int64)
+
+
 def _draw_pictures(config: SampleConfig, inputs: Inputs, output: Path, store: TokenStore) -> None:
     """A row of samples for each class, or for evenly spread ones; and how real images are cut into patches."""
     samples = SampleStore.open(output / "samples.zarr")
     index = ImageIndex.open(inputs["dataset"])
-    labels = np.unique(np.linspace(0, store.num_classes - 1, min(store.num_classes, _GRID_CLASSES)).astype(int))
     rows = {
         index.classes[label]: samples.images(np.flatnonzero(samples.labels == label)[: config.grid_columns])
-        for label in labels
+        for label in shown_classes(store.num_classes)
     }
     sample_grid(rows, config.image_size, config.grid_columns).save(output / "grid.png")
     _real_patches(inputs, store, index).save(output / "patches.png")
