@@ -1,4 +1,4 @@
-"""A sampling job that is killed, and goes on with another number of processes, leaves the bytes of an undisturbed one."""
+"""A sampling job that is killed, and goes on with any number of processes, leaves the bytes of an undisturbed one."""
 
 from __future__ import annotations
 
