@@ -92,10 +92,14 @@ class TrainingConfig(Section):
 class DatasetConfig(Section):
     """Which images there are."""
 
-    source: Literal["image_folder", "twemoji"] = Field(
-        "image_folder", description="`image_folder`: root/<class>/<image>; `twemoji`: emoji from the installed package."
+    source: Literal["image_folder", "imagenet_tar", "twemoji"] = Field(
+        "image_folder",
+        description="`image_folder`: root/<class>/<image>; `imagenet_tar`: ImageNet as published, class tars in a tar "
+        "or in a folder, never unpacked; `twemoji`: emoji from the installed package.",
     )
-    root: Path | None = Field(None, description="Folder of class folders (image_folder).", json_schema_extra=NOT_IN_KEY)
+    root: Path | None = Field(
+        None, description="Folder of class folders (image_folder), or tar (imagenet_tar).", json_schema_extra=NOT_IN_KEY
+    )
     heldout_fraction: float = Field(
         0.0, ge=0, le=0.5, description="Share of each class, by hash of the file name, that is never trained on."
     )
@@ -162,7 +166,7 @@ class TokenizeConfig(Section):
     views: Literal["center", "flip", "ten_crop", "ten_crop_x2"] = Field(
         "ten_crop_x2", description="1, 2, 10 or 20 views an image: crop ranges 1.1 and 1.05 for the last."
     )
-    batch_size: PositiveInt = Field(64, description="Images encoded at once by one process.")
+    batch_size: PositiveInt = Field(64, description="Views encoded at once by one process.")
     chunk_rows: PositiveInt = Field(8192, description="Images in one chunk of the store, the unit of resume.")
     precision: Precision = "float32"
 
@@ -344,6 +348,9 @@ class EvaluateConfig(Section):
     batch_size: PositiveInt = 64
     max_reference: PositiveInt | None = Field(None, description="At most this many reference images; null takes all.")
     neighbours: PositiveInt = Field(3, description="k of precision and recall.")
+    compared: PositiveInt = Field(
+        10_000, description="Reference images that precision and recall look at, at most; their cost is quadratic."
+    )
     ladder: bool = Field(True, description="Also score held-out images, reconstructions, marginals and random tokens.")
     seed: Seed = 0
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models.attention import causal_attention, packed_causal_attention
 from models.config import DPARConfig
-from models.layers import Block, LabelEmbedder, RMSNorm, dynamic_rope, grid_rope, index_rope, init_weights
+from models.layers import Block, LabelEmbedder, RMSNorm, check_tokens, dynamic_rope, grid_rope, index_rope, init_weights
 from models.loss import head_cross_entropy
 
 
@@ -147,6 +147,7 @@ class DPAR(nn.Module):
                 f"tokens are {tuple(tokens.shape)} and patches are of {tuple(patches.target_rows.shape)}, "
                 f"expected (images, {self.config.num_tokens}) of both"
             )
+        check_tokens(tokens, self.config.codebook_size)
         states = self.tok_embeddings(tokens[:, :-1])  # (B, T - 1, D)
         states, pooled = self.local_encoder(states, patches, self.token_rope(tokens.device)[1:-1])
         context = self.global_context(pooled, labels, patches)

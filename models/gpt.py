@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from models.attention import KVCache, causal_attention
 from models.config import GPTConfig
-from models.layers import Block, LabelEmbedder, RMSNorm, grid_rope, init_weights
+from models.layers import Block, LabelEmbedder, RMSNorm, check_tokens, grid_rope, init_weights
 from models.loss import head_cross_entropy
+
+_SLICE_LOGITS = 2**24  # 64 MB in float32: enough rows for fast matrix products
 
 
 class GPT(nn.Module):
@@ -54,6 +56,7 @@ class GPT(nn.Module):
             raise ValueError(f"{tokens.shape[1]} tokens an image, the model was made for {self.config.num_tokens}")
         if self.conditional != (labels is not None):
             raise ValueError(f"labels are {labels}, expected them exactly when the model has classes")
+        check_tokens(tokens, self.config.codebook_size)
         return self.transform(self.tok_embeddings(tokens[:, :-1]), labels, self.config.grid)
 
     def transform(
@@ -77,10 +80,14 @@ class GPT(nn.Module):
     def entropy(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Entropy of each token given those before it, nats, float32. Of the unconditional model.
 
-        The first token has no prediction: its entry is ln(codebook size), and the patch rule never reads it.
+        The first token has no prediction: its entry is ln(codebook size), and the patch rule never reads it. Logits
+        exist for a slice of the positions at a time: all those of a batch would take more memory than the model.
         """
+        features = self.features(tokens)
+        rows = features.flatten(0, 1).split(max(1, _SLICE_LOGITS // self.config.codebook_size))
+        entropies = torch.cat([token_entropy(self.output(part)) for part in rows]).unflatten(0, features.shape[:2])
         first = torch.full((len(tokens), 1), math.log(self.config.codebook_size), device=tokens.device)
-        return torch.cat([first, token_entropy(self(tokens))], dim=1)
+        return torch.cat([first, entropies], dim=1)
 
     def new_cache(self) -> KVCache:
         """An empty cache for `step`."""

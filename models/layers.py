@@ -103,6 +103,19 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
+def check_tokens(tokens: Int[Tensor, "B T"], codebook_size: int) -> None:
+    """Refuse tokens that are no number of a code. Of tokens on a CPU: to look at others, the host would have to wait.
+
+    Raises:
+        ValueError: One is negative, or not below `codebook_size`.
+    """
+    if tokens.device.type != "cpu" or not tokens.numel():
+        return
+    low, high = (int(bound) for bound in tokens.aminmax())
+    if low < 0 or high >= codebook_size:
+        raise ValueError(f"tokens from {low} to {high}, expected 0 to {codebook_size - 1}, the codebook")
+
+
 def init_weights(module: nn.Module) -> None:
     """LlamaGen's initialisation: normal with standard deviation 0.02 everywhere; norms keep their ones."""
     if isinstance(module, (nn.Linear, nn.Embedding)):

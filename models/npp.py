@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.gpt import GPT
+from models.layers import check_tokens
 from models.loss import head_cross_entropy
 
 
@@ -30,6 +31,7 @@ def next_patch_loss(model: GPT, tokens: Int[Tensor, "B T"], labels: Int[Tensor, 
             f"{tokens.shape[1]} tokens an image and blocks of {side} x {side}, expected {model.config.num_tokens} "
             f"tokens and a side that divides the grid of {grid} x {grid}"
         )
+    check_tokens(tokens, model.config.codebook_size)
     blocks = tokens_by_block(tokens, side)
     embedded = model.tok_embeddings(blocks[:, :-1]).mean(dim=2)  # the last block is read by no one
     features = model.transform(embedded, labels, grid // side)

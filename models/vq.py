@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.config import VQConfig
+from models.layers import check_tokens
 
 _REMEMBERED_TOKENS = 65536
 
@@ -72,11 +73,7 @@ class VQModel(nn.Module):
         grid = round(tokens.shape[1] ** 0.5)
         if grid * grid != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens an image, expected a square number")
-        low, high = (int(bound) for bound in tokens.aminmax()) if tokens.numel() else (0, 0)
-        if low < 0 or high >= self.config.codebook_size:  # on a GPU such a lookup would end the process
-            raise ValueError(
-                f"tokens from {low} to {high}, expected 0 to {self.config.codebook_size - 1}, the codebook"
-            )
+        check_tokens(tokens, self.config.codebook_size)
         latents = self.quantize.codes()[tokens]  # (B, T, E)
         latents = latents.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         return self.decoder(self.post_quant_conv(latents))

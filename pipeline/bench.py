@@ -25,7 +25,7 @@ BELOW_EACH_OTHER = (
     *pairwise(LADDER),
 )
 SCRIPTS_FOLDER = Path(__file__).parents[1] / "tests" / "benchmarks"
-SCRIPTS = {"train-step": "train_step.py", "data-loader": "data_loader.py"}
+SCRIPTS = {"train-step": ("train_step.py",), "data": ("data_stores.py", "data_loader.py", "image_stages.py")}
 NAMES = ("demo", "cli", *SCRIPTS)
 Relation = Literal["<", ">"]
 Figures = dict[str, dict[str, float]]  # by column and row of a table
@@ -77,21 +77,26 @@ def cli_gates(overrides: Sequence[str] = ()) -> list[Gate]:
     ]
 
 
-def run_script(name: str) -> tuple[list[Gate], Figures]:
-    """Run one of SCRIPTS, minutes long, and return its gates and what else it measured.
+def run_scripts(name: str) -> tuple[list[Gate], Figures]:
+    """Run the scripts of a benchmark in SCRIPTS, minutes long, and return their gates and what else they measured.
 
     Raises:
         InputError: dpar is installed without its source tree, where the scripts are.
-        ArtifactError: The script failed.
+        ArtifactError: A script failed.
     """
-    path = SCRIPTS_FOLDER / SCRIPTS[name]
-    if not path.is_file():
-        raise InputError(f"{path} is not there, expected the source tree of dpar: run this benchmark from a clone")
-    done = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise ArtifactError(f"benchmark {name} ended with {done.returncode}: what it said is above")
-    said = json.loads(done.stdout)
-    return [Gate(**gate) for gate in said["gates"]], said["figures"]
+    gates: list[Gate] = []
+    figures: Figures = {}
+    for script in SCRIPTS[name]:
+        path = SCRIPTS_FOLDER / script
+        if not path.is_file():
+            raise InputError(f"{path} is not there, expected the source tree of dpar: run this benchmark from a clone")
+        done = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise ArtifactError(f"{script} of benchmark {name} ended with {done.returncode}: what it said is above")
+        said = json.loads(done.stdout)
+        gates += [Gate(**gate) for gate in said["gates"]]
+        figures |= said["figures"]
+    return gates, figures
 
 
 def _median_seconds(arguments: Sequence[str], repeats: int) -> float:

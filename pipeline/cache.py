@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.keys import Parts, key_of
-from stages.artifact import RECORD, read_json, write_json
+from stages.artifact import RECORD, read_json, remove_partials, write_json
 from stages.errors import ArtifactError
 
 MANIFEST = "manifest.json"
@@ -75,18 +75,22 @@ class Cache:
         except (OSError, ValueError, TypeError):
             return None
 
-    def damage(self, path: Path, manifest: Manifest, *, deep: bool = False) -> str | None:
-        """What is wrong with an artifact's files, None when nothing is. `deep` reads them all."""
+    def damage(self, path: Path, manifest: Manifest) -> str | None:
+        """The first thing wrong with the sizes of an artifact's files, None when nothing is."""
+        return next((what for _, what in self.damages(path, manifest, deep=False)), None)
+
+    def damages(self, path: Path, manifest: Manifest, *, deep: bool) -> Iterator[tuple[str, str]]:
+        """Every file of an artifact that is not as it was made, and what is wrong with it. `deep` reads them all."""
         for name, (size, digest) in manifest.files.items():
             try:
                 found = (path / name).stat().st_size
             except OSError:
-                return f"file {name} is missing"
+                yield name, f"file {name} is missing"
+                continue
             if found != size:
-                return f"file {name} has {found} bytes, expected {size}"
-            if deep and file_sha256(path / name) != digest:
-                return f"file {name} has other contents than when it was made"
-        return None
+                yield name, f"file {name} has {found} bytes, expected {size}"
+            elif deep and (what := _content_damage(path, name, digest)):
+                yield name, what
 
     def manifests(self, stage: str) -> list[tuple[Path, Manifest]]:
         """Readable artifacts of a stage, newest first."""
@@ -129,8 +133,7 @@ class Cache:
         """Turn the work folder of a key into its artifact; whatever stood in its place goes to the trash."""
         key = key_of(parts)
         work, path = self.work(key), self.path(key)
-        for partial in work.rglob("*.partial"):  # left by a killed attempt: what is whole has its own name
-            partial.unlink()
+        remove_partials(work)
         files = {str(file.relative_to(work)): [file.stat().st_size, file_sha256(file)] for file in _files(work)}
         manifest = Manifest(
             key=key,
@@ -189,6 +192,14 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _content_damage(path: Path, name: str, digest: str) -> str | None:
+    try:
+        same = file_sha256(path / name) == digest
+    except ArtifactError as error:
+        return str(error)
+    return None if same else f"file {name} has other contents than when it was made"
 
 
 def _files(folder: Path) -> list[Path]:

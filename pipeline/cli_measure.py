@@ -35,7 +35,7 @@ def bench(
     """
     figures: gates.Figures = {}
     if name in gates.SCRIPTS:
-        measured, figures = gates.run_script(name)
+        measured, figures = gates.run_scripts(name)
     elif name == "cli":
         _demo_artifacts(overrides)
         measured = gates.cli_gates(overrides)

@@ -28,9 +28,10 @@ def verify(
     """
     _, runtime = load(overrides=overrides)
     found = upkeep.verify(runtime, deep=deep)
-    damaged = [finding for finding in found if finding.damage is not None]
+    damaged = [finding for finding in found if finding.damages]
     for finding in damaged:
-        typer.echo(f"damaged  {finding.path}: {finding.damage}")
+        for damage in finding.damages:
+            typer.echo(f"damaged  {finding.path}: {damage}")
     typer.echo(f"{len(found)} artifacts checked, {len(damaged)} damaged")
     if damaged:
         typer.echo("`dpar run` makes a damaged artifact again when it is needed")

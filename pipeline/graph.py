@@ -92,6 +92,7 @@ NEUTRAL_MODULES: dict[str, str] = {
     "stages.artifact": "how files are written, not what is in them",
     "stages.progress": "shown to people only",
     "stages.memory": "gives free memory back",
+    "stages.prefetch": "when work is done, not what comes out",
     "stages.distributed": "results do not depend on the number of processes",
     "stages.training.log": "metrics.jsonl is part of the record, not of the content",
 }

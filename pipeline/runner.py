@@ -18,7 +18,7 @@ from pipeline.keys import Parts, key_of, key_parts
 from pipeline.launch import launch
 from pipeline.plan import StageStatus, plan
 from pipeline.project import DPAR, Project
-from stages.artifact import read_json
+from stages.artifact import read_json, remove_partials
 from stages.errors import InputError
 from stages.job import Job
 from stages.sources import image_root
@@ -133,6 +133,7 @@ class _Run:
         key = key_of(parts)
         work = self.cache.work(key)
         work.mkdir(parents=True, exist_ok=True)
+        remove_partials(work)  # as large as checkpoints, and nobody else writes here while the lock is held
         section = getattr(self.settings, self.stage.name)
         if self.stage.reads_images:
             inputs = inputs | {"images": image_root(self.settings.dataset)}

@@ -18,11 +18,11 @@ from stages.errors import InputError
 
 @dataclass(frozen=True)
 class Finding:
-    """One artifact, and what is wrong with it (None: nothing)."""
+    """One artifact, and all that is wrong with it."""
 
     stage: str
     path: Path
-    damage: str | None
+    damages: list[str]
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,33 @@ class Garbage:
 
 
 def verify(runtime: RuntimeConfig, *, deep: bool = False, project: Project = DPAR) -> list[Finding]:
-    """Check every artifact's files against its manifest: their sizes, and with `deep` every byte."""
+    """Check every artifact's files against its manifest: their sizes, and with `deep` every byte.
+
+    With `deep` also what the bytes say: checksums, entries never written, and whether stores and tables were made from
+    each other as they claim. A damaged file is told of once, by array and chunk where it has them.
+    """
     cache = Cache(runtime.home)
+    by_content = {(name, manifest.digest): path for name in project.graph for path, manifest in cache.manifests(name)}
     findings = []
     for stage in project.graph.values():
         for path in sorted((cache.home / stage.name).glob(f"{stage.name}-*")):
             manifest = cache.read(path)
-            damage = f"{MANIFEST} is missing or cannot be read"
-            found = damage if manifest is None else cache.damage(path, manifest, deep=deep)
-            findings.append(Finding(stage.name, path, found))
+            if manifest is None:
+                findings.append(Finding(stage.name, path, [f"{MANIFEST} is missing or cannot be read"]))
+                continue
+            damages = dict(cache.damages(path, manifest, deep=deep))
+            if deep:
+                inputs = manifest.parts["inputs"].items()
+                damages |= _store_damages(path, [by_content[source] for source in inputs if source in by_content])
+            findings.append(Finding(stage.name, path, list(damages.values())))
     return findings
+
+
+def _store_damages(path: Path, sources: list[Path]) -> dict[str, str]:
+    """What is wrong inside the stores and tables of an artifact, by file."""
+    from stages.stores.verify import artifact_damage
+
+    return {str(file.relative_to(path)): what for file, what in artifact_damage(path, sources)}
 
 
 def garbage(settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) -> list[Garbage]:

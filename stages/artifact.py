@@ -2,6 +2,10 @@
 
 `record/` in an artifact says how it was made (log, metrics, checkpoints, units) and is no part of what was made: the
 content digest leaves it out.
+
+What a power cut leaves: a file is flushed to disk before it gets its name, so one that has its name is whole. The name
+itself may be lost until its folder is flushed, which only the commit of the artifact does: whoever resumes therefore
+looks for every file that a manifest lists, and makes again what is not there.
 """
 
 from __future__ import annotations
@@ -9,17 +13,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 RECORD = "record"
+_PARTIAL = "partial"
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write` on a temporary file beside `path`, flush it to disk, and rename it to `path`."""
+    """Call `write` on a temporary file beside `path`, flush it to disk, and rename it to `path`.
+
+    Any number of processes on any number of machines may write the same file: one of them wins, whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{_PARTIAL}")
     try:
         with partial.open("wb") as file:
             write(file)
@@ -27,6 +36,12 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left of `write_atomic` below a folder that nobody is writing to."""
+    for partial in folder.rglob(f"*.{_PARTIAL}"):
         partial.unlink(missing_ok=True)
 
 

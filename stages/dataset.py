@@ -1,18 +1,18 @@
 """Stage dataset: from an image root to an index of every image that decodes, split into training and held-out images.
 
-Every file is read and decoded once, so that hours later no stage meets a broken one. The work is cut into blocks of the
-sorted listing; a block that a killed attempt has finished is not read again.
+Every image is read and decoded once, so that hours later no stage meets a broken one. The work is cut into blocks of
+the sorted listing; a block that a killed attempt has finished is not read again. What is known of an image is a row of
+arrays: memory grows by little more than the index itself.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,20 +22,20 @@ from stages.artifact import RECORD, write_atomic, write_json
 from stages.errors import InputError
 from stages.images import DecodeError, decode
 from stages.job import Inputs, main
+from stages.listing import Listing, list_images
 from stages.progress import Progress
-from stages.sources import ImageFile, list_images
+from stages.sources import archive_path, read_image
 from stages.stores.files import FACTS, file_digest, write_index
 
 logger = logging.getLogger(__name__)
 BLOCK = 4096  # images between two marks of progress that outlive a kill
 _TASK = 32  # images handed to a thread at once
-_MAX_CLASSES = 65535  # labels are stored as uint16, and its last value marks missing ones
 _NAMED = 5  # broken files that an error names
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What reading a run of images showed."""
+    """What reading a block of images showed."""
 
     facts: NDArray[np.void]
     """One row an image, dtype FACTS; zeros where it is broken."""
@@ -47,87 +47,79 @@ def dataset(config: DatasetConfig, inputs: Inputs, output: Path, runtime: Runtim
     """Index the images below `inputs["images"]`.
 
     Raises:
-        InputError: No usable source (see `stages.sources`), too many broken images, or a class without a whole one.
+        InputError: No usable source (see `stages.listing`), too many broken images, or a class without a whole one.
     """
     images = list_images(config)
-    classes = sorted({image.class_name for image in images})
-    if len(classes) > _MAX_CLASSES:
-        raise InputError(f"{inputs['images']} holds {len(classes)} classes, expected at most {_MAX_CLASSES}")
-    checked = _check_all(images, inputs["images"], output, runtime)
-    broken = [
-        {"relpath": image.relpath, "reason": reason}
-        for image, reason in zip(images, checked.reasons, strict=True)
-        if reason
-    ]
+    facts, reasons = _check_all(images, inputs["images"], output, runtime)
+    broken = [{"relpath": str(images.relpaths[row]), "reason": reason} for row, reason in reasons.items()]
     _refuse_broken(broken, len(images), config)
 
-    label_of = {name: label for label, name in enumerate(classes)}
-    labels = np.array([label_of[image.class_name] for image in images], dtype=np.uint16)
-    whole = np.flatnonzero([not reason for reason in checked.reasons])
-    _refuse_empty_classes(labels[whole], classes)
-    heldout = _heldout(images, labels, whole, config.heldout_fraction)
+    is_whole = np.ones(len(images), dtype=bool)
+    is_whole[list(reasons)] = False
+    whole = np.flatnonzero(is_whole)
+    _refuse_empty_classes(images.labels[whole], images.classes)
+    heldout = _heldout(images, whole, config.heldout_fraction)
     order = np.concatenate([whole[~heldout], whole[heldout]])  # the listing is sorted, and so is each part
     num_train = int((~heldout).sum())
 
     write_json(output / "broken.json", broken)
-    write_index(
-        output,
-        relpaths=[images[row].relpath for row in order],
-        labels=labels[order],
-        facts=checked.facts[order],
-        classes=classes,
-        num_train=num_train,
-        source=config.source,
-    )
+    write_index(output, images=images, facts=facts, order=order, num_train=num_train, source=config.source)
     metrics = {
         "num_images": len(order),
         "num_train": num_train,
         "num_heldout": len(order) - num_train,
-        "num_classes": len(classes),
+        "num_classes": len(images.classes),
         "num_broken": len(broken),
     }
     write_json(output / "metrics.json", metrics)
-    logger.info("%d images of %d classes, %d held out", len(order), len(classes), len(order) - num_train)
+    logger.info("%d images of %d classes, %d held out", len(order), len(images.classes), len(order) - num_train)
 
 
-def _check_all(images: Sequence[ImageFile], root: Path, output: Path, runtime: RuntimeConfig) -> Checked:
-    """Read and decode every image, in threads: decoding releases the interpreter's lock."""
+def _check_all(
+    images: Listing, root: Path, output: Path, runtime: RuntimeConfig
+) -> tuple[NDArray[np.void], dict[int, str]]:
+    """Read and decode every image, in threads: decoding releases the interpreter's lock.
+
+    Returns:
+        One row of FACTS an image, zeros where it is broken, and why by the number of each broken image.
+    """
     facts = np.zeros(len(images), dtype=FACTS)
-    reasons: list[str] = []
+    reasons: dict[int, str] = {}
     progress = Progress(output, "images", len(images))
     pool = ThreadPoolExecutor(runtime.threads or os.cpu_count())
     try:
         for start in range(0, len(images), BLOCK):
-            paths = [root / image.relpath for image in images[start : start + BLOCK]]
+            listed = images[start : start + BLOCK]
             path = output / RECORD / "units" / f"checked-{start // BLOCK:06d}.npz"
-            stamp = _stamp(paths)
+            stamp = _stamp(root, listed)
             block = _recall(path, stamp)
             if block is None:
-                block = _check_block(paths, pool, progress)
+                block = _check_block(root, listed, pool, progress)
                 _remember(path, stamp, block)
             facts[start : start + BLOCK] = block.facts
-            reasons += block.reasons
-            progress.update(len(reasons))
+            reasons |= {start + row: reason for row, reason in enumerate(block.reasons) if reason}
+            progress.update(start + len(listed))
     finally:
         pool.shutdown(cancel_futures=True)  # when stopped, do not first read the rest of the block
-    return Checked(facts, reasons)
+    return facts, reasons
 
 
-def _check_block(paths: list[Path], pool: ThreadPoolExecutor, progress: Progress) -> Checked:
+def _check_block(root: Path, images: Listing, pool: ThreadPoolExecutor, progress: Progress) -> Checked:
     parts = []
-    for part in pool.map(_check, [paths[start : start + _TASK] for start in range(0, len(paths), _TASK)]):
+    tasks = [images[start : start + _TASK] for start in range(0, len(images), _TASK)]
+    for part in pool.map(lambda task: _check(root, task), tasks):
         parts.append(part)
         progress.update(progress.done + len(part.reasons))
     reasons = [reason for part in parts for reason in part.reasons]
     return Checked(np.concatenate([part.facts for part in parts]), reasons)
 
 
-def _check(paths: list[Path]) -> Checked:
-    facts = np.zeros(len(paths), dtype=FACTS)
-    reasons = [""] * len(paths)
-    for row, path in enumerate(paths):
+def _check(root: Path, images: Listing) -> Checked:
+    facts = np.zeros(len(images), dtype=FACTS)
+    reasons = [""] * len(images)
+    for row, image in enumerate(images):
         try:
-            data = path.read_bytes()
+            data = read_image(root, image.relpath, image.offset, image.size)
             width, height = decode(data).size
         except OSError as error:
             reasons[row] = f"cannot be read: {error.strerror}"
@@ -138,15 +130,17 @@ def _check(paths: list[Path]) -> Checked:
     return Checked(facts, reasons)
 
 
-def _stamp(paths: list[Path]) -> NDArray[np.uint8]:
+def _stamp(root: Path, images: Listing) -> NDArray[np.uint8]:
     """Digest of the files' names, sizes and times: a block counts as read only while its files stay untouched."""
     digest = blake2b(digest_size=16)
-    for path in paths:
+    for relpath, _, offset, size in images:
+        path = archive_path(root, relpath) if offset else root / relpath
+        digest.update(f"{path}\0{relpath}\0{offset}\0{size}\0".encode())
         try:
             status = path.stat()
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            digest.update(f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
         except OSError:
-            digest.update(f"{path}\0missing\0".encode())
+            digest.update(b"missing\0")
     return np.frombuffer(digest.digest(), np.uint8)
 
 
@@ -183,9 +177,7 @@ def _refuse_empty_classes(labels: NDArray[np.uint16], classes: list[str]) -> Non
         raise InputError(f"class {classes[missing[0]]} holds no image that decodes: repair its images or remove it")
 
 
-def _heldout(
-    images: Sequence[ImageFile], labels: NDArray[np.uint16], whole: NDArray[np.intp], fraction: float
-) -> NDArray[np.bool_]:
+def _heldout(images: Listing, whole: NDArray[np.intp], fraction: float) -> NDArray[np.bool_]:
     """Which of the whole images are held out: of each class, the share that comes first by hash of the file name.
 
     The hash makes the choice independent of the root and of the order of names; few change sides when images come.
@@ -193,13 +185,17 @@ def _heldout(
     heldout = np.zeros(len(whole), dtype=bool)
     if fraction == 0:
         return heldout
-    names = (PurePosixPath(images[row].relpath).name for row in whole)
-    hashes = np.frombuffer(b"".join(blake2b(name.encode(), digest_size=8).digest() for name in names), ">u8")
-    order = np.lexsort((hashes, labels[whole]))
-    counts = np.bincount(labels[whole])
+    hashes = np.fromiter((_name_hash(images.relpaths[row]) for row in whole), np.uint64, len(whole))
+    order = np.lexsort((hashes, images.labels[whole]))
+    counts = np.bincount(images.labels[whole])
     for first, count in zip(np.cumsum(counts) - counts, counts, strict=True):
         heldout[order[first : first + round(fraction * int(count))]] = True
     return heldout
+
+
+def _name_hash(relpath: str) -> int:
+    name = relpath.rpartition("/")[2]
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
 if __name__ == "__main__":

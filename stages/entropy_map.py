@@ -85,7 +85,7 @@ def _check_model(model: GPT, store: TokenStore, artifact: Path) -> None:
     wanted = (store.num_tokens, store.codebook_size, None)
     if found != wanted:
         raise ArtifactError(
-            f"{artifact} holds a model for (tokens, codes, classes) {found}, {store.path} needs {wanted}: "
+            f"{artifact} holds a model for (tokens, codes, classes) {found}, {store.location} needs {wanted}: "
             "train the entropy model on these tokens"
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,17 @@ from stages.weights import load_vq
 
 Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
+Features = npt.NDArray[np.float32]
 RUNGS = ("heldout", "reconstruction", "samples", "marginals", "random")
 _SPLITS = 10
 _UNIT = 512  # images whose features are one file, the unit of work and of resume
 
 
 def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `metrics.json` (flat), `scores.json` (how they were made) and `features.npz`."""
+    """Write `metrics.json` (flat), `scores.json` (how they were made) and `features.npz`.
+
+    The last holds the features of every set, but of the reference only mean and covariance.
+    """
     with process_group(runtime) as world:
         extractor = _extractor(config, world)
         sets = ImageSets.open(config, inputs, world)
@@ -55,8 +60,9 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: Runt
             progress.update(done, name)
         barrier()
         if world.is_main:
+            reference = Reference.collect(folder, sets.pop("reference"), config.compared)
             found = {name: _collected(folder, name, images) for name, images in sets.items()}
-            _write_scores(config, inputs, output, extractor, found)
+            _write_scores(config, inputs, output, extractor, reference, found)
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,8 @@ class ImageSets:
         if not config.ladder or not len(heldout):
             return sets
         count = len(heldout)
-        train_tokens = self.tokens.fetch(np.arange(self.index.num_train), np.zeros(self.index.num_train, np.int64))
-        marginals = sample_marginals(train_tokens, count, self.seed)
+        blocks = self.tokens.training_blocks()
+        marginals = sample_marginals(blocks, self.index.num_train, self.tokens.num_tokens, count, self.seed)
         shape = (count, self.tokens.num_tokens)
         random = np.random.default_rng(self.seed + 1).integers(self.tokens.codebook_size, size=shape)
         return sets | {
@@ -155,9 +161,7 @@ def _extractor(config: EvaluateConfig, world: World) -> Extractor:
     return Inception(config.weights, world.device)
 
 
-def _extract(
-    extractor: Extractor, batches: Callable[[int], Iterator[Pixels]], size: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def _extract(extractor: Extractor, batches: Callable[[int], Iterator[Pixels]], size: int) -> tuple[Features, Features]:
     pairs = [extractor.extract(batch) for batch in batches(size)]
     return np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])
 
@@ -166,12 +170,36 @@ def _unit_path(folder: Path, name: str, unit: int) -> Path:
     return folder / f"{name}-{unit:05d}.npz"
 
 
-def _collected(folder: Path, name: str, images: ImageSet) -> dict[str, npt.NDArray[np.float32]]:
-    parts = []
-    for unit in range(images.num_units):
-        with np.load(_unit_path(folder, name, unit)) as saved:
-            parts.append({field: saved[field] for field in ("features", "logits")})
+@dataclass(frozen=True)
+class Reference:
+    """The real images, of which there may be more than memory holds features of."""
+
+    stats: FeatureStats
+    compared: Features
+    """Features of those that precision and recall look at."""
+
+    @classmethod
+    def collect(cls, folder: Path, images: ImageSet, limit: int) -> Reference:
+        """Statistics of all, and the features of at most `limit` evenly chosen ones."""
+        count = len(images.rows)
+        chosen = np.linspace(0, count - 1, min(count, limit)).astype(np.int64)
+
+        def features() -> Iterator[Features]:
+            return (_load(folder, "reference", unit)["features"] for unit in range(images.num_units))
+
+        stats = reduce(FeatureStats.merge, map(FeatureStats.of, features()))
+        compared = [part[chosen[chosen // _UNIT == unit] % _UNIT] for unit, part in enumerate(features())]
+        return cls(stats, np.concatenate(compared))
+
+
+def _collected(folder: Path, name: str, images: ImageSet) -> dict[str, Features]:
+    parts = [_load(folder, name, unit) for unit in range(images.num_units)]
     return {field: np.concatenate([part[field] for part in parts]) for field in ("features", "logits")}
+
+
+def _load(folder: Path, name: str, unit: int) -> dict[str, Features]:
+    with np.load(_unit_path(folder, name, unit)) as saved:
+        return {field: saved[field] for field in ("features", "logits")}
 
 
 def _write_scores(
@@ -179,20 +207,20 @@ def _write_scores(
     inputs: Inputs,
     output: Path,
     extractor: Extractor,
-    found: dict[str, dict[str, npt.NDArray[np.float32]]],
+    reference: Reference,
+    found: dict[str, dict[str, Features]],
 ) -> None:
     names = score_names(extractor)
-    reference = found["reference"]["features"]
     samples = found["samples"]
     splits = min(_SPLITS, len(samples["logits"]))
-    precision, recall = precision_recall(reference, samples["features"], neighbours=config.neighbours)
+    precision, recall = precision_recall(reference.compared, samples["features"], neighbours=config.neighbours)
     metrics: dict[str, float] = {
-        **_ladder(names["frechet"], found),
+        **_ladder(names["frechet"], reference.stats, found),
         names["score"]: inception_score(samples["logits"], splits=splits, seed=config.seed)[0],
         names["precision"]: precision,
         names["recall"]: recall,
         "num_samples": len(samples["features"]),
-        "num_reference": len(reference),
+        "num_reference": reference.stats.n,
         **_from_inputs(inputs),
     }
     write_json(output / "metrics.json", metrics)
@@ -207,18 +235,20 @@ def _write_scores(
             "inception_score_splits": splits,
             "inception_score_order": f"shuffled with seed {config.seed}",
             "neighbours": config.neighbours,
-            "num_images": {name: len(arrays["features"]) for name, arrays in found.items()},
+            "compared_reference": len(reference.compared),
+            "num_images": {name: len(arrays["features"]) for name, arrays in found.items()}
+            | {"reference": reference.stats.n},
         },
     )
-    features = {name: arrays["features"] for name, arrays in found.items()}
-    write_atomic(output / "features.npz", lambda file: np.savez(file, allow_pickle=False, **features))
+    kept: dict[str, npt.NDArray[np.floating]] = {name: arrays["features"] for name, arrays in found.items()}
+    kept |= {"reference_mean": reference.stats.mean, "reference_covariance": reference.stats.covariance}
+    write_atomic(output / "features.npz", lambda file: np.savez(file, allow_pickle=False, **kept))
 
 
-def _ladder(name: str, found: dict[str, dict[str, npt.NDArray[np.float32]]]) -> dict[str, float]:
+def _ladder(name: str, reference: FeatureStats, found: dict[str, dict[str, Features]]) -> dict[str, float]:
     """Distance of each set to the reference. On the ladder the samples are as many as the held-out images."""
-    reference = FeatureStats.of(found["reference"]["features"])
 
-    def distance(features: npt.NDArray[np.float32]) -> float:
+    def distance(features: Features) -> float:
         return frechet_distance(reference, FeatureStats.of(features))
 
     scores = {name: distance(found["samples"]["features"])}

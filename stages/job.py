@@ -87,7 +87,7 @@ def _write_error(job: Job, error: Exception, code: int, rank: int) -> None:
 
 
 def _one_line(error: Exception, job: Job) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"disk full below {job.output}: free some space and run again; finished units and checkpoints are kept"
     text = " ".join(str(error).split()) or "no message"
     known = isinstance(error, (ValueError, RuntimeError)) and not isinstance(error, UnicodeError)

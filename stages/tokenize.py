@@ -1,19 +1,22 @@
 """Stage tokenize: VQ tokens of every view of every image, in a Zarr store.
 
-Processes share the row-blocks of the store. While one batch is encoded, the images of the next are decoded in threads.
+Processes share the row-blocks of the store. While a batch is encoded, threads decode the images of those that follow,
+each image once for all its views.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from conf.schema import RuntimeConfig, TokenizeConfig
 from models.vq import VQModel
@@ -21,6 +24,7 @@ from stages.artifact import file_sha256, write_json
 from stages.distributed import World, barrier, process_group
 from stages.images import Pixels, decode, pixels_to_float, view_names, views
 from stages.job import Inputs, main
+from stages.prefetch import prefetch
 from stages.progress import Progress
 from stages.stores.files import CLASSES_FILE, ImageIndex
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
@@ -38,15 +42,20 @@ def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: Runt
     with process_group(runtime) as world:
         index = ImageIndex.open(inputs["dataset"])
         model = load_vq(inputs["tokenizer"], world.device)
-        writer = token_writer(output / STORE, _facts(config, index, model, inputs["tokenizer"]))
-        encoder = Encoder(model, index, inputs["images"], config, world)
+        facts = _facts(config, index, model, inputs["tokenizer"])
+        writer = token_writer(output / STORE, facts)
+        reader = ViewReader(index, inputs["images"], config)
+        encoder = Encoder(model, config, facts.num_views, world)
         pending = writer.pending(world.rank, world.size)
         total = writer.spec.count_rows(range(world.rank, writer.spec.num_units, world.size))
         done = total - writer.spec.count_rows(pending)
         progress = Progress(output, "images", total, done=done, enabled=world.is_main)
-        for unit in pending:
-            rows = writer.spec.rows(unit)
-            writer.write(unit, tokens=encoder.tokens(rows, progress), labels=index.labels[rows])
+        images = (row for unit in pending for row in range(len(index))[writer.spec.rows(unit)])
+        with reader.ahead(images) as pictures:
+            for unit in pending:
+                rows = writer.spec.rows(unit)
+                tokens = encoder.tokens(islice(pictures, rows.stop - rows.start), progress)
+                writer.write(unit, tokens=tokens, labels=index.labels[rows])
         barrier()
         if world.is_main:
             writer.finish()
@@ -55,41 +64,79 @@ def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: Runt
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """Images of an index to tokens of their views."""
+class ViewReader:
+    """Images of an index to pixels of their views."""
 
-    model: VQModel
     index: ImageIndex
     root: Path
     config: TokenizeConfig
+
+    def views(self, image: int) -> Pixels:
+        """Views (A, H, W, 3) of one image."""
+        picture = decode(self.index.read(self.root, image))
+        return np.stack(views(picture, self.config.image_size, self.config.views))
+
+    def ahead(self, images: Iterable[int]) -> AbstractContextManager[Iterator[Pixels]]:
+        """Views of each image, made in threads while others are encoded: two batches ahead, or two images a thread."""
+        threads = torch.get_num_threads()
+        a_batch = -(-self.config.batch_size // len(view_names(self.config.views)))
+        return prefetch(self.views, images, threads=threads, depth=2 * max(threads, a_batch))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Views of images to tokens."""
+
+    model: VQModel
+    config: TokenizeConfig
+    num_views: int
     world: World
 
     @torch.inference_mode()
-    def tokens(self, rows: slice, progress: Progress) -> NDArray[np.uint16]:
-        """Tokens (rows, A, T) of the views of a run of images."""
-        done, parts = progress.done, []
-        for pixels in self._batches(range(rows.start, rows.stop)):
-            batch = pixels_to_float(pixels.reshape(-1, *pixels.shape[2:])).to(self.world.device)
-            with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-                tokens = self.model.encode(batch)
-            parts.append(tokens.reshape(*pixels.shape[:2], -1).cpu().numpy().astype(np.uint16))
-            done += len(pixels)
-            progress.update(done)
-        return np.concatenate(parts)
+    def tokens(self, pictures: Iterable[Pixels], progress: Progress) -> NDArray[np.uint16]:
+        """Tokens (images, A, T) of images given as their views (A, H, W, 3)."""
+        done, views_done = progress.done, 0
+        encoded: list[NDArray[np.uint16]] = []
+        for tokens in self._one_behind(batches(pictures, self.config.batch_size)):
+            encoded.append(tokens.cpu().numpy().astype(np.uint16))
+            views_done += len(tokens)
+            progress.update(done + views_done // self.num_views)
+        together = np.concatenate(encoded)
+        return together.reshape(-1, self.num_views, together.shape[1])
 
-    def _batches(self, images: range) -> Iterator[Pixels]:
-        """Views (images, A, H, W, 3) of a few images at a time, about `batch_size` views together."""
-        count = max(1, self.config.batch_size // len(view_names(self.config.views)))
-        batches = [images[first : first + count] for first in range(0, len(images), count)]
-        with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decode") as pool:
-            ahead = pool.map(self._views, batches[0])
-            for following in (*batches[1:], range(0)):
-                current, ahead = ahead, pool.map(self._views, following)  # starts to decode them
-                yield np.stack(list(current))
+    def _one_behind(self, batches: Iterable[Pixels]) -> Iterator[Tensor]:
+        """Tokens of each batch, handed on when the next is put together: meanwhile a GPU works on them."""
+        running: Tensor | None = None
+        for batch in batches:
+            if running is not None:
+                yield running
+            running = self._encode(batch)
+        if running is not None:
+            yield running
 
-    def _views(self, image: int) -> Pixels:
-        picture = decode(self.index.read(self.root, image))
-        return np.stack(views(picture, self.config.image_size, self.config.views))
+    def _encode(self, batch: Pixels) -> Tensor:
+        pixels = pixels_to_float(batch, self.world.device)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return self.model.encode(pixels)
+
+
+def batches(pictures: Iterable[Pixels], batch_size: int) -> Iterator[Pixels]:
+    """Views (A, H, W, 3) of images after one another, cut into batches (batch_size, H, W, 3); the last may be smaller.
+
+    The views of an image may lie in two batches. What a batch holds depends on `pictures` alone, so a row-block of the
+    store is encoded in the same batches whoever does it, and gets the same tokens.
+    """
+    parts, missing = list[Pixels](), batch_size
+    for picture in pictures:
+        while len(picture):
+            parts.append(picture[:missing])
+            missing -= len(parts[-1])
+            picture = picture[len(parts[-1]) :]
+            if not missing:
+                yield np.concatenate(parts)
+                parts, missing = [], batch_size
+    if parts:
+        yield np.concatenate(parts)
 
 
 def _facts(config: TokenizeConfig, index: ImageIndex, model: VQModel, tokenizer: Path) -> TokenFacts:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.errors import ArtifactError
-from stages.stores.blocks import BlockStore, Integers
+from stages.stores.blocks import BlockStore, Integers, open_store
 from stages.stores.units import ArraySpec, StoreSpec, UnitWriter
 
 
@@ -54,22 +54,23 @@ class EntropyStore:
     def __init__(self, store: BlockStore) -> None:
         self._store = store
         self._entropy = store.arrays["entropy"]
-        self.path = store.path
-        self.facts = EntropyFacts(**store.facts)
-        self.digest = store.digest
+        self.location = store.header.location
+        self.facts = EntropyFacts(**store.header.facts)
+        self.digest = store.header.digest
+        self._known_good = np.zeros((store.header.spec.num_units, self.facts.num_views), dtype=np.bool_)
         self.num_images, self.num_views = self.facts.num_images, self.facts.num_views
         self.num_tokens, self.grid = self.facts.num_tokens, self.facts.grid
         self.num_train, self.codebook_size = self.facts.num_train, self.facts.codebook_size
         self.tokens_digest = self.facts.tokens_digest
 
     @classmethod
-    def open(cls, path: Path) -> EntropyStore:
-        """Open the store in the folder `path` (`entropies.zarr`).
+    def open(cls, location: Path | str) -> EntropyStore:
+        """Open the store in the folder entropies.zarr, or read-only at an address `s3://bucket/.../entropies.zarr`.
 
         Raises:
-            ArtifactError: Missing, incomplete or damaged; see `BlockStore`.
+            ArtifactError: Missing, incomplete or damaged; see `open_store`.
         """
-        return cls(BlockStore(path, lambda facts: EntropyFacts(**facts).spec()))
+        return cls(open_store(location, lambda facts: EntropyFacts(**facts).spec()))
 
     def __len__(self) -> int:
         return self.num_images
@@ -77,11 +78,11 @@ class EntropyStore:
     @property
     def num_units(self) -> int:
         """Row-blocks of the store."""
-        return self._store.spec.num_units
+        return self._store.header.spec.num_units
 
     def rows(self, unit: int) -> slice:
         """Images of a unit."""
-        return self._store.spec.rows(unit)
+        return self._store.header.spec.rows(unit)
 
     def fetch(self, images: Integers, views: Integers) -> NDArray[np.float32]:
         """Entropies (n, T) of the given images, each in its view, as a copy.
@@ -93,14 +94,18 @@ class EntropyStore:
         return self._checked(self._entropy.gather(images, views))
 
     def read_block(self, unit: int, view: int) -> NDArray[np.float32]:
-        """Entropies (rows, T) of one view of the images of one unit: read-only, straight from the file."""
-        return self._checked(self._entropy.block(unit, view))
+        """Entropies (rows, T) of one view of the images of one unit: read-only, straight from the file.
 
-    def verify_deep(self) -> None:
-        """Read the whole store and check every checksum; see `BlockStore.verify`."""
-        self._store.verify()
+        Raises:
+            ArtifactError: As `fetch`; a block is checked when it is first read.
+        """
+        block: NDArray[np.float32] = self._entropy.block(unit, view)
+        if not self._known_good[unit, view]:
+            self._checked(block)
+            self._known_good[unit, view] = True
+        return block
 
     def _checked(self, entropy: NDArray[np.float32]) -> NDArray[np.float32]:
         if not np.isfinite(entropy).all():
-            raise ArtifactError(f"{self.path} holds entropies that are no numbers: run the entropy_map stage again")
+            raise ArtifactError(f"{self.location} holds entropies that are no numbers: run the entropy_map stage again")
         return entropy

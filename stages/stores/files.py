@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from stages.artifact import read_json, write_atomic, write_json
 from stages.errors import ArtifactError, InputError
+from stages.listing import Listing
+from stages.sources import archive_path, read_image
 
 INDEX_FILE = "images.parquet"
 CLASSES_FILE = "classes.json"
@@ -23,6 +26,7 @@ FACTS = np.dtype([("bytes", "<i8"), ("width", "<i4"), ("height", "<i4"), ("diges
 _SCHEMA = pa.schema(
     [
         pa.field("relpath", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False),
         pa.field("label", pa.uint16(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
@@ -30,7 +34,7 @@ _SCHEMA = pa.schema(
         pa.field("digest", pa.binary(DIGEST_BYTES), nullable=False),
     ]
 )
-_ROW_GROUP = 65536
+_ROW_GROUP = 4096  # images that are objects while the index is written or read
 
 
 def file_digest(data: bytes) -> bytes:
@@ -41,10 +45,9 @@ def file_digest(data: bytes) -> bytes:
 def write_index(
     output: Path,
     *,
-    relpaths: list[str],
-    labels: NDArray[np.uint16],
+    images: Listing,
     facts: NDArray[np.void],
-    classes: list[str],
+    order: NDArray[np.intp],
     num_train: int,
     source: str,
 ) -> None:
@@ -52,30 +55,40 @@ def write_index(
 
     Args:
         output: Folder of the artifact.
-        relpaths: Of each image, below the image root; the first `num_train` are for training.
-        labels: Place of each image's class in `classes`.
-        facts: Array of dtype FACTS.
-        classes: Names of the classes.
+        images: All images of the source.
+        facts: Of each of them, dtype FACTS.
+        order: Which of them are indexed, and in what order; the first `num_train` are for training.
         num_train: Training images; those after them are held out.
         source: Where the images came from, as in the settings.
     """
-    columns = [
-        pa.array(relpaths, pa.string()),
-        pa.array(facts["bytes"].copy()),
-        pa.array(labels),
-        pa.array(facts["width"].copy()),
-        pa.array(facts["height"].copy()),
+    schema = _SCHEMA.with_metadata({"num_train": str(num_train), "source": source})
+
+    def write(file: IO[bytes]) -> None:
+        with pq.ParquetWriter(
+            file, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+        ) as writer:
+            for first in range(0, len(order), _ROW_GROUP):
+                rows = order[first : first + _ROW_GROUP]
+                writer.write_table(pa.Table.from_arrays(_columns(images, facts, rows), schema=schema))
+
+    write_json(output / CLASSES_FILE, images.classes)
+    write_atomic(output / INDEX_FILE, write)
+
+
+def _columns(images: Listing, facts: NDArray[np.void], rows: NDArray[np.intp]) -> list[pa.Array]:
+    """Columns of _SCHEMA for a few images."""
+    chosen = facts[rows]
+    return [
+        pa.array(images.relpaths[rows].tolist(), pa.string()),
+        pa.array(images.offsets[rows]),
+        pa.array(chosen["bytes"].copy()),
+        pa.array(images.labels[rows]),
+        pa.array(chosen["width"].copy()),
+        pa.array(chosen["height"].copy()),
         pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(DIGEST_BYTES), len(facts), [None, pa.py_buffer(facts["digest"].tobytes())]
+            pa.binary(DIGEST_BYTES), len(rows), [None, pa.py_buffer(chosen["digest"].tobytes())]
         ),
     ]
-    schema = _SCHEMA.with_metadata({"num_train": str(num_train), "source": source})
-    table = pa.Table.from_arrays(columns, schema=schema)
-    write_json(output / CLASSES_FILE, classes)
-    write_atomic(
-        output / INDEX_FILE,
-        lambda file: pq.write_table(table, file, row_group_size=_ROW_GROUP, compression="zstd", use_dictionary=False),
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -83,11 +96,13 @@ class ImageIndex:
     """The images of a data set, by number: 0 .. num_train - 1 are for training, the others held out."""
 
     relpaths: NDArray[np.str_]
-    """Of each file below the image root; of numpy's StringDType, which takes a third of a list of str."""
+    """Of each image below the image root, see `stages.sources`; of numpy's StringDType."""
+    offsets: NDArray[np.int64]
+    """Where an image starts in its tar, 0 for a file of its own."""
     sizes: NDArray[np.int64]
-    """Bytes of each file."""
+    """Bytes of each image as it is stored."""
     digests: NDArray[np.uint8]
-    """BLAKE2b-128 of each file, (N, 16)."""
+    """BLAKE2b-128 of those bytes, (N, 16)."""
     labels: NDArray[np.uint16]
     classes: list[str]
     num_train: int
@@ -102,23 +117,15 @@ class ImageIndex:
         """
         path = artifact / INDEX_FILE
         try:
-            table = pq.read_table(path)
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                if not file.schema_arrow.equals(_SCHEMA):
+                    raise ArtifactError(f"{path} has the columns {file.schema_arrow.names}, expected {_SCHEMA.names}")
+                columns = _read_columns(file)
+                metadata = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}
             classes: list[str] = read_json(artifact / CLASSES_FILE)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ArtifactError(f"{path} cannot be read ({error}): run the dataset stage again") from error
-        if not table.schema.equals(_SCHEMA):
-            raise ArtifactError(f"{path} has the columns {table.schema.names}, expected {_SCHEMA.names}")
-        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        digests = table["digest"].combine_chunks().buffers()[1]
-        return cls(
-            relpaths=np.array(table["relpath"].to_pylist(), dtype=np.dtypes.StringDType()),
-            sizes=table["bytes"].to_numpy(),
-            digests=np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES),
-            labels=table["label"].to_numpy(),
-            classes=classes,
-            num_train=int(metadata["num_train"]),
-            source=metadata["source"],
-        )
+        return cls(**columns, classes=classes, num_train=int(metadata["num_train"]), source=metadata["source"])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -134,19 +141,48 @@ class ImageIndex:
         return len(self) - self.num_train
 
     def read(self, root: Path, image: int) -> bytes:
-        """The bytes of an image's file, checked against the index.
+        """The bytes of an image, checked against the index.
 
         Raises:
-            InputError: The file is gone, or is not the one that was indexed.
+            InputError: Its file is gone, or does not hold what was indexed.
         """
-        path = root / self.relpaths[image]
+        relpath, offset, size = self.relpaths[image], int(self.offsets[image]), int(self.sizes[image])
         try:
-            data = path.read_bytes()
+            data = read_image(root, relpath, offset, size)
         except OSError as error:
-            raise InputError(f"image {path} cannot be read ({error.strerror}): restore it or run again") from error
-        if len(data) != self.sizes[image] or file_digest(data) != self.digests[image].tobytes():
+            lost = archive_path(root, relpath) if offset else root / relpath
+            raise InputError(f"image {lost} cannot be read ({error.strerror}): restore it or run again") from error
+        if len(data) != size or file_digest(data) != self.digests[image].tobytes():
             raise InputError(
-                f"image {path} is not the file that the dataset stage indexed ({len(data)} bytes, indexed with "
-                f"{self.sizes[image]}): restore it, or run again to index the changed images"
+                f"image {root / relpath} is not the file that the dataset stage indexed ({len(data)} bytes, indexed "
+                f"with {size}): restore it, or run again to index the changed images"
             )
         return data
+
+
+def _read_columns(file: pq.ParquetFile) -> dict[str, NDArray[Any]]:
+    """Columns of an index by the names of `ImageIndex`, one row group at a time: a table would hold them twice."""
+    count = file.metadata.num_rows
+    columns = {
+        "relpaths": np.empty(count, np.dtypes.StringDType()),
+        "offsets": np.empty(count, np.int64),
+        "sizes": np.empty(count, np.int64),
+        "digests": np.empty((count, DIGEST_BYTES), np.uint8),
+        "labels": np.empty(count, np.uint16),
+    }
+    first = 0
+    for batch in file.iter_batches(_ROW_GROUP, columns=["relpath", "offset", "bytes", "digest", "label"]):
+        rows = slice(first, first + len(batch))
+        columns["relpaths"][rows] = batch["relpath"].to_pylist()
+        columns["offsets"][rows] = batch["offset"].to_numpy()
+        columns["sizes"][rows] = batch["bytes"].to_numpy()
+        columns["digests"][rows] = _fixed_bytes(batch["digest"])
+        columns["labels"][rows] = batch["label"].to_numpy()
+        first = rows.stop
+    return columns
+
+
+def _fixed_bytes(digests: pa.FixedSizeBinaryArray) -> NDArray[np.uint8]:
+    """Bytes (n, DIGEST_BYTES) of a column of digests."""
+    data = np.frombuffer(digests.buffers()[1], np.uint8).reshape(-1, DIGEST_BYTES)
+    return data[digests.offset : digests.offset + len(digests)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.stores.blocks import BlockStore
+from stages.stores.blocks import BlockStore, open_store
 from stages.stores.tokens import MISSING
 from stages.stores.units import Array, ArraySpec, StoreSpec, UnitWriter
 
@@ -53,21 +53,21 @@ class SampleStore:
 
     def __init__(self, store: BlockStore) -> None:
         self._store = store
-        self.path = store.path
-        self.facts = SampleFacts(**store.facts)
-        self.digest = store.digest
+        self.location = store.header.location
+        self.facts = SampleFacts(**store.header.facts)
+        self.digest = store.header.digest
         self.labels: NDArray[np.uint16] = self._whole("labels")
         self.tokens: NDArray[np.uint16] = self._whole("tokens")
         self.patch_starts: NDArray[np.bool_] = self._whole("patch_starts")
 
     @classmethod
-    def open(cls, path: Path) -> SampleStore:
-        """Open the store in the folder `path` (`samples.zarr`).
+    def open(cls, location: Path | str) -> SampleStore:
+        """Open the store in the folder samples.zarr, or read-only at an address `s3://bucket/.../samples.zarr`.
 
         Raises:
-            ArtifactError: Missing, incomplete or damaged; see `BlockStore`.
+            ArtifactError: Missing, incomplete or damaged; see `open_store`.
         """
-        return cls(BlockStore(path, lambda facts: SampleFacts(**facts).spec()))
+        return cls(open_store(location, lambda facts: SampleFacts(**facts).spec()))
 
     def __len__(self) -> int:
         return self.facts.num_samples
@@ -78,11 +78,7 @@ class SampleStore:
 
     def blocks(self) -> Iterator[NDArray[np.uint8]]:
         """All images in order, (rows, H, W, 3) at a time: read-only, straight from the files."""
-        yield from self._store.arrays["images"].chunks
-
-    def verify_deep(self) -> None:
-        """Read the whole store and check every checksum; see `BlockStore.verify`."""
-        self._store.verify()
+        yield from self._store.blocks("images")
 
     def _whole(self, name: str) -> Array:
-        return np.concatenate(self._store.arrays[name].chunks)
+        return np.concatenate(list(self._store.blocks(name)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.errors import ArtifactError
-from stages.stores.blocks import BlockStore, Integers
+from stages.stores.blocks import BlockStore, Integers, open_store
 from stages.stores.units import ArraySpec, StoreSpec, UnitWriter
 
 MISSING = 65535  # no code: a codebook has at most 65,535
@@ -60,23 +61,24 @@ class TokenStore:
     def __init__(self, store: BlockStore) -> None:
         self._store = store
         self._tokens = store.arrays["tokens"]
-        self.path = store.path
-        self.facts = TokenFacts(**store.facts)
-        self.digest = store.digest
-        self.labels: NDArray[np.uint16] = np.concatenate(store.arrays["labels"].chunks)
+        self.location = store.header.location
+        self.facts = TokenFacts(**store.header.facts)
+        self.digest = store.header.digest
+        self.labels: NDArray[np.uint16] = np.concatenate(list(store.blocks("labels")))
+        self._known_good = np.zeros((store.header.spec.num_units, self.facts.num_views), dtype=np.bool_)
         self.num_images, self.num_views = self.facts.num_images, self.facts.num_views
         self.num_tokens, self.grid = self.facts.num_tokens, self.facts.grid
         self.num_train, self.num_classes = self.facts.num_train, self.facts.num_classes
         self.codebook_size = self.facts.codebook_size
 
     @classmethod
-    def open(cls, path: Path) -> TokenStore:
-        """Open the store in the folder `path` (`tokens.zarr`).
+    def open(cls, location: Path | str) -> TokenStore:
+        """Open the store in the folder tokens.zarr, or read-only at an address `s3://bucket/.../tokens.zarr`.
 
         Raises:
-            ArtifactError: Missing, incomplete or damaged; see `BlockStore`.
+            ArtifactError: Missing, incomplete or damaged; see `open_store`.
         """
-        return cls(BlockStore(path, lambda facts: TokenFacts(**facts).spec()))
+        return cls(open_store(location, lambda facts: TokenFacts(**facts).spec()))
 
     def __len__(self) -> int:
         return self.num_images
@@ -91,26 +93,44 @@ class TokenStore:
         return self._checked(self._tokens.gather(images, views))
 
     def read_block(self, unit: int, view: int) -> NDArray[np.uint16]:
-        """Tokens (rows, T) of one view of the images of one unit: read-only, straight from the file."""
-        return self._checked(self._tokens.block(unit, view))
+        """Tokens (rows, T) of one view of the images of one unit: read-only, straight from the file.
+
+        Raises:
+            ArtifactError: As `fetch`; a block is checked when it is first read.
+        """
+        block: NDArray[np.uint16] = self._tokens.block(unit, view)
+        if not self._known_good[unit, view]:
+            self._checked(block)
+            self._known_good[unit, view] = True
+        return block
+
+    def training_blocks(self) -> Iterator[NDArray[np.uint16]]:
+        """Tokens (n, T) of the first view of all training images, some at a time, in their order."""
+        return self._first_view(0, self.num_train)
+
+    def heldout_blocks(self) -> Iterator[NDArray[np.uint16]]:
+        """The same of the held-out images, which come after them."""
+        return self._first_view(self.num_train, self.num_images)
+
+    def _first_view(self, first: int, last: int) -> Iterator[NDArray[np.uint16]]:
+        for unit in range(self.num_units):
+            rows = self.rows(unit)
+            if rows.start < last and rows.stop > first:
+                yield self.read_block(unit, 0)[max(first - rows.start, 0) : last - rows.start]
 
     def rows(self, unit: int) -> slice:
         """Images of a unit; there are `num_units` of them."""
-        return self._store.spec.rows(unit)
+        return self._store.header.spec.rows(unit)
 
     @property
     def num_units(self) -> int:
         """Row-blocks of the store."""
-        return self._store.spec.num_units
-
-    def verify_deep(self) -> None:
-        """Read the whole store and check every checksum; see `BlockStore.verify`."""
-        self._store.verify()
+        return self._store.header.spec.num_units
 
     def _checked(self, tokens: NDArray[np.uint16]) -> NDArray[np.uint16]:
         if tokens.size and tokens.max() >= self.codebook_size:
             raise ArtifactError(
-                f"{self.path} holds token {tokens.max()}, expected below {self.codebook_size}: it is damaged, "
+                f"{self.location} holds token {tokens.max()}, expected below {self.codebook_size}: it is damaged, "
                 "run the tokenize stage again"
             )
         return tokens

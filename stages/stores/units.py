@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from stages.artifact import RECORD, read_json, write_atomic, write_json
+from stages.artifact import RECORD, file_sha256, read_json, remove_partials, write_atomic, write_json
 from stages.errors import ArtifactError
 
 Array = NDArray[Any]
-FORMAT = 1
+FORMAT = 2
 ATTRIBUTES = "dpar"
 CRC_BYTES = 4
 NOT_FACTS = frozenset({"format", "complete", "digest"})  # the attributes that say nothing of what is stored
@@ -42,9 +43,25 @@ class ArraySpec:
     dtype: str
     """Name of a little-endian type, e.g. `uint16`."""
     missing: float | None = None
-    """A value that no finished entry has, where the type has room for one: Zarr fills with it what was not written."""
+    """NaN or the largest value of the type, if no finished entry has it: Zarr fills with it what was not written."""
     per_view: bool = False
     """The second axis is the views, each in chunks of its own."""
+
+    def __post_init__(self) -> None:
+        if self.missing is not None and not np.isnan(self.missing) and self.missing != np.iinfo(self.dtype).max:
+            raise ValueError(
+                f"{self.name} marks missing entries with {self.missing}, expected the largest {self.dtype}"
+            )
+
+    @property
+    def num_views(self) -> int:
+        """Chunks of one unit: one a view."""
+        return self.shape[1] if self.per_view else 1
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row of one view."""
+        return self.shape[2:] if self.per_view else self.shape[1:]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,18 +91,22 @@ class StoreSpec:
 
     def chunk_shape(self, array: ArraySpec) -> tuple[int, ...]:
         """Shape of every chunk of an array, the last one included: Zarr pads it."""
-        rest = (1, *array.shape[2:]) if array.per_view else array.shape[1:]
-        return (self.chunk_rows, *rest)
+        return (self.chunk_rows, *((1,) if array.per_view else ()), *array.row_shape)
 
     def chunk_bytes(self, array: ArraySpec) -> int:
         """Size of every chunk file of an array."""
-        return int(np.prod(self.chunk_shape(array))) * np.dtype(array.dtype).itemsize + CRC_BYTES
+        return math.prod(self.chunk_shape(array)) * np.dtype(array.dtype).itemsize + CRC_BYTES
 
     def chunk_keys(self, array: ArraySpec, unit: int) -> list[str]:
         """Files of a unit's chunks below the store, one a view where the array has views."""
-        views = array.shape[1] if array.per_view else 1
-        zeros = "/0" * (len(array.shape) - (2 if array.per_view else 1))
-        return [f"{array.name}/c/{unit}" + (f"/{view}" if array.per_view else "") + zeros for view in range(views)]
+        zeros = "/0" * len(array.row_shape)
+        if not array.per_view:
+            return [f"{array.name}/c/{unit}{zeros}"]
+        return [f"{array.name}/c/{unit}/{view}{zeros}" for view in range(array.num_views)]
+
+    def keys(self, array: ArraySpec) -> Iterator[str]:
+        """Files of all chunks of an array, unit by unit, and in a unit view by view."""
+        return (key for unit in range(self.num_units) for key in self.chunk_keys(array, unit))
 
 
 class UnitWriter:
@@ -127,15 +148,21 @@ class UnitWriter:
             blocks: The unit's rows of each array, by its name.
 
         Raises:
-            ValueError: A block that is not all rows of the unit, of another type, or holds the value for missing ones.
+            ValueError: A unit that the store does not have or that is written already; a block that is not all rows of
+                the unit, of another type, or holds the value for missing ones.
             ArtifactError: The disk gave back other bytes than were written.
         """
-        chunks: dict[str, dict[str, int | str]] = {}
+        if not 0 <= unit < self.spec.num_units:
+            raise ValueError(f"unit {unit} of {self.path.name}, expected 0..{self.spec.num_units - 1}")
         if set(blocks) != {array.name for array in self.spec.arrays}:
             raise ValueError(f"unit {unit} has the arrays {sorted(blocks)}, expected all of {self.path.name}")
         for array in self.spec.arrays:
+            self._check_block(array, unit, blocks[array.name])
+        if self._manifest(unit) is not None:
+            raise ValueError(f"unit {unit} of {self.path.name} is written already: units are written once")
+        chunks: dict[str, dict[str, int | str]] = {}
+        for array in self.spec.arrays:
             block = blocks[array.name]
-            self._check_block(array, unit, block)
             for view, key in enumerate(self.spec.chunk_keys(array, unit)):
                 chunks[key] = self._write_chunk(key, array, block[:, view] if array.per_view else block)
         write_json(self._manifest_path(unit), {"unit": unit, "chunks": chunks})
@@ -146,15 +173,14 @@ class UnitWriter:
         Raises:
             ArtifactError: A unit is missing.
         """
-        hashes: dict[str, str] = {}
+        hashes = {key: file_sha256(self.path / key) for key in metadata_keys(self.spec)}
         for unit in range(self.spec.num_units):
             chunks = self._manifest(unit)
             if chunks is None:
                 raise ArtifactError(f"{self.path} lacks unit {unit} of {self.spec.num_units}: run the stage again")
             hashes |= {key: str(chunk["sha256"]) for key, chunk in chunks.items()}
         digest = store_digest(self._facts, hashes)
-        for partial in self.path.rglob("*.partial"):  # left by killed attempts
-            partial.unlink()
+        remove_partials(self.path)
         done = _documents(self.spec, {"format": FORMAT, **self._facts, "digest": digest, "complete": True})
         _write_bytes(self.path / "zarr.json", done["zarr.json"])
         return digest
@@ -167,7 +193,7 @@ class UnitWriter:
                 f"{array.name} of unit {unit} is {block.dtype} {block.shape}, expected {array.dtype} {wanted}: "
                 "a unit is written whole"
             )
-        if is_missing(block, array.missing).any():
+        if holds_missing(block, array.missing):
             raise ValueError(f"{array.name} of unit {unit} holds {array.missing}, the mark of missing entries")
 
     def _write_chunk(self, key: str, array: ArraySpec, rows: Array) -> dict[str, int | str]:
@@ -209,15 +235,21 @@ class UnitWriter:
 
 
 def store_digest(facts: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
-    """SHA-256 over what a store was made from and the SHA-256 of every chunk file, by key."""
-    return hashlib.sha256(_canonical({"facts": dict(facts), "chunks": dict(hashes)})).hexdigest()
+    """SHA-256 over what a store was made from and the SHA-256 of every file but the group's own, by key."""
+    return hashlib.sha256(_canonical({"facts": dict(facts), "files": dict(hashes)})).hexdigest()
 
 
-def is_missing(block: Array, missing: float | None) -> NDArray[np.bool_]:
-    """Where a block holds the value that stands for entries never written; nowhere if the type has no such value."""
+def metadata_keys(spec: StoreSpec) -> list[str]:
+    """The arrays' metadata files below a store."""
+    return [f"{array.name}/zarr.json" for array in spec.arrays]
+
+
+def holds_missing(block: Array, missing: float | None) -> bool:
+    """Whether a block holds the value that stands for entries never written; never if the type has no such value."""
     if missing is None:
-        return np.zeros(0, dtype=bool)
-    return np.isnan(block) if np.isnan(missing) else block == missing
+        return False
+    largest = block.max()  # NaN if there is one: no array of the same size is needed to find it
+    return bool(np.isnan(largest) if np.isnan(missing) else largest == missing)
 
 
 def file_size(path: Path) -> int | None:

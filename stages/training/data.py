@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -68,11 +67,6 @@ class TokenData:
         """Tokens and labels of the given images and views."""
         tokens = torch.from_numpy(self.store.fetch(images, views).astype(np.int64))
         return TokenBatch(tokens, torch.from_numpy(self.store.labels[images].astype(np.int64)))
-
-    def first_view(self, first: int, last: int) -> npt.NDArray[np.uint16]:
-        """Tokens (n, T) of the first view of images `first` up to `last`."""
-        images = np.arange(first, last)
-        return self.store.fetch(images, np.zeros_like(images))
 
     def heldout_loss(self, objective: nn.Module, world: World, batch_size: int = 128) -> dict[str, float]:
         """Mean loss on the first view of the held-out images, float32; empty when none are held out."""

@@ -28,12 +28,12 @@ from stages.artifact import RECORD
 from stages.distributed import World, all_reduce_sum, barrier
 from stages.errors import ArtifactError
 from stages.memory import return_free_memory
+from stages.prefetch import prefetch
 from stages.progress import Progress
 from stages.training.checkpoint import load_latest, save_checkpoint
 from stages.training.log import MetricLog
 from stages.training.optim import learning_rate
 from stages.training.state import TrainingState
-from stages.training.stream import prefetch
 
 logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
@@ -82,21 +82,22 @@ def train_model(run: Training[Any], output: Path, world: World) -> dict[str, flo
     progress = Progress(output, "steps", run.config.steps, done=first, enabled=world.is_main)
     since = time.perf_counter()
     run.objective.train()
-    for step, batch in prefetch(run.batch, range(first, run.config.steps)):
-        metrics = train_step(run, objective, state, batch, step, world)
-        done = step + 1
-        if done % run.config.log_every == 0 or done == run.config.steps:
-            numbers = _mean_over_ranks(metrics, world)
-            _check_finite(numbers, done)
-            elapsed, since = time.perf_counter() - since, time.perf_counter()
-            images = run.config.global_batch_size * ((done - 1) % run.config.log_every + 1)
-            log.write(done, numbers | {"images_per_second": images / elapsed})
-            return_free_memory()
-            progress.update(done, f"loss {numbers['loss']:.4f}")
-        if done % run.config.checkpoint_every == 0 and done < run.config.steps:
-            with state.averaged():
-                log.write(done, _validate(run))
-            _save(run, state, output, done, world)
+    with prefetch(run.batch, range(first, run.config.steps), threads=1, depth=1) as batches:
+        for step, batch in enumerate(batches, first):
+            metrics = train_step(run, objective, state, batch, step, world)
+            done = step + 1
+            if done % run.config.log_every == 0 or done == run.config.steps:
+                numbers = _mean_over_ranks(metrics, world)
+                _check_finite(numbers, done)
+                elapsed, since = time.perf_counter() - since, time.perf_counter()
+                images = run.config.global_batch_size * ((done - 1) % run.config.log_every + 1)
+                log.write(done, numbers | {"images_per_second": images / elapsed})
+                return_free_memory()
+                progress.update(done, f"loss {numbers['loss']:.4f}")
+            if done % run.config.checkpoint_every == 0 and done < run.config.steps:
+                with state.averaged():
+                    log.write(done, _validate(run))
+                _save(run, state, output, done, world)
     return _finish(run, state, output, log, world)
 
 

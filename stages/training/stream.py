@@ -6,11 +6,8 @@ Nothing is padded or repeated at the epoch's edge, and the step number is all of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +16,6 @@ from stages.distributed import World
 from stages.errors import InputError
 
 Integers = npt.NDArray[np.int64]
-Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -62,18 +58,6 @@ class SampleStream:
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finaliser
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         return ((mixed ^ (mixed >> np.uint64(31))) % np.uint64(num_views)).astype(np.int64)
-
-
-def prefetch(make: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, Batch]]:
-    """Yield (step, make(step)); the next one is made in a thread while the caller works on this one."""
-    with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
-        ahead = pool.submit(make, steps[0]) if steps else None
-        for step in steps:
-            assert ahead is not None
-            batch = ahead.result()
-            if step + 1 in steps:
-                ahead = pool.submit(make, step + 1)
-            yield step, batch
 
 
 @lru_cache(maxsize=2)  # at the edge of an epoch a batch takes from two

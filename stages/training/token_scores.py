@@ -15,8 +15,7 @@ def write_scores(output: Path, metrics: dict[str, float], data: TokenData, first
     `first_position` is the first position that the model predicts, so that both losses are over the same tokens.
     """
     if data.store.num_train < len(data.store):
-        train = data.first_view(0, data.store.num_train)
-        heldout = data.first_view(data.store.num_train, len(data.store))
+        train, heldout = data.store.training_blocks(), data.store.heldout_blocks()
         unigram = best_unigram_loss(train, heldout, data.store.codebook_size, first_position)
         metrics = metrics | {"unigram_loss": unigram}
     write_json(output / "metrics.json", metrics)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 from report import report
+from synthetic import CHUNK_ROWS, CODEBOOK, GRID, TOKENS, write_tokens
 from timing import interleaved
 
 from conf.schema import PatchIndexConfig, RuntimeConfig
@@ -27,12 +28,10 @@ from stages.distributed import World
 from stages.patch_index import patch_index
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.patches import PatchIndex
-from stages.stores.tokens import TokenFacts, TokenStore, token_writer
+from stages.stores.tokens import TokenStore
 from stages.training.patched import PatchedData
 from stages.training.stream import SampleStream
 
-GRID, CODEBOOK, CHUNK_ROWS = 16, 16384, 8192
-TOKENS = GRID * GRID
 MEAN_LENGTH = 1.94
 NAIVE_IMAGES = 64
 ALONE = World(0, 1, torch.device("cpu"))
@@ -41,17 +40,18 @@ ALONE = World(0, 1, torch.device("cpu"))
 def make_stores(folder: Path, num_images: int) -> None:
     """Write tokens.zarr and entropies.zarr below `folder`."""
     generator = np.random.default_rng(0)
-    sizes = {"num_images": num_images, "num_train": num_images, "num_views": 1, "num_tokens": TOKENS, "grid": GRID}
-    common = {"chunk_rows": CHUNK_ROWS, "codebook_size": CODEBOOK}
-    made_from = {"views": "center", "view_names": ["center"], "vq_sha256": "v" * 64}
-    tokens = token_writer(
-        folder / "tokens.zarr", TokenFacts(**sizes, **common, num_classes=1000, image_size=256, **made_from)
+    facts = EntropyFacts(
+        num_images=num_images,
+        num_train=num_images,
+        num_views=1,
+        num_tokens=TOKENS,
+        grid=GRID,
+        chunk_rows=CHUNK_ROWS,
+        codebook_size=CODEBOOK,
+        tokens_digest=write_tokens(folder / "tokens.zarr", num_images),
+        model_sha256="m" * 64,
+        precision="float32",
     )
-    for unit in tokens.pending():
-        rows = tokens.spec.count_rows([unit])
-        codes = generator.integers(0, CODEBOOK, (rows, 1, TOKENS), dtype=np.uint16)
-        tokens.write(unit, tokens=codes, labels=generator.integers(0, 1000, rows, dtype=np.uint16))
-    facts = EntropyFacts(**sizes, **common, tokens_digest=tokens.finish(), model_sha256="m" * 64, precision="float32")
     entropies = entropy_writer(folder / "entropies.zarr", facts)
     for unit in entropies.pending():
         entropies.write(unit, entropy=make_entropies(entropies.spec.count_rows([unit]), generator)[:, None])

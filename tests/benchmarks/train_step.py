@@ -7,11 +7,11 @@ Real steps of the training loop (bfloat16 autocast, clipping, AdamW) on random t
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,11 +122,17 @@ def peak_bytes(family: str, size: str) -> int:
 
 def print_peak(family: str, size: str) -> None:
     """What `peak_bytes` asks for, in a process of its own."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_peak()
     step = training_step(family, size)
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(resident_peak() - before)
+
+
+def resident_peak() -> int:
+    """The most bytes this process ever held. Not of getrusage, which counts those of the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def measure(size: str, rounds: int) -> tuple[list[Gate], dict[str, dict[str, float]]]:

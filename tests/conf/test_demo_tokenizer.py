@@ -12,7 +12,8 @@ import torch
 from conf.load import CONF_DIR, load_settings
 from stages.foreign_weights import read_vq_checkpoint
 from stages.images import center_crop, decode, float_to_pixels, pixels_to_float
-from stages.sources import image_root, list_images
+from stages.listing import list_images
+from stages.sources import image_root
 
 WEIGHTS = CONF_DIR / "demo" / "vq.safetensors"
 CARD = json.loads((CONF_DIR / "demo" / "card.json").read_text())
@@ -40,7 +41,7 @@ def test_training_it_in_the_demo_is_one_setting_away() -> None:
 def test_it_reconstructs_emoji_about_as_well_as_the_card_says() -> None:
     settings, _ = load_settings("demo")
     model = read_vq_checkpoint(WEIGHTS, settings.tokenizer.model).eval()
-    files = [file.relpath for file in list_images(settings.dataset)][::60]
+    files = list_images(settings.dataset).relpaths[::60]
     root = image_root(settings.dataset)
     images = np.stack([center_crop(decode((root / file).read_bytes()), 64) for file in files])
     with torch.inference_mode():

@@ -7,7 +7,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import models.gpt
 from models.config import GPT_SIZES, GPTConfig
 from models.gpt import GPT, token_entropy
 
@@ -107,6 +109,46 @@ def test_entropies_are_of_the_next_token_and_the_first_is_the_uniform_one() -> N
     changed = tokens.clone()
     changed[:, 9] = (changed[:, 9] + 1) % 50
     assert torch.equal(model.entropy(changed)[:, :10], entropies[:, :10])
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 7, 30, 1000])
+def test_entropies_by_slices_are_those_of_all_logits_at_once(
+    rows: int, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = small(num_classes=None), torch.randint(50, (2, 16))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        wanted = token_entropy(model(tokens))
+        monkeypatch.setattr(models.gpt, "_SLICE_LOGITS", rows * 50 + 49)
+        products: list[int] = []
+        model.output.register_forward_hook(lambda *event: products.append(len(event[2])))
+        found = model.entropy(tokens)
+    assert found.dtype == torch.float32
+    assert sum(products) == 30
+    assert max(products) == min(rows, 30)
+    torch.testing.assert_close(found[:, 1:], wanted, atol=1e-5, rtol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):  # type: ignore[no-untyped-def]
+        made = operation(*arguments, **(keywords or {}))
+        if isinstance(made, torch.Tensor):
+            self.bytes = max(self.bytes, made.numel() * made.element_size())
+        return made
+
+
+def test_entropies_of_a_large_batch_never_hold_all_logits() -> None:
+    size = {"dim": 8, "num_layers": 1, "num_heads": 2}
+    model = GPT(GPTConfig(**size, codebook_size=16384, num_tokens=256, num_classes=None)).eval()
+    tokens = torch.randint(16384, (12, 256))
+    with torch.inference_mode(), LargestTensor() as largest:
+        entropies = model.entropy(tokens)
+    assert entropies.flatten().tolist() == pytest.approx([9.70406] * entropies.numel(), abs=1e-4)
+    assert largest.bytes <= 2**26 < 12 * 255 * 16384 * 4
 
 
 def test_entropy_is_float32_whatever_the_logits_are() -> None:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from models.attention import causal_attention
+from models.config import DPARConfig, GPTConfig
+from models.dpar import DPAR, pack_patches
+from models.gpt import GPT
 from models.layers import (
     Attention,
     FeedForward,
@@ -18,6 +21,7 @@ from models.layers import (
     grid_rope,
     index_rope,
 )
+from models.npp import next_patch_loss
 
 CPU = torch.device("cpu")
 
@@ -127,3 +131,21 @@ def test_a_table_made_while_sampling_still_serves_training() -> None:
     x = torch.randn(9, 1, 8, requires_grad=True)
     apply_rope(x, table).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("token", [-1, 50])
+def test_a_token_outside_the_codebook_is_refused_by_every_model(token: int) -> None:
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    tokens[1, 15] = token
+    labels = torch.zeros(2, dtype=torch.int64)
+    shape = {"dim": 32, "num_heads": 2, "codebook_size": 50, "num_tokens": 16, "num_classes": 3}
+    gpt = GPT(GPTConfig(**shape, num_layers=1))
+    dpar = DPAR(DPARConfig(**shape, encoder_layers=1, global_layers=1, decoder_layers=1))
+    patches = pack_patches(torch.ones(2, 16, dtype=torch.bool))
+    for use in (
+        lambda: gpt.loss(tokens, labels),
+        lambda: next_patch_loss(gpt, tokens, labels, 2),
+        lambda: dpar.loss(tokens, labels, patches),
+    ):
+        with pytest.raises(ValueError, match=f"tokens from .*{token}.*, expected 0 to 49, the codebook"):
+            use()

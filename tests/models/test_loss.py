@@ -83,18 +83,20 @@ def test_logits_beyond_the_reach_of_exp_are_fine() -> None:
 def test_a_training_step_holds_the_logits_once_at_most(precision: str) -> None:
     """Memory of a process, in float32 copies of the logits; the plain cross-entropy takes three."""
     script = f"""
-import resource, torch
+import torch
 from models.loss import head_cross_entropy
 N, D, V = 2048, 16, 16384
 features, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
 targets = torch.randint(V, (N, 1))
+def peak():  # not of getrusage, which counts the memory of the process that started this one
+    return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 def step(rows):
     with torch.autocast("cpu", torch.bfloat16, enabled={precision == "bfloat16"}):
         head_cross_entropy(features[:rows], weight, targets[:rows]).backward()
 step(64)  # whatever is loaded and allocated once
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 step(N)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * N * V))
+print((peak() - before) / (4 * N * V))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.3
+    assert 0.4 < float(done.stdout) < 1.3

@@ -49,7 +49,7 @@ def test_a_script_tells_its_gates_and_figures(
     value: float, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "one.py").write_text(SCRIPT.format(folder=str(gates.SCRIPTS_FOLDER), value=value))
-    monkeypatch.setattr(gates, "SCRIPTS", {"one": "one.py"})
+    monkeypatch.setattr(gates, "SCRIPTS", {"one": ("one.py",)})
     monkeypatch.setattr(gates, "SCRIPTS_FOLDER", tmp_path)
     assert run_command(["bench", "one", "--json"]) == code
     told = json.loads(capsys.readouterr().out)
@@ -60,17 +60,17 @@ def test_a_script_tells_its_gates_and_figures(
 def test_a_script_that_fails_or_is_not_there_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gates, "SCRIPTS", {"one": "one.py"})
+    monkeypatch.setattr(gates, "SCRIPTS", {"one": ("one.py",)})
     monkeypatch.setattr(gates, "SCRIPTS_FOLDER", tmp_path)
     assert run_command(["bench", "one"]) == 2
     assert "expected the source tree of dpar" in capsys.readouterr().err
     (tmp_path / "one.py").write_text("raise SystemExit(3)")
     assert run_command(["bench", "one"]) == 1
-    assert "benchmark one ended with 3" in capsys.readouterr().err
+    assert "one.py of benchmark one ended with 3" in capsys.readouterr().err
 
 
 def test_every_script_is_there() -> None:
-    assert all((gates.SCRIPTS_FOLDER / script).is_file() for script in gates.SCRIPTS.values())
+    assert all((gates.SCRIPTS_FOLDER / script).is_file() for names in gates.SCRIPTS.values() for script in names)
 
 
 def test_a_benchmark_needs_the_finished_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

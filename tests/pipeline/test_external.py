@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,24 @@ def test_weights_are_known_by_their_contents_and_missing_ones_by_their_setting(t
     assert of_weights() != first
     settings, _ = load_settings("demo", None, ["tokenizer.source=train", "tokenizer.checkpoint=no-such-file"])
     assert external_digest(STAGES["tokenizer"], settings.tokenizer, tmp_path) is None
+
+
+def test_a_tar_is_known_by_the_headers_of_its_class_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pack(path: Path, *names: str) -> Path:
+        with tarfile.open(path, "w") as tar:
+            for name in names:
+                tar.addfile(tarfile.TarInfo(name))
+        return path
+
+    def of_tar(path: Path) -> str | None:
+        settings, _ = load_settings(overrides=["dataset.source=imagenet_tar", f"dataset.root={path}"])
+        return external_digest(STAGES["dataset"], settings.dataset, tmp_path)
+
+    first = of_tar(pack(tmp_path / "one.tar", "n01.tar", "n02.tar"))
+    assert of_tar(pack(tmp_path / "elsewhere.tar", "n01.tar", "n02.tar")) == first
+    assert of_tar(pack(tmp_path / "two.tar", "n01.tar", "n03.tar")) != first
+    monkeypatch.setattr("pipeline.external.headers", None)  # a second look reads none
+    assert of_tar(tmp_path / "one.tar") == first
 
 
 def test_an_imported_transformer_is_known_by_its_contents_and_a_trained_one_reads_none(tmp_path: Path) -> None:

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 def test_verify_finds_sizes_at_once_and_flipped_bits_when_deep(tiny: Tiny) -> None:
     tiny.run_all()
     path = tiny.run("beta").path / "number.json"
-    assert {finding.damage for finding in verify(tiny.runtime, deep=True, project=tiny.project)} == {None}
+    assert [finding.damages for finding in verify(tiny.runtime, deep=True, project=tiny.project)] == [[]] * 3
     path.write_text("9")  # as long as what it was
-    shallow = {finding.stage: finding.damage for finding in verify(tiny.runtime, project=tiny.project)}
-    deep = {finding.stage: finding.damage for finding in verify(tiny.runtime, deep=True, project=tiny.project)}
-    assert shallow["beta"] is None
-    assert deep["beta"] == "file number.json has other contents than when it was made"
+    shallow = {finding.stage: finding.damages for finding in verify(tiny.runtime, project=tiny.project)}
+    deep = {finding.stage: finding.damages for finding in verify(tiny.runtime, deep=True, project=tiny.project)}
+    assert shallow["beta"] == []
+    assert deep["beta"] == ["file number.json has other contents than when it was made"]
     path.unlink()
-    missing = {finding.stage: finding.damage for finding in verify(tiny.runtime, project=tiny.project)}
-    assert missing["beta"] == "file number.json is missing"
+    missing = {finding.stage: finding.damages for finding in verify(tiny.runtime, project=tiny.project)}
+    assert missing["beta"] == ["file number.json is missing"]
 
 
 def test_gc_removes_what_nothing_needs_and_nothing_else(tiny: Tiny) -> None:

@@ -1,5 +1,10 @@
+import io
 import json
+import re
 import shutil
+import struct
+import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +12,11 @@ import pytest
 from PIL import Image
 
 import stages.dataset
+import stages.stores.files
 from conf.schema import DatasetConfig, RuntimeConfig
 from stages.dataset import dataset
 from stages.errors import ArtifactError, InputError
+from stages.listing import Listing
 from stages.sources import image_root
 from stages.stores.files import ImageIndex
 
@@ -50,6 +57,103 @@ def test_the_index_holds_every_image_with_its_facts(tmp_path: Path) -> None:
         "num_classes": 2,
         "num_broken": 0,
     }
+
+
+def as_tar(root: Path, path: Path) -> Path:
+    """The class folders of `root` as a tar of class tars."""
+    with tarfile.open(path, "w") as outer:
+        for folder in sorted(root.iterdir()):
+            packed = io.BytesIO()
+            with tarfile.open(fileobj=packed, mode="w") as inner:
+                for image in sorted(folder.iterdir()):
+                    inner.add(image, image.name)
+            info = tarfile.TarInfo(f"{folder.name}.tar")
+            info.size = packed.tell()
+            packed.seek(0)
+            outer.addfile(info, packed)
+    return path
+
+
+def test_a_tar_gives_the_images_labels_and_split_of_its_folders(tmp_path: Path) -> None:
+    make_images(tmp_path / "images")
+    (tmp_path / "images" / "b" / "b7.png").write_bytes(b"hello")
+    path = as_tar(tmp_path / "images", tmp_path / "train.tar")
+    folders = run(tmp_path / "images", tmp_path / "out1", heldout_fraction=0.2, max_broken_fraction=0.1)
+    packed = run(path, tmp_path / "out2", heldout_fraction=0.2, max_broken_fraction=0.1, source="imagenet_tar")
+    assert [name.replace(".tar/", "/") for name in packed.relpaths] == list(folders.relpaths)
+    assert (packed.classes, packed.num_train, packed.source) == (folders.classes, folders.num_train, "imagenet_tar")
+    assert np.array_equal(packed.labels, folders.labels)
+    assert np.array_equal(packed.digests, folders.digests)
+    for image in range(len(folders)):
+        assert packed.read(path, image) == folders.read(tmp_path / "images", image)
+    assert json.loads((tmp_path / "out2" / "broken.json").read_text()) == [
+        {"relpath": "b.tar/b7.png", "reason": "not an image of a known format"}
+    ]
+
+
+def test_a_tar_that_was_cut_or_changed_or_went_since_is_noticed_when_read(tmp_path: Path) -> None:
+    make_images(tmp_path / "images")
+    path = as_tar(tmp_path / "images", tmp_path / "train.tar")
+    index = run(path, tmp_path / "out", source="imagenet_tar")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: index.offsets[19] + 5])
+    with pytest.raises(InputError, match=r"b\.tar/b9\.png is not the file that the dataset stage indexed \(5 bytes"):
+        index.read(path, 19)
+    path.write_bytes(bytes(len(whole)))
+    with pytest.raises(InputError, match="is not the file that the dataset stage indexed"):
+        index.read(path, 3)
+    path.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        index.read(path, 3)
+
+
+def test_an_index_of_several_row_groups_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_images(tmp_path / "images")
+    one = run(tmp_path / "images", tmp_path / "one", heldout_fraction=0.2)
+    monkeypatch.setattr(stages.stores.files, "_ROW_GROUP", 7)
+    several = run(tmp_path / "images", tmp_path / "several", heldout_fraction=0.2)
+    for name in ("relpaths", "offsets", "sizes", "digests", "labels"):
+        assert np.array_equal(getattr(one, name), getattr(several, name)), name
+
+
+BROKEN = {
+    "a cut JPEG": (lambda jpeg: jpeg[:-100], "OSError: .*truncated"),
+    "a page with the name of an image": (lambda jpeg: b"<!DOCTYPE html><title>404</title>", "not an image of a known"),
+    "an empty file": (lambda jpeg: b"", "empty file"),
+    "zeros": (lambda jpeg: bytes(5000), "not an image of a known format"),
+    "a bomb": (lambda jpeg: png_header(30000, 30000), "DecompressionBombError"),
+}
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be huge."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99))))
+    framed = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_no_whole_image_is_left_out_with_a_reason_that_every_machine_gives(tmp_path: Path, case: str) -> None:
+    make_images(tmp_path / "images")
+    spoil, reason = BROKEN[case]
+    jpeg = io.BytesIO()
+    Image.open(tmp_path / "images" / "a" / "a0.png").save(jpeg, "JPEG")
+    (tmp_path / "images" / "a" / "bad.JPEG").write_bytes(spoil(jpeg.getvalue()))
+    index = run(tmp_path / "images", tmp_path / "out", max_broken_fraction=0.1)
+    (broken,) = json.loads((tmp_path / "out" / "broken.json").read_text())
+    assert broken["relpath"] == "a/bad.JPEG"
+    assert re.search(reason, broken["reason"])
+    assert str(tmp_path) not in broken["reason"]
+    assert "0x" not in broken["reason"]
+    assert len(index) == 20
+
+
+def test_a_png_in_the_name_of_a_jpeg_is_an_image_like_any_other(tmp_path: Path) -> None:
+    make_images(tmp_path / "images")  # ImageNet has one
+    (tmp_path / "images" / "a" / "a3.png").rename(tmp_path / "images" / "a" / "a3.JPEG")
+    index = run(tmp_path / "images", tmp_path / "out", max_broken_fraction=0)
+    assert len(index) == 20
+    assert index.relpaths[3] == "a/a3.JPEG"
 
 
 def test_held_out_images_come_last_and_are_a_share_of_each_class(tmp_path: Path) -> None:
@@ -123,14 +227,14 @@ def test_a_killed_attempt_is_continued_without_reading_again(tmp_path: Path, mon
     read: list[str] = []
     original = stages.dataset._check
 
-    def dies_in_the_second_block(paths: list[Path]) -> stages.dataset.Checked:
-        if "a9.png" in {path.name for path in paths}:
+    def dies_in_the_second_block(root: Path, images: Listing) -> stages.dataset.Checked:
+        if "a/a9.png" in images.relpaths:
             raise KeyboardInterrupt
-        return original(paths)
+        return original(root, images)
 
-    def counting(paths: list[Path]) -> stages.dataset.Checked:
-        read.extend(path.name for path in paths)
-        return original(paths)
+    def counting(root: Path, images: Listing) -> stages.dataset.Checked:
+        read.extend(images.relpaths)
+        return original(root, images)
 
     monkeypatch.setattr(stages.dataset, "_check", dies_in_the_second_block)
     with pytest.raises(KeyboardInterrupt):

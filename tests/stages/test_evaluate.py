@@ -41,9 +41,23 @@ def test_every_rung_is_scored_on_the_same_number_of_images(evaluated: Path) -> N
 
 def test_the_scores_can_be_computed_again_from_the_features(evaluated: Path) -> None:
     with np.load(evaluated / "features.npz") as features:
-        reference, heldout = FeatureStats.of(features["reference"]), FeatureStats.of(features["heldout"])
+        assert "reference" not in features, "of a large data set they would fill the disk"
+        mean, covariance = features["reference_mean"], features["reference_covariance"]
+        heldout = FeatureStats.of(features["heldout"])
+    reference = FeatureStats(36, mean, covariance * 35)
     expected = read_json(evaluated / "metrics.json")["fd_lite0_heldout"]
     assert frechet_distance(reference, heldout) == pytest.approx(expected, rel=1e-9)
+
+
+def test_precision_looks_at_no_more_real_images_than_it_is_told_to(
+    evaluated: Path, tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
+) -> None:
+    config = tiny_settings.evaluate.model_copy(update={"compared": 8})
+    inputs = {name: tiny_artifacts[name] for name in STAGES["evaluate"].inputs}
+    output = run_in_process("evaluate", config, inputs)
+    assert [read_json(folder / "scores.json")["compared_reference"] for folder in (evaluated, output)] == [36, 8]
+    distances = [read_json(folder / "metrics.json")["fd_lite0"] for folder in (evaluated, output)]
+    assert distances[0] == distances[1]
 
 
 def test_without_the_ladder_only_the_samples_are_scored(

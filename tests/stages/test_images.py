@@ -5,9 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis.strategies import integers
 from PIL import Image, ImageFile
 from torchvision.transforms import functional as torchvision
 
+from stages import images
 from stages.images import (
     DecodeError,
     center_crop,
@@ -73,8 +76,69 @@ def test_a_transparent_colour_of_rgb_and_grey_is_composited_over_white() -> None
 def test_other_modes_become_rgb() -> None:
     assert_halves(decoded(half_and_half("L", 90, 7)), 90, 7)
     assert_halves(decoded(half_and_half("1", 1, 0)), 255, 0)
-    cmyk = half_and_half("RGB", RED, BLUE).convert("CMYK")
-    assert_halves(decoded(cmyk, "JPEG", quality=100, subsampling=0), RED, BLUE, tolerance=12)
+    assert_halves(decoded(half_and_half("L", 90, 7), "JPEG", quality=100), 90, 7, tolerance=1)
+
+
+INKS = (10, 200, 30, 40), (130, 20, 220, 100)
+
+
+def jpeg_of_inks(left: tuple[int, ...], right: tuple[int, ...]) -> bytes:
+    """A CMYK JPEG as Adobe's programs write it: inks inverted, an APP14 marker with transform 0."""
+    image = Image.new("CMYK", (32, 16), left)
+    image.paste(right, (16, 0, 32, 16))
+    return encoded(image, "JPEG", quality=100, subsampling=0)
+
+
+def color_of(inks: tuple[int, ...]) -> list[float]:
+    return [(255 - ink) * (255 - inks[3]) / 255 for ink in inks[:3]]
+
+
+def assert_colors(data: bytes, left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    pixels = np.asarray(decode(data)).astype(float)
+    assert np.abs(pixels[:, :16] - color_of(left)).max() <= 2
+    assert np.abs(pixels[:, 16:] - color_of(right)).max() <= 2
+
+
+def test_inverted_inks_of_adobe_become_colors() -> None:
+    assert_colors(jpeg_of_inks(*INKS), *INKS)
+
+
+def test_inks_without_adobes_marker_are_not_inverted() -> None:
+    inverted = [tuple(255 - ink for ink in inks) for inks in INKS]
+    data = jpeg_of_inks(*inverted)
+    marker = data.index(b"\xff\xee")
+    length = 2 + int.from_bytes(data[marker + 2 : marker + 4], "big")
+    assert_colors(data[:marker] + data[marker + length :], *INKS)
+
+
+def test_inks_as_luminance_and_chroma_become_colors() -> None:
+    def ycck(inks: tuple[int, ...]) -> tuple[int, ...]:
+        """JFIF's luminance and chroma of cyan, magenta and yellow; inverted, for it is a writer of inverted inks."""
+        c, m, y = inks[:3]
+        luma = 0.299 * c + 0.587 * m + 0.114 * y
+        stored = (luma, 128 + (y - luma) / 1.772, 128 + (c - luma) / 1.402)
+        return (*(255 - round(value) for value in stored), inks[3])
+
+    data = bytearray(jpeg_of_inks(*(ycck(inks) for inks in INKS)))
+    data[data.index(b"Adobe") + 11] = 2  # the transform: YCCK
+    assert_colors(bytes(data), *INKS)
+
+
+def test_a_palette_with_half_transparent_colors_is_composited_over_white() -> None:
+    image = Image.new("P", (8, 4), 0)
+    image.putpalette([*RED, *BLUE])
+    image.paste(1, (4, 0, 8, 4))
+    half = [round((channel + 255) / 2) for channel in BLUE]
+    assert_halves(decoded(image, transparency=bytes([255, 128])), RED, half, tolerance=1)
+
+
+def test_a_phones_photograph_comes_out_upright() -> None:
+    upright = half_and_half("RGB", RED, BLUE).resize((64, 32), Image.Resampling.NEAREST)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn clockwise
+    pixels = decoded(upright.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=100, subsampling=0, exif=exif)
+    assert pixels.shape == (32, 64, 3)
+    assert np.abs(pixels.astype(int) - np.asarray(upright)).max() <= 3
 
 
 def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
@@ -142,6 +206,51 @@ def test_center_crop_is_adms() -> None:
 @pytest.mark.parametrize("shape", [(16, 16), (31, 7), (1, 90), (200, 33)])
 def test_center_crop_has_its_size_whatever_the_image(shape: tuple[int, int]) -> None:
     assert center_crop(noise(*shape), 16).shape == (16, 16, 3)
+
+
+def plain_center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's rule, written down once more."""
+    width, height = image.size
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        image = image.resize((width, height), Image.Resampling.BOX)
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    left, top = (width - size) // 2, (height - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def plain_ten_crop(image: Image.Image, size: int, wide: int) -> list[np.ndarray]:
+    """Top left, top right, bottom left, bottom right, middle; the same of the mirror image."""
+    square, crops = plain_center_crop(image, wide), []
+    for pixels in (square, square[:, ::-1]):
+        end, middle = wide - size, round((wide - size) / 2)
+        for top, left in ((0, 0), (0, end), (end, 0), (end, end), (middle, middle)):
+            crops.append(pixels[top : top + size, left : left + size])
+    return crops
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=integers(1, 200), height=integers(1, 200), size=integers(16, 40), seed=integers(0, 9))
+def test_views_are_those_of_the_plain_rule(width: int, height: int, size: int, seed: int) -> None:
+    image = noise(width, height, seed)
+    center = plain_center_crop(image, size)
+    wide, narrow = plain_ten_crop(image, size, int(size * 1.1)), plain_ten_crop(image, size, int(size * 1.05))
+    assert np.array_equal(views(image, size, "center"), [center])
+    assert np.array_equal(views(image, size, "flip"), [center, center[:, ::-1]])
+    assert np.array_equal(views(image, size, "ten_crop"), wide)
+    assert np.array_equal(views(image, size, "ten_crop_x2"), wide + narrow)
+
+
+@pytest.mark.parametrize(("size", "ranges"), [(256, (281, 268)), (384, (422, 403)), (512, (563, 537))])
+def test_crop_ranges_are_cut_to_whole_pixels(
+    size: int, ranges: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(images, "center_crop", lambda image, wide: asked.append(wide) or np.zeros((wide, wide, 3)))
+    views(noise(8, 8), size, "ten_crop_x2")
+    assert tuple(asked) == ranges
 
 
 @pytest.mark.parametrize("size", [32, 40])

@@ -1,13 +1,16 @@
+import io
 import os
+import tarfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from conf.schema import DatasetConfig
-from stages import sources
+from stages import listing, sources
 from stages.errors import InputError
-from stages.sources import image_root, list_images
+from stages.listing import list_images
+from stages.sources import find_images, image_root, read_image
 
 
 def touch(root: Path, *relpaths: str) -> None:
@@ -16,8 +19,24 @@ def touch(root: Path, *relpaths: str) -> None:
         (root / relpath).write_bytes(b"x")
 
 
+def pack(path: Path, files: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def pack_nested(path: Path, classes: dict[str, dict[str, bytes]]) -> Path:
+    """A tar of class tars."""
+    class_tars = {name: pack(path.parent / "classes" / name, files).read_bytes() for name, files in classes.items()}
+    return pack(path, class_tars)
+
+
 def listed(root: Path) -> list[tuple[str, str]]:
-    return [tuple(image) for image in list_images(DatasetConfig(root=root))]
+    return [(image.relpath, image.class_name) for image in list_images(DatasetConfig(root=root))]
 
 
 def test_class_folders_are_listed_in_order_of_paths(tmp_path: Path) -> None:
@@ -82,6 +101,88 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     with open(os.fsencode(tmp_path) + b"/a/\xff.png", "wb") as file:
         file.write(b"x")
     with pytest.raises(InputError, match="not UTF-8"):
+        listed(tmp_path)
+
+
+IMAGENET = {
+    "n02.tar": {"n02_2.JPEG": b"second", "n02_10.JPEG": b"tenth"},
+    "n01.tar": {"./n01_1.JPEG": b"first", "._n01_1.JPEG": b"hidden", "notes.txt": b"x", "deep/n01_3.png": b"third"},
+}
+
+
+@pytest.mark.parametrize("layout", ["tar of tars", "folder of tars"])
+def test_class_tars_are_read_without_being_unpacked(tmp_path: Path, layout: str) -> None:
+    root = pack_nested(tmp_path / "train.tar", IMAGENET)
+    if layout == "folder of tars":
+        root = tmp_path / "classes"
+    config = DatasetConfig(source="imagenet_tar", root=root)
+    assert image_root(config) == root
+    images = list(list_images(config))
+    assert [(image.relpath, image.class_name) for image in images] == [
+        ("n01.tar/deep/n01_3.png", "n01"),
+        ("n01.tar/n01_1.JPEG", "n01"),
+        ("n02.tar/n02_10.JPEG", "n02"),
+        ("n02.tar/n02_2.JPEG", "n02"),
+    ]
+    data = [read_image(root, image.relpath, image.offset, image.size) for image in images]
+    assert data == [b"third", b"first", b"tenth", b"second"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({}, "train.tar holds no class tars"),
+        ({"n01.tar": {}}, "class tar n01.tar in .*/train.tar holds no images"),
+        ({"n01.tar": {"a.png": b"1"}, "n02.tar": {"a.txt": b"2"}}, "class tar n02.tar in .*/train.tar holds no images"),
+    ],
+)
+def test_a_tar_without_classed_images_is_refused(
+    tmp_path: Path, classes: dict[str, dict[str, bytes]], message: str
+) -> None:
+    root = pack_nested(tmp_path / "train.tar", classes)
+    with pytest.raises(InputError, match=message):
+        list_images(DatasetConfig(source="imagenet_tar", root=root))
+
+
+def test_the_tar_of_the_validation_images_holds_no_classes(tmp_path: Path) -> None:
+    root = pack(tmp_path / "val.tar", {"ILSVRC2012_val_00000001.JPEG": b"x"})
+    with pytest.raises(InputError, match=r"val\.tar holds no class tars"):
+        list_images(DatasetConfig(source="imagenet_tar", root=root))
+
+
+def test_a_damaged_class_tar_is_named_with_its_place_in_the_whole(tmp_path: Path) -> None:
+    root = pack_nested(tmp_path / "train.tar", IMAGENET)
+    data = bytearray(root.read_bytes())
+    place = data.index(b"n02_10.JPEG")
+    data[place] ^= 1
+    root.write_bytes(data)
+    with pytest.raises(InputError, match=rf"n02\.tar in .*/train\.tar has no tar header at byte {place}"):
+        list_images(DatasetConfig(source="imagenet_tar", root=root))
+
+
+def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "n01.tar").write_bytes(b"")
+    with tarfile.open(tmp_path / "n01.tar", "w") as archive:
+        for _ in range(2):
+            archive.addfile(tarfile.TarInfo("a.png"))
+    with pytest.raises(InputError, match=r"two images are called n01\.tar/a\.png"):
+        list_images(DatasetConfig(source="imagenet_tar", root=tmp_path))
+
+
+def test_a_listing_in_blocks_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, *(f"{name}/{number}.png" for name in "cabd" for number in range(5)))
+    config = DatasetConfig(root=tmp_path)
+    whole = list(list_images(config))
+    assert sorted(find_images(config)) == whole
+    monkeypatch.setattr(listing, "_BLOCK", 3)
+    assert list(list_images(config)) == whole
+    assert list(list_images(config)[4:9]) == whole[4:9]
+
+
+def test_more_classes_than_labels_can_tell_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "MAX_CLASSES", 2)
+    touch(tmp_path, "a/1.png", "b/1.png", "c/1.png")
+    with pytest.raises(InputError, match="holds 3 classes, expected at most 2"):
         listed(tmp_path)
 
 

@@ -3,11 +3,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import stages.tokenize
 from conf.schema import DatasetConfig, RuntimeConfig, TokenizeConfig
@@ -15,11 +17,11 @@ from models.config import VQConfig
 from models.vq import VQModel
 from stages.dataset import dataset
 from stages.errors import InputError
-from stages.images import decode, pixels_to_float, views
+from stages.images import decode, pixels_to_float, view_names, views
 from stages.job import Job
 from stages.stores.files import ImageIndex
 from stages.stores.tokens import TokenStore
-from stages.tokenize import tokenize
+from stages.tokenize import batches, tokenize
 from stages.weights import save_vq
 
 CONFIG = TokenizeConfig(image_size=32, views="flip", batch_size=6, chunk_rows=8)
@@ -102,6 +104,66 @@ def test_two_processes_write_the_same_bytes(whole: Path, inputs: dict[str, Path]
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    assert content(tmp_path / "out") == content(whole)
+
+
+@pytest.mark.parametrize("views", ["center", "ten_crop_x2"])
+@pytest.mark.parametrize("batch_size", [7, 20, 64])
+def test_batches_are_full_but_the_last_of_a_chunk_and_hold_every_view_once(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: str, batch_size: int
+) -> None:
+    sizes: list[int] = []
+    encode = VQModel.encode
+
+    def spy(model: VQModel, pixels: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(pixels))
+        return encode(model, pixels)
+
+    monkeypatch.setattr(VQModel, "encode", spy)
+    config = TokenizeConfig(image_size=16, views=views, batch_size=batch_size, chunk_rows=30)
+    tokenize(config, inputs, tmp_path, RuntimeConfig(device="cpu", threads=2))
+    num_views = len(view_names(views))
+    wanted = []
+    for rows in (30, 15):
+        whole, rest = divmod(rows * num_views, batch_size)
+        wanted += [batch_size] * whole + [rest] * (rest > 0)
+    assert sizes == wanted
+
+
+def test_an_image_is_read_and_decoded_once_whatever_the_number_of_views(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bytes] = []
+
+    def spy(data: bytes) -> Image.Image:
+        decoded.append(data)
+        return decode(data)
+
+    monkeypatch.setattr(stages.tokenize, "decode", spy)
+    config = TokenizeConfig(image_size=16, views="ten_crop_x2", batch_size=7, chunk_rows=16)
+    tokenize(config, inputs, tmp_path, RuntimeConfig(device="cpu", threads=2))
+    index = ImageIndex.open(inputs["dataset"])
+    assert sorted(decoded) == sorted(index.read(inputs["images"], image) for image in range(len(index)))
+
+
+def test_batches_cut_a_stream_of_views_anywhere() -> None:
+    pictures = np.arange(7 * 3 * 2 * 2 * 3, dtype=np.uint8).reshape(7, 3, 2, 2, 3)
+    for batch_size in (1, 2, 3, 5, 21, 100):
+        found = list(batches(iter(pictures), batch_size))
+        assert [len(batch) for batch in found[:-1]] == [batch_size] * (len(found) - 1)
+        assert np.array_equal(np.concatenate(found), pictures.reshape(21, 2, 2, 3))
+    assert list(batches(iter(()), 4)) == []
+
+
+def test_tokens_of_a_tar_are_those_of_its_files(whole: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
+    for folder in inputs["images"].iterdir():
+        with tarfile.open(tmp_path / f"{folder.name}.tar", "w") as tar:
+            for image in sorted(folder.iterdir()):
+                tar.add(image, image.name)
+    config = DatasetConfig(source="imagenet_tar", root=tmp_path, heldout_fraction=0.2)
+    dataset(config, {"images": tmp_path}, tmp_path / "dataset", RuntimeConfig(threads=1))
+    changed = inputs | {"images": tmp_path, "dataset": tmp_path / "dataset"}
+    tokenize(CONFIG, changed, tmp_path / "out", RuntimeConfig(device="cpu", threads=2))
     assert content(tmp_path / "out") == content(whole)
 
 

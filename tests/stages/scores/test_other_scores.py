@@ -73,15 +73,18 @@ def test_the_unigram_loss_of_skewed_tokens_is_their_entropy() -> None:
     p = np.array([0.5, 0.25, 0.125, 0.125])
     train = RNG.choice(4, size=(20_000, 3), p=p)
     heldout = RNG.choice(4, size=(20_000, 3), p=p)
-    assert best_unigram_loss(train, heldout, 4) == pytest.approx(-(p * np.log(p)).sum(), abs=0.01)
+    blocks = [train[:7000], train[7000:]]
+    assert best_unigram_loss(blocks, [heldout], 4) == pytest.approx(-(p * np.log(p)).sum(), abs=0.01)
     train[:, 0], heldout[:, 0] = 1, 1
-    assert best_unigram_loss(train, heldout, 4) < best_unigram_loss(train, heldout, 4, first_position=1)
+    assert best_unigram_loss(blocks, [heldout], 4) < best_unigram_loss(
+        [train], [heldout[:5], heldout[5:]], 4, first_position=1
+    )
 
 
 def test_marginal_samples_keep_each_positions_distribution_and_break_what_joins_them() -> None:
     train = np.repeat(np.array([[0, 0, 5], [1, 1, 5]]), 500, axis=0)
-    drawn = sample_marginals(train, 4000, seed=0)
+    drawn = sample_marginals([train[:300], train[300:]], 1000, 3, 4000, seed=0)
     assert (drawn[:, 2] == 5).all()
     assert abs(drawn[:, 0].mean() - 0.5) < 0.05
     assert abs((drawn[:, 0] == drawn[:, 1]).mean() - 0.5) < 0.05
-    assert np.array_equal(drawn, sample_marginals(train, 4000, seed=0))
+    assert np.array_equal(drawn, sample_marginals([train], 1000, 3, 4000, seed=0))

@@ -8,6 +8,7 @@ import zarr
 from stages.errors import ArtifactError
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.samples import SampleFacts, SampleStore, sample_writer
+from stages.stores.verify import artifact_damage
 
 N, A, T, ROWS = 7, 2, 16, 3
 RNG = np.random.default_rng(1)
@@ -48,7 +49,7 @@ def test_entropies_come_back_bit_for_bit(entropies: tuple[Path, np.ndarray]) -> 
     assert np.array_equal(store.read_block(2, 1), values[6:, 1])
     assert (store.tokens_digest, store.num_train, store.num_units) == ("abc", 5, 3)
     assert all(np.array_equal(found, values) for found in read_elsewhere(path, "entropy"))
-    store.verify_deep()
+    assert not list(artifact_damage(store.location.parent, []))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -92,5 +93,5 @@ def test_samples_come_back_whole_and_in_blocks(tmp_path: Path) -> None:
     for name in ("labels", "tokens", "patch_starts"):
         assert np.array_equal(getattr(store, name), arrays[name])
     for name, values in arrays.items():
-        assert all(np.array_equal(found, values) for found in read_elsewhere(store.path, name))
-    store.verify_deep()
+        assert all(np.array_equal(found, values) for found in read_elsewhere(store.location, name))
+    assert not list(artifact_damage(store.location.parent, []))

@@ -8,7 +8,7 @@ import torch
 
 from stages.distributed import World
 from stages.errors import InputError
-from stages.training.stream import SampleStream, prefetch
+from stages.training.stream import SampleStream
 
 
 def world(rank: int, size: int) -> World:
@@ -62,10 +62,3 @@ def test_views_are_even_and_change_with_the_epoch() -> None:
     assert counts.max() < 4300
     assert 0.07 < (first == second).mean() < 0.13
     assert np.array_equal(first, stream.views(images, np.zeros_like(images), 10))
-
-
-def test_prefetch_yields_every_step_in_order_and_passes_errors_on() -> None:
-    assert list(prefetch(lambda step: step * step, range(3, 7))) == [(3, 9), (4, 16), (5, 25), (6, 36)]
-    assert list(prefetch(lambda step: step, range(4, 4))) == []
-    with pytest.raises(ZeroDivisionError):
-        list(prefetch(lambda step: 1 // (step - 2), range(4)))

@@ -1,0 +1,120 @@
+"""What the metadata of a finished store say, wherever it lies; and how its chunks are called when they are damaged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import google_crc32c
+
+from stages.errors import ArtifactError
+from stages.stores.units import ATTRIBUTES, CRC_BYTES, FORMAT, NOT_FACTS, ArraySpec, StoreSpec
+
+Read = Callable[[str], bytes]
+SpecOf = Callable[[dict[str, Any]], StoreSpec]
+_WHOLE = google_crc32c.value(bytes(CRC_BYTES))
+"""CRC-32C of any data with their own CRC-32C behind them: so also of none with theirs, which is zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreHeader:
+    """What the metadata of a finished store say."""
+
+    location: Path | str
+    """Folder, or address that starts with `s3://`."""
+    facts: dict[str, Any]
+    digest: str
+    spec: StoreSpec
+
+    @classmethod
+    def read(cls, location: Path | str, read: Read, spec_of: SpecOf) -> StoreHeader:
+        """Read the header of a store.
+
+        Args:
+            location: For errors.
+            read: Gives a file of the store by its key.
+            spec_of: Makes the layout from the facts.
+
+        Raises:
+            ArtifactError: No store, incomplete, or of another format or kind.
+        """
+        attributes = _parse(
+            location, "zarr.json", read, lambda metadata: dict(metadata["attributes"].get(ATTRIBUTES, {}))
+        )
+        if attributes.get("format") != FORMAT or attributes.get("complete") is not True:
+            raise ArtifactError(
+                f"{location} has format {attributes.get('format')} and complete={attributes.get('complete')}, "
+                f"expected format {FORMAT} and complete=True: run its stage again"
+            )
+        facts = {name: value for name, value in attributes.items() if name not in NOT_FACTS}
+        try:
+            return cls(location, facts, attributes["digest"], spec_of(facts))
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{location} has other attributes than its kind of store ({error})") from error
+
+    def check_layout(self, array: ArraySpec, read: Read) -> None:
+        """Check the few facts of an array's Zarr metadata that reading raw files relies on.
+
+        Raises:
+            ArtifactError: Missing, damaged or different.
+        """
+        key = f"{array.name}/zarr.json"
+        found = _parse(
+            self.location,
+            key,
+            read,
+            lambda metadata: {
+                "shape": metadata["shape"],
+                "data_type": metadata["data_type"],
+                "chunk_shape": metadata["chunk_grid"]["configuration"]["chunk_shape"],
+                "codecs": [codec["name"] for codec in metadata["codecs"]],
+            },
+        )
+        wanted = {
+            "shape": list(array.shape),
+            "data_type": array.dtype,
+            "chunk_shape": list(self.spec.chunk_shape(array)),
+            "codecs": ["bytes", "crc32c"],
+        }
+        for name, value in wanted.items():
+            if found[name] != value:
+                raise ArtifactError(
+                    f"{self.location}/{key} has {name} {found[name]}, expected {value}: run its stage again"
+                )
+
+    def chunk_name(self, array: ArraySpec, key: str) -> str:
+        """A chunk as errors call it: by array, number and file."""
+        chunk = key.removeprefix(f"{array.name}/c/")
+        return f"array {array.name}, chunk {chunk} of {PurePath(self.location).name} (file {self.location}/{key})"
+
+    def size_damage(self, array: ArraySpec, key: str, found: int | None) -> str | None:
+        """What the size of a chunk's file, None without a file, says is wrong with it."""
+        wanted = self.spec.chunk_bytes(array)
+        if found == wanted:
+            return None
+        state = "missing" if found is None else f"{found} bytes long"
+        return f"{self.chunk_name(array, key)} is {state}, expected {wanted} bytes: run its stage again"
+
+    def content_damage(self, array: ArraySpec, key: str, data: bytes) -> str | None:
+        """What is wrong with the bytes of a chunk's file."""
+        if what := self.size_damage(array, key, len(data)):
+            return what
+        if google_crc32c.value(data) != _WHOLE:
+            return f"{self.chunk_name(array, key)} is damaged, its checksum differs: run its stage again"
+        return None
+
+
+def reader_of(folder: Path) -> Read:
+    """Reads the files of a store in a folder by their keys."""
+    return lambda key: (folder / key).read_bytes()
+
+
+def _parse(location: Path | str, key: str, read: Read, pick: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """What `pick` takes from a metadata file."""
+    try:
+        return pick(json.loads(read(key)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{location}/{key} is missing or damaged ({error}): run its stage again") from error

@@ -1,0 +1,79 @@
+"""Many files of one size as one array: mapped side by side in memory, so that one index reaches any row of any file.
+
+A mapping of its own for each of the thousands of files of a large store would cost a Python object and an open file
+descriptor each, and every batch a loop over the files that it touches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+_MAP_FIXED = 0x10  # of Linux and macOS alike; the module mmap does not have it
+_FAILED = ctypes.c_void_p(-1).value
+
+
+class SideBySide:
+    """Read-only rows of `num_files` files, `pitch` rows from the start of one file to the start of the next.
+
+    The pitch is at least the rows of a file: files start at a page and at a whole row. Rows between them are zeros.
+    """
+
+    def __init__(self, num_files: int, rows: int, row_shape: tuple[int, ...], dtype: DTypeLike) -> None:
+        """Reserve the addresses; no memory is used yet."""
+        self._dtype, self._row_shape = np.dtype(dtype), row_shape
+        row_bytes = math.prod(row_shape) * self._dtype.itemsize
+        step = math.lcm(mmap.PAGESIZE, row_bytes)
+        self._bytes = rows * row_bytes
+        self._stride = -(-self._bytes // step) * step
+        self.pitch = self._stride // row_bytes
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        # Freeing this one mapping frees what is laid over it, too.
+        self._memory = mmap.mmap(-1, num_files * self._stride, flags=flags, prot=mmap.PROT_READ)
+        self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
+
+    def lay(self, place: int, path: Path, wanted: int) -> int | None:
+        """Map a file's rows at a place, if it has the wanted size; its size, None without a file.
+
+        Raises:
+            OSError: It cannot be opened or mapped.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            found = os.fstat(descriptor).st_size
+            if found == wanted:
+                self._map(self._address + place * self._stride, descriptor, path)
+        finally:
+            os.close(descriptor)
+        return found
+
+    def rows(self) -> NDArray[Any]:
+        """Rows (files * pitch, *row shape), which keep the mapping alive."""
+        flat = np.frombuffer(self._memory, self._dtype)
+        return flat.reshape(-1, *self._row_shape)
+
+    def _map(self, address: int, descriptor: int, path: Path) -> None:
+        found = _LIBC.mmap(address, self._bytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0)
+        if found == _FAILED:
+            error = ctypes.get_errno()
+            raise OSError(error, f"{os.strerror(error)}: cannot be mapped into memory", str(path))
+
+
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    return library
+
+
+_LIBC = _libc()

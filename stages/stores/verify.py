@@ -1,0 +1,167 @@
+"""Reading all of an artifact's stores and tables again: every damage found, by array, chunk and file.
+
+Opening a store checks only sizes and metadata; this is the pass for disks and copies that are not trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.artifact import file_sha256
+from stages.errors import ArtifactError
+from stages.stores.entropies import EntropyFacts
+from stages.stores.header import SpecOf, StoreHeader, reader_of
+from stages.stores.patches import PatchIndex
+from stages.stores.samples import SampleFacts
+from stages.stores.tokens import TokenFacts
+from stages.stores.units import CRC_BYTES, ArraySpec, holds_missing, metadata_keys, store_digest
+
+
+class Damage(NamedTuple):
+    """A file, and what is wrong with it."""
+
+    file: Path
+    what: str
+
+
+STORES: dict[str, SpecOf] = {
+    "tokens.zarr": lambda facts: TokenFacts(**facts).spec(),
+    "entropies.zarr": lambda facts: EntropyFacts(**facts).spec(),
+    "samples.zarr": lambda facts: SampleFacts(**facts).spec(),
+}
+PATCHES = "patches.parquet"
+ORIGINS = {"entropies_digest": "entropies.zarr", "tokens_digest": "tokens.zarr"}
+"""Facts that name, by its digest, the store that something was made from."""
+
+
+def artifact_damage(artifact: Path, sources: Iterable[Path]) -> Iterator[Damage]:
+    """All damage of the stores and tables of an artifact.
+
+    Args:
+        artifact: Its folder.
+        sources: Folders of the artifacts it was made from, as far as they are still there: the stores in them must be
+            those that it names.
+    """
+    claims: dict[Path, Mapping[str, Any]] = {}
+    for name, spec_of in STORES.items():
+        if (artifact / name).exists():
+            yield from store_damage(artifact / name, spec_of)
+            claims[artifact / name / "zarr.json"] = _facts(artifact / name, spec_of)
+    for path in sorted(artifact.glob("*.parquet")):
+        yield from parquet_damage(path)
+        claims[path] = _text_facts(path)
+    origins = _digests(sources)
+    for path, facts in claims.items():
+        for fact in sorted(facts.keys() & origins.keys()):
+            if facts[fact] != origins[fact]:
+                what = (
+                    f"{path} was made from {fact} {facts[fact]}, but the store that it was made from is {origins[fact]}"
+                )
+                yield Damage(path, what)
+
+
+def store_damage(path: Path, spec_of: SpecOf) -> Iterator[Damage]:
+    """All damage of the store in the folder `path`: metadata, sizes, checksums, entries never written, digest."""
+    try:
+        header = StoreHeader.read(path, reader_of(path), spec_of)
+    except ArtifactError as error:
+        yield Damage(path / "zarr.json", str(error))
+        return
+    found = list(chunk_damage(path, header))
+    yield from found
+    if not found and _digest(path, header) != header.digest:
+        what = f"{path} does not have the digest {header.digest}: chunks or facts were swapped; run its stage again"
+        yield Damage(path / "zarr.json", what)
+
+
+def chunk_damage(path: Path, header: StoreHeader) -> Iterator[Damage]:
+    """Damage of single files of a store: all that one look at each of them can tell."""
+    for array in header.spec.arrays:
+        try:
+            header.check_layout(array, reader_of(path))
+        except ArtifactError as error:
+            yield Damage(path / array.name / "zarr.json", str(error))
+            continue  # facts and metadata disagree on what chunks there are
+        for unit in range(header.spec.num_units):
+            for key in header.spec.chunk_keys(array, unit):
+                if what := _damage_of(path, header, array, unit, key):
+                    yield Damage(path / key, what)
+
+
+def parquet_damage(path: Path) -> Iterator[Damage]:
+    """Damage of a Parquet file, by row group and column; of the patch index also rows that do not fit together."""
+    found = False
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                for name in file.schema_arrow.names:
+                    try:
+                        file.read_row_group(group, columns=[name])
+                    except (OSError, ValueError, pa.ArrowException) as error:
+                        found = True
+                        text = f"column {name}, row group {group} of {path.name} (file {path}) is damaged ({error})"
+                        yield Damage(path, text)
+        if path.name == PATCHES and not found:
+            PatchIndex.open(path, _text_facts(path)["tokens_digest"])
+    except (OSError, ValueError, KeyError, pa.ArrowException, ArtifactError) as error:
+        yield Damage(path, f"{path} is damaged ({error})")
+
+
+def _damage_of(path: Path, header: StoreHeader, array: ArraySpec, unit: int, key: str) -> str | None:
+    name = header.chunk_name(array, key)
+    try:
+        data = (path / key).read_bytes()
+    except FileNotFoundError:
+        return header.size_damage(array, key, None)
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    if what := header.content_damage(array, key, data):
+        return what
+    if array.missing is not None:
+        dtype = np.dtype(array.dtype).newbyteorder("<")
+        values = np.frombuffer(data, dtype, count=(len(data) - CRC_BYTES) // dtype.itemsize)
+        rows = values.reshape(header.spec.chunk_rows, -1)
+        if holds_missing(rows[: header.spec.count_rows([unit])], array.missing):
+            return f"{name} holds entries that were never written: run its stage again"
+    return None
+
+
+def _digest(path: Path, header: StoreHeader) -> str:
+    """The store's digest, computed from its files."""
+    spec = header.spec
+    keys = [*metadata_keys(spec), *(key for array in spec.arrays for key in spec.keys(array))]
+    return store_digest(header.facts, {key: file_sha256(path / key) for key in keys})
+
+
+def _digests(sources: Iterable[Path]) -> dict[str, str]:
+    """Digests of the stores in some artifacts and of those that these name in turn, by the facts that name them."""
+    found: dict[str, str] = {}
+    for source in sources:
+        for fact, name in ORIGINS.items():
+            if facts := _facts(source / name, STORES[name]):
+                found |= {fact: facts["digest"]} | {f: facts[f] for f in ORIGINS if f in facts}
+    return found
+
+
+def _facts(path: Path, spec_of: SpecOf) -> Mapping[str, Any]:
+    """Facts and digest of a store; none where there is no readable one."""
+    try:
+        header = StoreHeader.read(path, reader_of(path), spec_of)
+    except ArtifactError:
+        return {}
+    return header.facts | {"digest": header.digest}
+
+
+def _text_facts(path: Path) -> Mapping[str, str]:
+    """What the schema of a Parquet file says of it; nothing where it cannot be read."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        return {key.decode(): value.decode() for key, value in metadata.items()}
+    except (OSError, ValueError, pa.ArrowException):
+        return {}

@@ -1,0 +1,212 @@
+"""The stages that read images: does decoding keep up with the encoder, and does memory stay flat?
+
+Throughput: the inner loop of `tokenize`, from files to tokens, against the encoder on tensors that are ready; the same
+batches, in turns, in one process. One view an image, so that there is most to decode. VQ-16 at 256 px sees JPEGs of
+ImageNet's usual size, the demo's tokenizer at 64 px its emoji. Memory: the peaks of whole stages over N and 10 N tiny
+images of a tar, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from report import report
+from timing import interleaved
+
+from conf.load import load_settings
+from conf.schema import DatasetConfig, RuntimeConfig, TokenizeConfig
+from models.config import VQConfig
+from models.vq import VQModel
+from pipeline.bench import Figures, Gate, gate
+from stages.dataset import dataset
+from stages.distributed import World
+from stages.images import pixels_to_float
+from stages.progress import Progress
+from stages.sources import image_root
+from stages.stores.files import ImageIndex
+from stages.tokenize import Encoder, ViewReader, batches, tokenize
+from stages.weights import save_vq
+
+THROUGHPUT_BOUND = 0.9
+BYTES_BOUND = 200.0
+FEW, FACTOR, CLASS_SIZE = 5000, 10, 1300  # more than what any block of work holds
+TINY = VQConfig(channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, z_channels=32, codebook_size=64)
+STAGES = ("dataset", "tokenize")
+Rows = dict[str, float]
+
+
+def throughput(model: VQModel, index: ImageIndex, root: Path, config: TokenizeConfig, rounds: int) -> Rows:
+    """Images a second of tokenize and of its encoder alone."""
+    cuda = torch.cuda.is_available()
+    world = World(rank=0, size=1, device=torch.device("cuda" if cuda else "cpu"))
+    model = model.to(world.device).eval()
+    reader, encoder = ViewReader(index, root, config), Encoder(model, config, 1, world)
+    count = len(index)
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Progress(Path(folder), "images", count, enabled=False)
+
+        def from_files() -> None:
+            with reader.ahead(range(count)) as pictures:
+                encoder.tokens(pictures, progress)
+
+        ready = [
+            pixels_to_float(batch, world.device)
+            for batch in batches(map(reader.views, range(count)), config.batch_size)
+        ]
+
+        @torch.inference_mode()
+        def from_tensors() -> None:
+            for pixels in ready:
+                model.encode(pixels).cpu()
+
+        seconds = interleaved({"encoder": from_tensors, "tokenize": from_files}, rounds)
+        decoding = interleaved({"decode": lambda: [reader.views(image) for image in range(count)]}, rounds)["decode"]
+    return {
+        "images": count,
+        "bytes an image": float(index.sizes.mean()),
+        "image/s, encoder alone": count / seconds["encoder"],
+        "image/s, tokenize": count / seconds["tokenize"],
+        "image/s, decoding on one thread": count / decoding,
+        "tokenize / encoder": seconds["encoder"] / seconds["tokenize"],
+    }
+
+
+def vq16(folder: Path, rounds: int, images: int, batch_size: int) -> Rows:
+    """VQ-16 at 256 px on JPEGs of 500 x 375."""
+    (folder / "jpegs" / "class").mkdir(parents=True)
+    for number in range(images):
+        picture(number).save(folder / "jpegs" / "class" / f"{number:04d}.JPEG", quality=92)
+    config = DatasetConfig(root=folder / "jpegs")
+    dataset(config, {"images": image_root(config)}, folder / "jpeg_index", RuntimeConfig())
+    torch.manual_seed(0)
+    settings = TokenizeConfig(image_size=256, views="center", batch_size=batch_size)
+    index = ImageIndex.open(folder / "jpeg_index")
+    return throughput(VQModel(VQConfig()), index, folder / "jpegs", settings, rounds)
+
+
+def demo(folder: Path, rounds: int, images: int) -> Rows:
+    """The demo's tokenizer at 64 px on its emoji."""
+    settings, _ = load_settings("demo")
+    source = image_root(settings.dataset)
+    (folder / "emoji" / "class").mkdir(parents=True)
+    for path in sorted(source.glob("*.png"))[:images]:
+        (folder / "emoji" / "class" / path.name).write_bytes(path.read_bytes())
+    config = DatasetConfig(root=folder / "emoji")
+    dataset(config, {"images": image_root(config)}, folder / "emoji_index", RuntimeConfig())
+    index = ImageIndex.open(folder / "emoji_index")
+    return throughput(VQModel(settings.tokenizer.model), index, folder / "emoji", settings.tokenize, rounds)
+
+
+def picture(seed: int) -> Image.Image:
+    """500 x 375 pixels of structure at all scales, about 100 kB as JPEG: what a photograph takes."""
+    generator = np.random.default_rng(seed)
+    pixels = np.full((375, 500, 3), 127.0)
+    for cells, strength in ((3, 60), (12, 35), (48, 20), (160, 12)):
+        coarse = Image.fromarray(generator.integers(0, 256, (cells * 3, cells * 4, 3), dtype=np.uint8))
+        pixels += (np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) - 127.5) * strength / 127.5
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def bytes_per_image(folder: Path, stage: str) -> Rows:
+    """How much the peak memory of a stage grows from FEW to FACTOR * FEW images."""
+    # glibc adapts its thresholds to what was freed, and threads share arenas by chance: peaks would jump by megabytes.
+    steady = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
+    peaks = {}
+    for count in (FEW, FACTOR * FEW):
+        command = [sys.executable, __file__, "--peak", stage, "--images", str(count), "--folder", str(folder)]
+        peaks[count] = int(subprocess.run(command, env=steady, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    few, many = peaks.values()
+    return {
+        f"peak memory at {FEW} images, MB": few / 1e6,
+        f"peak memory at {FACTOR * FEW} images, MB": many / 1e6,
+        "bytes an added image": (many - few) / ((FACTOR - 1) * FEW),
+    }
+
+
+def tiny_images(path: Path, count: int) -> None:
+    """A tar of class tars with PNGs of 16 x 16 pixels, CLASS_SIZE a class as in ImageNet."""
+    generator = np.random.default_rng(0)
+    with tarfile.open(path, "w") as outer:
+        for first in range(0, count, CLASS_SIZE):
+            name, packed = f"n{first:08d}", io.BytesIO()
+            with tarfile.open(fileobj=packed, mode="w") as class_tar:
+                for number in range(first, min(first + CLASS_SIZE, count)):
+                    data = io.BytesIO()
+                    Image.fromarray(generator.integers(0, 256, (16, 16), dtype=np.uint8)).save(data, "PNG")
+                    add(class_tar, f"{name}_{number}.JPEG", data)
+            add(outer, f"{name}.tar", packed)
+
+
+def add(archive: tarfile.TarFile, name: str, data: io.BytesIO) -> None:
+    """Put bytes into an archive under a name."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data.getbuffer())
+    data.seek(0)
+    archive.addfile(member, data)
+
+
+def print_peak(stage: str, count: int, folder: Path) -> None:
+    """Run a stage over the tar of `count` images and print its largest memory."""
+    inputs = {"images": folder / f"{count}.tar", "dataset": folder / f"dataset-{count}", "tokenizer": folder / "vq"}
+    runtime = RuntimeConfig(device="cpu", threads=1)
+    if stage == "dataset":
+        dataset(DatasetConfig(source="imagenet_tar", root=inputs["images"]), inputs, inputs["dataset"], runtime)
+    else:
+        config = TokenizeConfig(image_size=16, views="center", batch_size=64, chunk_rows=1024)
+        tokenize(config, inputs, folder / f"tokenize-{count}", runtime)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
+
+
+def memory(folder: Path) -> dict[str, Rows]:
+    """Growth of both stages, by stage."""
+    for count in (FEW, FACTOR * FEW):
+        tiny_images(folder / f"{count}.tar", count)
+    torch.manual_seed(0)
+    save_vq(folder / "vq", VQModel(TINY))
+    return {stage: bytes_per_image(folder, stage) for stage in STAGES}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Throughput and memory of the stages that read images.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=12, help="images that VQ-16 sees; more on a GPU")
+    parser.add_argument("--batch-size", type=int, default=4, help="of VQ-16; larger on a GPU")
+    parser.add_argument("--only", choices=["vq16", "demo", "memory"])
+    parser.add_argument("--peak", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print_peak(options.peak, options.images, options.folder)
+        return
+    figures: Figures = {}
+    gates: list[Gate] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.only in (None, "demo"):
+            figures["demo, 64 px"] = demo(folder, options.rounds, 192)
+        if options.only in (None, "vq16"):
+            figures["VQ-16, 256 px"] = found = vq16(folder, options.rounds, options.images, options.batch_size)
+            gates.append(
+                gate("VQ-16 at 256 px: tokenize / encoder", found["tokenize / encoder"], ">", THROUGHPUT_BOUND)
+            )
+        if options.only in (None, "memory"):
+            for stage, found in memory(folder).items():
+                figures[stage] = found
+                gates.append(gate(f"{stage}: bytes an added image", found["bytes an added image"], "<", BYTES_BOUND))
+    report(gates, figures)
+
+
+if __name__ == "__main__":
+    main()
