@@ -76,7 +76,7 @@ class Drawer:
         _require_fit("model", model.config, inputs["train"], store)
         if vq.config.codebook_size != store.codebook_size:
             raise ArtifactError(
-                f"the tokenizer in {inputs['tokenizer']} has a codebook of {vq.config.codebook_size}, {store.path} "
+                f"the tokenizer in {inputs['tokenizer']} has a codebook of {vq.config.codebook_size}, {store.location} "
                 f"{store.codebook_size}: use the tokenizer that made these tokens"
             )
         boundaries = _boundaries(config, inputs, store, device) if isinstance(model, DPAR) else None
@@ -170,6 +170,6 @@ def _require_fit(name: str, config: GPTConfig | DPARConfig, artifact: Path, stor
     for field, value in wanted.items():
         if getattr(config, field) != value:
             raise ArtifactError(
-                f"the {name} in {artifact} has {field} {getattr(config, field)}, expected {value} as {store.path}: "
+                f"the {name} in {artifact} has {field} {getattr(config, field)}, expected {value} as {store.location}: "
                 "use one that was trained on these tokens"
             )
