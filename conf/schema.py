@@ -10,7 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.config import (
@@ -24,6 +33,7 @@ from models.config import (
     VQConfig,
     check_position_embedding,
 )
+from models.guidance import Schedule
 
 # Of a place: what lies there enters the key by its digest. Of a habit, as how often to log: it changes no result.
 NOT_IN_KEY: dict[str, Any] = {"in_key": False}
@@ -291,16 +301,40 @@ class SampleConfig(Section):
         "uniform", description="Random classes, the same number of each, or the class shares of the training images."
     )
     cfg_scale: float = Field(2.0, ge=1.0, description="Classifier-free guidance; 1 is none.")
+    cfg_schedule: Schedule = Field("constant", description="Or from 1 at an image's first token to cfg_scale.")
+    cfg_interval: tuple[NonNegativeInt, PositiveInt] | None = Field(
+        None, description="Only these tokens of an image are guided: [first, last + 1]; null guides all."
+    )
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 keeps all.")
     top_p: float = Field(1.0, gt=0, le=1)
     threshold: float | None = Field(None, description="Boundary threshold at sampling; null takes the patch index's.")
+    target_mean_length: float | None = Field(
+        None, ge=1.0, description="Instead of it: the threshold that gives this mean length on the training images."
+    )
     max_length: PositiveInt | None = Field(None, description="Longest patch at sampling; null takes the patch index's.")
     batch_size: PositiveInt = Field(32, description="Samples drawn together: the unit of work and of resume.")
     image_size: int = Field(256, ge=16, le=1024, description="Side of the stored images; decoded images are resized.")
     precision: Precision = "bfloat16"
     grid_columns: PositiveInt = Field(8, description="Samples a class in grid.png.")
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.threshold is not None and self.target_mean_length is not None:
+            raise ValueError(
+                f"sample.threshold is {self.threshold} and sample.target_mean_length {self.target_mean_length}, "
+                "expected at most one of them"
+            )
+        if self.cfg_interval is not None and self.cfg_interval[0] >= self.cfg_interval[1]:
+            raise ValueError(f"sample.cfg_interval is {list(self.cfg_interval)}, expected [first, last + 1]")
+        return self
+
+    @property
+    def own_rule(self) -> dict[str, float]:
+        """The settings given that change the patch index's rule."""
+        given = {name: getattr(self, name) for name in ("threshold", "target_mean_length", "max_length")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class EvaluateConfig(Section):
@@ -356,6 +390,22 @@ class Settings(Section):
             raise ValueError(
                 f"train.npp.levels is {self.train.npp.levels}, so blocks of {largest} x {largest} tokens, on a grid of "
                 f"{grid} x {grid}: expected a side that divides the grid, take fewer levels"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sampling_agrees(self) -> Self:
+        sample, num_tokens = self.sample, (self.tokenize.image_size // self.tokenizer.model.downsample) ** 2
+        if sample.own_rule and (self.train.family != "dpar" or self.patch_index.mode == "static"):
+            raise ValueError(
+                f"sample.{next(iter(sample.own_rule))} is set, train.family is {self.train.family} and "
+                f"patch_index.mode {self.patch_index.mode}, expected family dpar and mode entropy: "
+                "only there do entropies say where patches start"
+            )
+        if sample.cfg_interval is not None and sample.cfg_interval[1] > num_tokens:
+            raise ValueError(
+                f"sample.cfg_interval is {list(sample.cfg_interval)}, expected at most {num_tokens}, the tokens of an "
+                "image"
             )
         return self
 

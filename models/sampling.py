@@ -20,6 +20,7 @@ from torch import Tensor
 from models.attention import KVCache
 from models.dpar import DPAR
 from models.gpt import GPT, token_entropy
+from models.guidance import Schedule, guidance_scale
 from models.patching import PatchRule, opens_patch
 
 
@@ -28,6 +29,8 @@ class SamplingOptions:
     """How a token is drawn from logits. The defaults draw from the model's own distribution."""
 
     cfg_scale: float = 1.0
+    cfg_schedule: Schedule = "constant"
+    cfg_interval: tuple[int, int] | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -92,15 +95,20 @@ class GivenBoundaries:
 
 
 def sample_gpt(
-    model: GPT, labels: Int[Tensor, " B"], uniforms: Float[Tensor, "B T"], options: SamplingOptions
+    model: GPT,
+    labels: Int[Tensor, " B"],
+    uniforms: Float[Tensor, "B T"],
+    options: SamplingOptions,
+    prefix: Int[Tensor, "B K"] | None = None,
 ) -> Int[Tensor, "B T"]:
-    """Tokens drawn from a class-conditional GPT."""
+    """Tokens drawn from a class-conditional GPT; the first ones are those of `prefix`, if it is given."""
     cache = model.new_cache()
     hidden = model.cls_embedding(_with_null(labels, model.cls_embedding.num_classes, options))
-    tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
+    tokens, kept = _begin(uniforms, prefix)
     for position in range(model.config.num_tokens):
-        logits = _guide(model.step(hidden, position, cache), options)
-        tokens[:, position] = draw(logits, uniforms[:, position], options)
+        logits = _guide(model.step(hidden, position, cache), options, position, model.config.num_tokens)
+        if position >= kept:
+            tokens[:, position] = draw(logits, uniforms[:, position], options)
         hidden = _twice(model.tok_embeddings(tokens[:, position]), options)
     return tokens
 
@@ -111,13 +119,18 @@ def sample_dpar(
     uniforms: Float[Tensor, "B T"],
     options: SamplingOptions,
     boundaries: Boundaries,
+    prefix: Int[Tensor, "B K"] | None = None,
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Tokens drawn from a DPAR model, and where their patches start."""
+    """Tokens drawn from a DPAR model, and where their patches start.
+
+    The first tokens are those of `prefix`, if it is given; `boundaries` decide for them as for all others.
+    """
     decoding = DPARDecoding(model, labels, options, boundaries)
-    tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
+    tokens, kept = _begin(uniforms, prefix)
     for position in range(model.config.num_tokens):
         logits = decoding.step(tokens[:, position - 1] if position else None)
-        tokens[:, position] = draw(logits, uniforms[:, position], options)
+        if position >= kept:
+            tokens[:, position] = draw(logits, uniforms[:, position], options)
     return tokens, decoding.starts
 
 
@@ -157,9 +170,9 @@ class DPARDecoding:
             self._close_patches(opened.nonzero()[:, 0])
             self.open_lengths = torch.where(opened, 0, self.open_lengths)
         self.open_lengths = self.open_lengths + 1
-        logits = self._decode(state)
+        logits = _guide(self._decode(state), self.options, self.position, self.model.config.num_tokens)
         self.position += 1
-        return _guide(logits, self.options)
+        return logits
 
     def _encode(self, previous: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """Encoder state of the token at position - 1."""
@@ -237,12 +250,26 @@ def filter_logits(logits: Float[Tensor, "B V"], options: SamplingOptions) -> Flo
     return logits
 
 
-def _guide(logits: Float[Tensor, "B2 V"], options: SamplingOptions) -> Float[Tensor, "B V"]:
-    """Classifier-free guidance: the unconditional logits plus `cfg_scale` times the difference."""
+def _begin(uniforms: Float[Tensor, "B T"], prefix: Int[Tensor, "B K"] | None) -> tuple[Int[Tensor, "B T"], int]:
+    """Tokens to be filled, and how many of each image are given."""
+    tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
+    if prefix is None:
+        return tokens, 0
+    if len(prefix) != len(tokens) or prefix.shape[1] > tokens.shape[1]:
+        raise ValueError(f"prefix is {tuple(prefix.shape)}, expected ({len(tokens)}, 0..{tokens.shape[1]})")
+    tokens[:, : prefix.shape[1]] = prefix
+    return tokens, prefix.shape[1]
+
+
+def _guide(
+    logits: Float[Tensor, "B2 V"], options: SamplingOptions, position: int, num_tokens: int
+) -> Float[Tensor, "B V"]:
+    """Classifier-free guidance: the unconditional logits plus the scale times the difference."""
     if not options.guided:
         return logits
     conditional, unconditional = logits.chunk(2)
-    return unconditional + options.cfg_scale * (conditional - unconditional)
+    scale = guidance_scale(position, num_tokens, options.cfg_scale, options.cfg_schedule, options.cfg_interval)
+    return conditional if scale == 1.0 else unconditional + scale * (conditional - unconditional)
 
 
 def _with_null(labels: Int[Tensor, " B"], null: int, options: SamplingOptions) -> Int[Tensor, " B2"]:

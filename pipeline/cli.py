@@ -17,6 +17,7 @@ from conf.schema import RuntimeConfig
 from pipeline import display
 from pipeline.cli_measure import app as measure_app
 from pipeline.cli_patches import app as patches_app
+from pipeline.cli_sample import app as sample_app
 from pipeline.cli_upkeep import app as upkeep_app
 from pipeline.failures import describe_failure
 from pipeline.graph import STAGES
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.add_typer(measure_app)
 app.add_typer(patches_app)
+app.add_typer(sample_app)
 app.add_typer(upkeep_app)
 
 

@@ -12,8 +12,9 @@ import typer
 from pipeline import bench as gates
 from pipeline import display, tables
 from pipeline import flops as costs
+from pipeline.graph import STAGES
 from pipeline.options import AsJson, Overrides, load, show_json
-from pipeline.plan import cached_paths, plan
+from pipeline.plan import require_cached
 from pipeline.report import read_metrics
 from stages.errors import InputError
 
@@ -52,11 +53,7 @@ def bench(
 
 def _demo_artifacts(overrides: Sequence[str]) -> dict[str, Path]:
     """The finished demo."""
-    statuses = plan(*load("demo", overrides=overrides))
-    missing = [status.stage for status in statuses if status.state != "cached"]
-    if missing:
-        raise InputError(f"not cached: {', '.join(missing)}: make them with `dpar run --preset demo`")
-    return cached_paths(statuses)
+    return require_cached(*load("demo", overrides=overrides), list(STAGES), "dpar run --preset demo")
 
 
 @app.command()

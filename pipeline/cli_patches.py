@@ -8,8 +8,7 @@ import typer
 
 from pipeline import display
 from pipeline.options import Ablation, AsJson, Overrides, Preset, load, show_json
-from pipeline.plan import cached_paths, plan
-from stages.errors import InputError
+from pipeline.plan import require_cached
 from stages.sources import image_root
 
 app = typer.Typer(rich_markup_mode=None)
@@ -27,13 +26,9 @@ WORDS = {
 def patches(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
     """Show how images were cut into patches, in numbers and pictures."""
     settings, runtime = load(preset, ablation, overrides)
-    statuses = [status for status in plan(settings, runtime) if status.stage in READS]
-    missing = [status.stage for status in statuses if status.state != "cached"]
-    if missing:
-        raise InputError(f"not cached: {', '.join(missing)}: make them with `dpar run --until patch_index`")
+    inputs = require_cached(settings, runtime, READS, "dpar run --until patch_index")
     from stages.patch_report import patch_report
 
-    inputs = cached_paths(statuses)
     output = runtime.home / "reports" / inputs["patch_index"].name
     with display.make_console(stderr=True).status("looking at images"):
         numbers = asdict(patch_report(inputs | {"images": image_root(settings.dataset)}, output))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +12,7 @@ from pipeline.cache import Cache, Manifest
 from pipeline.graph import Stage
 from pipeline.keys import Parts, changes, key_of, key_parts
 from pipeline.project import DPAR, Project
+from stages.errors import InputError
 
 State = Literal["cached", "stale", "missing"]
 
@@ -53,6 +54,19 @@ def plan(settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) ->
 def cached_paths(statuses: Iterable[StageStatus]) -> dict[str, Path]:
     """Artifacts of the stages that are cached."""
     return {status.stage: status.path for status in statuses if status.state == "cached" and status.path is not None}
+
+
+def require_cached(settings: Settings, runtime: RuntimeConfig, names: Collection[str], command: str) -> dict[str, Path]:
+    """Artifacts of some stages, all of which must be cached; `command` would make them.
+
+    Raises:
+        InputError: One is not.
+    """
+    statuses = [status for status in plan(settings, runtime) if status.stage in names]
+    missing = [status.stage for status in statuses if status.state != "cached"]
+    if missing:
+        raise InputError(f"not cached: {', '.join(missing)}: make them with `{command}` and the same settings")
+    return cached_paths(statuses)
 
 
 def current_parts(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) -> Parts | None:

@@ -36,6 +36,8 @@ MEANINGS = {
     "patch_index_mean_length": "tokens a patch, in training images",
     "patch_index_patches_per_image": "positions of the global stack",
     "sample_mean_patch_length": "tokens a patch, in samples",
+    "threshold": "nats; a token of a greater entropy opens a patch",
+    "share_above_threshold": "of the tokens of training images",
 }
 PICTURES = (("sample", "grid.png", "samples, one row a class"), ("sample", "patches.png", "images cut into patches"))
 

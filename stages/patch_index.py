@@ -14,23 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from conf.schema import PatchIndexConfig, RuntimeConfig
 from models.patch_tables import Bytes, PatchTables, pack_bits, unpack_bits
 from models.patching import PatchRule, static_patch_starts
 from stages.artifact import write_json
-from stages.errors import InputError
 from stages.job import Inputs, main
 from stages.patch_figures import PatchHistograms
 from stages.progress import Progress
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchFacts, write_patches
+from stages.thresholds import Entropies, EntropySample
 
-SAMPLE_ROWS = 65536  # views that the search and the histograms look at: their mean is known to about 0.1 %
-SAMPLE_BLOCK = 4096  # of them at a time, which bounds the memory of intermediate arrays
-
-Entropies = NDArray[np.float32]
 Mark = Callable[[Entropies], Bytes]
 
 
@@ -41,7 +36,7 @@ def patch_index(config: PatchIndexConfig, inputs: Inputs, output: Path, runtime:
         InputError: No threshold gives the mean patch length that is wanted.
     """
     store = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
-    sample = _sample(store)
+    sample = EntropySample.of(store)
     threshold = _threshold(config, store, sample)
     mark = _static(config, store) if threshold is None else _by_entropy(config, store, threshold)
     counts = Counts(store.num_tokens)
@@ -70,7 +65,7 @@ def patch_index(config: PatchIndexConfig, inputs: Inputs, output: Path, runtime:
     write_json(output / "rule.json", rule | {"mean_length": counts.mean_length("training")})
     write_json(output / "metrics.json", counts.metrics() | ({} if threshold is None else {"threshold": threshold}))
     histograms = PatchHistograms(store.num_tokens, math.log(store.codebook_size))
-    for block in sample:
+    for block in sample.blocks:
         histograms.add(unpack_bits(mark(block), store.num_tokens), block)
     histograms.draw(threshold, output / "histograms.png")
 
@@ -115,10 +110,13 @@ def _blocks(store: EntropyStore, mark: Mark, counts: Counts, progress: Progress)
 
 
 def _by_entropy(config: PatchIndexConfig, store: EntropyStore, threshold: float) -> Mark:
-    rule = PatchRule(
+    return PatchTables.of(_rule(config, store, threshold), store.num_tokens).packed_starts
+
+
+def _rule(config: PatchIndexConfig, store: EntropyStore, threshold: float) -> PatchRule:
+    return PatchRule(
         threshold=threshold, max_length=config.max_length, row_boundary=config.row_boundary, grid=store.grid
     )
-    return PatchTables.of(rule, store.num_tokens).packed_starts
 
 
 def _static(config: PatchIndexConfig, store: EntropyStore) -> Mark:
@@ -127,45 +125,13 @@ def _static(config: PatchIndexConfig, store: EntropyStore) -> Mark:
     return lambda entropies: np.broadcast_to(mask, (len(entropies), len(mask)))
 
 
-def _sample(store: EntropyStore) -> list[Entropies]:
-    """Entropies of training images in blocks: of all views, or of SAMPLE_ROWS evenly spread ones."""
-    total = store.num_train * store.num_views
-    rows = np.linspace(0, total - 1, min(total, SAMPLE_ROWS)).astype(np.int64)
-    entropies = store.fetch(rows % store.num_train, rows // store.num_train)
-    return np.split(entropies, range(SAMPLE_BLOCK, len(entropies), SAMPLE_BLOCK))
-
-
-def _threshold(config: PatchIndexConfig, store: EntropyStore, sample: list[Entropies]) -> float | None:
+def _threshold(config: PatchIndexConfig, store: EntropyStore, sample: EntropySample) -> float | None:
     """The threshold in nats, rounded to float32 like the entropies it is compared with; None for static patches."""
     if config.threshold is not None:
         return float(np.float32(config.threshold))
-    return None if config.target_mean_length is None else _search(config, store, sample, config.target_mean_length)
-
-
-def _search(config: PatchIndexConfig, store: EntropyStore, sample: list[Entropies], target: float) -> float:
-    """The threshold whose mean patch length comes closest to `target`, by bisection down to neighbouring floats.
-
-    A higher threshold never makes more patches, so bisection holds.
-    """
-    num_views = sum(map(len, sample))
-
-    def mean_length(threshold: float) -> float:
-        mark = _by_entropy(config, store, threshold)
-        return num_views * store.num_tokens / sum(int(np.bitwise_count(mark(block)).sum()) for block in sample)
-
-    low, high = 0.0, float(np.float32(math.log(store.codebook_size)))
-    shortest, longest = mean_length(low), mean_length(high)
-    if not shortest <= target <= longest:
-        raise InputError(
-            f"patch_index.target_mean_length is {target}, expected {shortest:.4f} to {longest:.4f}: what these "
-            f"entropies allow with max_length {config.max_length} and row_boundary {config.row_boundary}"
-        )
-    while (middle := float(np.float32((low + high) / 2))) not in (low, high):
-        if mean_length(middle) < target:
-            low = middle
-        else:
-            high = middle
-    return min(low, high, key=lambda threshold: abs(mean_length(threshold) - target))
+    if config.target_mean_length is None:
+        return None
+    return sample.find_threshold(config.target_mean_length, _rule(config, store, math.nan), "patch_index")
 
 
 if __name__ == "__main__":

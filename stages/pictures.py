@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,10 @@ Pixels = npt.NDArray[np.uint8]
 _MARGIN = 6
 _BACKGROUND = (255, 255, 255)
 _INK = (40, 40, 40)
+_FRAME = (200, 200, 200)  # around pictures that may end as white as the page
 _OUTLINE = (214, 39, 40)
 _SCALE = 3  # of small samples, so that 64 px can be seen
+_VISIBLE = 192  # side that a single picture has at least
 _SMALL = 128  # images below this side are enlarged
 _CAPTION = 13  # height of the text below a picture
 _TOKEN_PIXELS = 24  # side of a token in the patch picture, at least
@@ -21,21 +23,24 @@ _TOKEN_PIXELS = 24  # side of a token in the patch picture, at least
 _HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
 
 
-def sample_grid(
-    images: Pixels, labels: npt.NDArray[np.integer], class_names: Sequence[str], columns: int
-) -> Image.Image:
-    """One row a class, its name on the left, at most `columns` of its images (N, H, W, 3) beside it."""
-    scale = _SCALE if images.shape[1] < _SMALL else 1
-    side = images.shape[1] * scale
+def sample_grid(rows: Mapping[str, Pixels], image_size: int, columns: int) -> Image.Image:
+    """One row a class, its name on the left, at most `columns` of its images (n, H, W, 3) beside it.
+
+    Args:
+        rows: Images of each class; a class may have none.
+        image_size: H and W.
+        columns: Places in a row.
+    """
+    side = image_size * (_SCALE if image_size < _SMALL else 1)
     font = ImageFont.load_default(size=max(14, side // 9))
-    text_width = int(max(font.getlength(name) for name in class_names)) + 3 * _MARGIN
+    text_width = int(max(font.getlength(name) for name in rows)) + 3 * _MARGIN
     step = side + _MARGIN
-    canvas = Image.new("RGB", (text_width + columns * step, len(class_names) * step + _MARGIN), _BACKGROUND)
+    canvas = Image.new("RGB", (text_width + columns * step, len(rows) * step + _MARGIN), _BACKGROUND)
     pen = ImageDraw.Draw(canvas)
-    for row, name in enumerate(class_names):
+    for row, (name, images) in enumerate(rows.items()):
         top = _MARGIN + row * step
         pen.text((_MARGIN, top + side // 2), name, fill=_INK, font=font, anchor="lm")
-        for column, image in enumerate(images[labels == row][:columns]):
+        for column, image in enumerate(images[:columns]):
             canvas.paste(_enlarged(image, side), (text_width + column * step, top))
     return canvas
 
@@ -77,6 +82,34 @@ def patch_picture(
     return canvas
 
 
+def captioned_grid(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
+    """Pictures of one size row by row, `columns` of them beside each other, each with a line of text below."""
+    width, height = pictures[0].size
+    step, row_step = width + _MARGIN, height + _CAPTION + 2 * _MARGIN
+    rows = -(-len(pictures) // columns)
+    canvas = Image.new("RGB", (columns * step + _MARGIN, rows * row_step + _MARGIN), _BACKGROUND)
+    pen = ImageDraw.Draw(canvas)
+    for place, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = _MARGIN + place % columns * step, _MARGIN + place // columns * row_step
+        canvas.paste(picture, (left, top))
+        pen.rectangle((left - 1, top - 1, left + width, top + height), outline=_FRAME)
+        _caption(canvas, (left, top + height + 1), caption, width)
+    return canvas
+
+
+def enlarged(image: Pixels) -> Image.Image:
+    """An image (H, W, 3) large enough to be looked at; its pixels stay squares."""
+    return _enlarged(image, image.shape[0] * -(-_VISIBLE // image.shape[0]))
+
+
+def patches_outlined(image: Pixels, starts: npt.NDArray[np.bool_], grid: int) -> Image.Image:
+    """The same with its patches outlined, which start where `starts` (T,) says, `grid` tokens along a side."""
+    large = enlarged(image)
+    outlined = _faded(large)
+    _outline(outlined, starts, grid, large.width / grid)
+    return outlined
+
+
 def _enlarged(image: Pixels, side: int) -> Image.Image:
     """Pixels stay squares: smoothing would hide what the tokenizer does."""
     return Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
@@ -87,10 +120,10 @@ def _faded(image: Image.Image) -> Image.Image:
     return Image.blend(image, Image.new("RGB", image.size, _BACKGROUND), 0.35)
 
 
-def _outline(picture: Image.Image, starts: npt.NDArray[np.bool_], grid: int, token: int) -> None:
+def _outline(picture: Image.Image, starts: npt.NDArray[np.bool_], grid: int, token: float) -> None:
     """A line between neighbouring tokens of different patches, and a frame around everything."""
     pen = ImageDraw.Draw(picture)
-    width = max(2, token // 10)
+    width = max(2, int(token) // 10)
     patch = np.cumsum(starts).reshape(grid, grid)
     for y, x in np.argwhere(patch[:, 1:] != patch[:, :-1]):
         pen.line([((x + 1) * token, y * token), ((x + 1) * token, (y + 1) * token)], fill=_OUTLINE, width=width)

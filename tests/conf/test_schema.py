@@ -12,6 +12,7 @@ from conf.schema import (
     DatasetConfig,
     EvaluateConfig,
     PatchIndexConfig,
+    SampleConfig,
     Settings,
     TokenizerConfig,
     TrainConfig,
@@ -71,6 +72,20 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (TrainConfig, {"model": {"dim": 100, "num_heads": 3, "num_layers": 1}}, "multiple of 4"),
         (Settings, {"tokenize": {"image_size": 250}}, "tokenize.image_size is 250"),
         (Settings, {"trian": {}}, "Extra inputs"),
+        (SampleConfig, {"threshold": 7.8, "target_mean_length": 2.0}, "expected at most one of them"),
+        (SampleConfig, {"cfg_interval": [5, 5]}, r"cfg_interval is \[5, 5\], expected \[first, last \+ 1\]"),
+        (SampleConfig, {"cfg_schedule": "cosine"}, "'constant' or 'linear'"),
+        (Settings, {"sample": {"cfg_interval": [0, 257]}}, r"\[0, 257\], expected at most 256, the tokens of an"),
+        (
+            Settings,
+            {"sample": {"threshold": 7.0}, "patch_index": {"mode": "static", "static_length": 1.8}},
+            r"sample\.threshold is set, .* patch_index\.mode static, expected family dpar and mode entropy",
+        ),
+        (
+            Settings,
+            {"sample": {"max_length": 3}, "train": {"family": "llamagen"}},
+            r"sample\.max_length is set, train\.family is llamagen",
+        ),
     ],
 )
 def test_contradictions_name_both_sides(section: type[Any], fields: dict[str, Any], words: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from pipeline import bench as gates
-from pipeline import cli_measure
 from pipeline.cli import run_command
 from pipeline.graph import STAGES
 from pipeline.plan import StageStatus
@@ -29,7 +28,7 @@ def test_a_missed_gate_is_the_exit_code(
     metrics |= {name: 0.1 * place for place, name in enumerate(gates.LADDER)}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"fd_lite0_reconstruction": reconstruction}))
     cached = [StageStatus(stage, "cached", "unchanged", f"{stage}-0", tmp_path) for stage in STAGES]
-    monkeypatch.setattr(cli_measure, "plan", lambda *settings: cached)
+    monkeypatch.setattr("pipeline.plan.plan", lambda *settings: cached)
     assert run_command(["bench", "demo", "--json"]) == code
     told = json.loads(capsys.readouterr().out)["gates"]
     assert {tuple(gate) for gate in told} == {("name", "value", "bound", "met")}

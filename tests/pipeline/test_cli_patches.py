@@ -26,7 +26,7 @@ def test_the_report_is_made_from_cached_artifacts_and_shown(
     as_json: bool,
 ) -> None:
     found = [StageStatus(name, "cached", "", "key", tmp_path / name) for name in cli_patches.READS]
-    monkeypatch.setattr(cli_patches, "plan", lambda *_: found)
+    monkeypatch.setattr("pipeline.plan.plan", lambda *_: found)
     numbers = PatchReport(images=45, mean_length=1.84, share_at_limit=0.2, share_by_row=None, png_correlation=0.5)
 
     def report(inputs: dict[str, Path], output: Path) -> PatchReport:

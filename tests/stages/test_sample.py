@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from conf.schema import SampleConfig, Section, Settings
+from conf.schema import RuntimeConfig, SampleConfig, Section, Settings
 from pipeline.graph import STAGES
 from stages.artifact import read_json
-from stages.sample import draw_labels, resize
+from stages.errors import ArtifactError
+from stages.sample import draw_labels, sample, shown_classes
 from stages.stores.samples import SampleStore
+from stages.stores.units import UnitWriter
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
 TRAINING_LABELS = np.repeat(np.arange(4), [60, 25, 10, 5]).astype(np.uint16)
@@ -30,13 +33,6 @@ def test_classes_follow_their_policy() -> None:
     assert uniform.min() > 900
     assert not np.array_equal(labels("data", 40), np.sort(labels("data", 40)))
     assert not np.array_equal(labels("uniform", 40), labels("uniform", 40, seed=1))
-
-
-def test_resizing_is_bicubic_without_antialiasing_and_nothing_at_equal_size() -> None:
-    images = torch.rand(1, 3, 8, 8)
-    assert resize(images, 8) is images
-    expected = torch.nn.functional.interpolate(images, size=(6, 6), mode="bicubic", antialias=False)
-    assert torch.equal(resize(images, 6), expected)
 
 
 def inputs(artifacts: dict[str, Path]) -> dict[str, Path]:
@@ -80,3 +76,89 @@ def test_a_longer_maximum_and_an_unreachable_threshold_give_longer_patches(
     store = SampleStore.open(run_in_process("sample", config, inputs(tiny_artifacts)) / "samples.zarr")
     # Only the forced starts remain: 0, 1, and the start of each row.
     assert (store.patch_starts.sum(axis=1) == 9).all()
+
+
+def test_batches_need_not_divide_the_samples(
+    tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
+) -> None:
+    config = tiny_settings.sample.model_copy(update={"batch_size": 5})
+    output = run_in_process("sample", config, inputs(tiny_artifacts))
+    store = SampleStore.open(output / "samples.zarr")
+    assert [len(block) for block in store.blocks()] == [5, 5, 2]
+    assert read_json(output / "record" / "progress.json")["done"] == 12
+    assert np.array_equal(store.labels, SampleStore.open(tiny_artifacts["sample"] / "samples.zarr").labels)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "share", "words"), [(100.0, 0.0, "by no entropy .* rows and max_length"), (-1.0, 1.0, "single")]
+)
+def test_a_threshold_that_never_or_always_cuts_is_said_and_counted(
+    tiny_settings: Settings,
+    run_in_process: Run,
+    tiny_artifacts: dict[str, Path],
+    caplog: pytest.LogCaptureFixture,
+    threshold: float,
+    share: float,
+    words: str,
+) -> None:
+    config = tiny_settings.sample.model_copy(update={"threshold": threshold, "num_samples": 2})
+    numbers = read_json(run_in_process("sample", config, inputs(tiny_artifacts)) / "metrics.json")
+    assert (numbers["threshold"], numbers["share_above_threshold"]) == (threshold, share)
+    assert numbers["sample_mean_patch_length"] == (1.0 if share else pytest.approx(64 / 17))
+    assert re.search(words, caplog.text)
+
+
+def test_a_threshold_between_is_not_warned_of(tiny_artifacts: dict[str, Path]) -> None:
+    numbers = read_json(tiny_artifacts["sample"] / "metrics.json")
+    assert numbers["threshold"] == read_json(tiny_artifacts["patch_index"] / "rule.json")["threshold"]
+    assert 0 < numbers["share_above_threshold"] < 1
+
+
+def test_a_full_disk_keeps_finished_units_and_the_same_bytes_come_later(
+    tiny_settings: Settings,
+    tiny_artifacts: dict[str, Path],
+    image_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write, written, full = UnitWriter.write, list[int](), True
+
+    def on_a_disk(self: UnitWriter, unit: int, **blocks: np.ndarray) -> None:
+        if full and unit == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, unit, **blocks)
+        written.append(unit)
+
+    monkeypatch.setattr(UnitWriter, "write", on_a_disk)
+    given = (tiny_settings.sample, inputs(tiny_artifacts) | {"images": image_root}, tmp_path, RuntimeConfig(threads=2))
+    with pytest.raises(OSError, match="No space left"):
+        sample(*given)
+    with pytest.raises(ArtifactError, match="complete=False"):
+        SampleStore.open(tmp_path / "samples.zarr")
+    monkeypatch.setattr(
+        UnitWriter, "write", lambda *given, **blocks: (written.append(given[1]), write(*given, **blocks))
+    )
+    sample(*given)
+    assert written == [0, 1, 2], "a finished unit is not drawn again"
+    for name in ("samples.zarr/zarr.json", "grid.png", "patches.png", "metrics.json"):
+        assert (tmp_path / name).read_bytes() == (tiny_artifacts["sample"] / name).read_bytes()
+
+
+@pytest.mark.parametrize("policy", ["uniform", "balanced"])
+def test_any_5000_consecutive_of_50000_samples_mix_the_classes(policy: str) -> None:
+    """The Inception score is a mean over ten such parts: sorted classes would ruin it."""
+    config = SampleConfig(num_samples=50_000, labels=policy)
+    drawn = draw_labels(config, TRAINING_LABELS, 1000)
+    for part in np.split(drawn, 10):
+        counts = np.bincount(part, minlength=1000)
+        assert (counts > 0).sum() > 970
+        assert counts.max() < 20
+    totals = np.bincount(drawn, minlength=1000)
+    assert (totals == 50).all() if policy == "balanced" else totals.std() == pytest.approx(50**0.5, rel=0.1)
+
+
+def test_the_grid_of_many_classes_shows_evenly_spread_ones() -> None:
+    assert shown_classes(9).tolist() == list(range(9))
+    shown = shown_classes(1000)
+    assert len(shown) == 20
+    assert (shown[0], shown[-1]) == (0, 999)

@@ -1,0 +1,175 @@
+"""Drawing images from finished models: tokens by the class-conditional model, pixels by the tokenizer.
+
+A sample is a function of (seed, sample number, class): the uniform number behind each of its tokens comes from a
+counter, so batch size, process count and resume point do not matter.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from conf.schema import SampleConfig
+from models.config import DPARConfig, GPTConfig
+from models.dpar import DPAR
+from models.gpt import GPT
+from models.patching import PatchRule, static_patch_starts
+from models.sampling import (
+    Boundaries,
+    EntropyBoundaries,
+    GivenBoundaries,
+    SamplingOptions,
+    sample_dpar,
+    sample_gpt,
+)
+from models.vq import VQModel
+from stages.artifact import read_json
+from stages.errors import ArtifactError, InputError
+from stages.images import Pixels, float_to_pixels
+from stages.job import Inputs
+from stages.stores.entropies import EntropyStore
+from stages.stores.tokens import TokenStore
+from stages.thresholds import EntropySample
+from stages.weights import load_gpt, load_model, load_vq
+
+logger = logging.getLogger(__name__)
+LABEL_STREAM, TOKEN_STREAM = 0, 1
+
+
+class Drawn(TypedDict):
+    """Rows of the sample store."""
+
+    images: Pixels
+    labels: npt.NDArray[np.uint16]
+    tokens: npt.NDArray[np.uint16]
+    patch_starts: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Everything a batch of samples is drawn with. `boundaries` are None for a model without patches."""
+
+    config: SampleConfig
+    model: GPT | DPAR
+    vq: VQModel
+    boundaries: Boundaries | None
+    device: torch.device
+
+    @classmethod
+    def load(cls, config: SampleConfig, inputs: Inputs, store: TokenStore, device: torch.device) -> Drawer:
+        """Load the finished models that `inputs` names; the entropy model only where it decides boundaries.
+
+        Raises:
+            ArtifactError: An artifact is damaged, or a model is not of these tokens.
+            InputError: The settings ask for boundaries that the patch index or the entropies cannot give.
+        """
+        model, vq = load_model(inputs["train"], device), load_vq(inputs["tokenizer"], device)
+        _require_fit("model", model.config, inputs["train"], store)
+        if vq.config.codebook_size != store.codebook_size:
+            raise ArtifactError(
+                f"the tokenizer in {inputs['tokenizer']} has a codebook of {vq.config.codebook_size}, {store.location} "
+                f"{store.codebook_size}: use the tokenizer that made these tokens"
+            )
+        boundaries = _boundaries(config, inputs, store, device) if isinstance(model, DPAR) else None
+        return cls(config, model, vq, boundaries, device)
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        numbers: npt.NDArray[np.int64],
+        labels: npt.NDArray[np.int64],
+        prefix: Int[Tensor, "B K"] | None = None,
+    ) -> Drawn:
+        """Samples of the given numbers and classes; their first tokens are those of `prefix`, if it is given."""
+        options = SamplingOptions(
+            cfg_scale=self.config.cfg_scale,
+            cfg_schedule=self.config.cfg_schedule,
+            cfg_interval=self.config.cfg_interval,
+            temperature=self.config.temperature,
+            top_k=self.config.top_k,
+            top_p=self.config.top_p,
+        )
+        classes = torch.from_numpy(labels).to(self.device)
+        uniforms = self._uniforms(numbers).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            if isinstance(self.model, GPT):
+                tokens = sample_gpt(self.model, classes, uniforms, options, prefix)
+                starts = torch.ones_like(tokens, dtype=torch.bool)
+            else:
+                assert self.boundaries is not None  # `load` makes them for every DPAR
+                tokens, starts = sample_dpar(self.model, classes, uniforms, options, self.boundaries, prefix)
+        return {
+            "images": self.decode(tokens),
+            "labels": labels.astype(np.uint16),
+            "tokens": tokens.cpu().numpy().astype(np.uint16),
+            "patch_starts": starts.cpu().numpy(),
+        }
+
+    @torch.inference_mode()
+    def decode(self, tokens: Int[Tensor, "B T"]) -> Pixels:
+        """Images (B, H, W, 3) of tokens, at the size of the settings."""
+        return float_to_pixels(resize(self.vq.decode(tokens), self.config.image_size))
+
+    def _uniforms(self, numbers: npt.NDArray[np.int64]) -> Float[Tensor, "B T"]:
+        """One number in [0, 1) for each (sample, position), from the sample's own counter-based stream."""
+        num_tokens = self.model.config.num_tokens
+        rows = [stream(self.config.seed, TOKEN_STREAM, int(number)).random(num_tokens) for number in numbers]
+        return torch.from_numpy(np.stack(rows).astype(np.float32)).clamp_(max=1 - 2**-24)
+
+
+def stream(seed: int, purpose: int, number: int) -> np.random.Generator:
+    """A generator of its own for each (seed, purpose, number)."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, purpose << 56 | number], dtype=np.uint64)))
+
+
+def resize(images: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B 3 H W"]:
+    """Decoded images at the evaluation size: bicubic without antialiasing on floats, as LlamaGen evaluates 384 px."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images.float(), size=(size, size), mode="bicubic")
+
+
+def _boundaries(config: SampleConfig, inputs: Inputs, store: TokenStore, device: torch.device) -> Boundaries:
+    """What opens patches while drawing: the patch index's static patches, or a rule on entropies."""
+    saved = read_json(inputs["patch_index"] / "rule.json")
+    if saved["mode"] == "static":
+        if config.own_rule:
+            raise InputError(
+                f"sample.{next(iter(config.own_rule))} is set and the patch index has static patches, expected one by "
+                "entropy: its model was trained on patches that no entropy decides"
+            )
+        return GivenBoundaries(static_patch_starts(saved["static_length"], store.num_tokens).to(device))
+    entropy_model = load_gpt(inputs["entropy_model"], device)
+    _require_fit("entropy model", entropy_model.config, inputs["entropy_model"], store)
+    rule = PatchRule(
+        threshold=saved["threshold"] if config.threshold is None else config.threshold,
+        max_length=saved["max_length"] if config.max_length is None else config.max_length,
+        row_boundary=saved["row_boundary"],
+        grid=store.grid,
+    )
+    if config.target_mean_length is not None:
+        sample = EntropySample.of(EntropyStore.open(inputs["entropy_map"] / "entropies.zarr"))
+        rule = replace(rule, threshold=sample.find_threshold(config.target_mean_length, rule, "sample"))
+    return EntropyBoundaries(entropy_model, rule)
+
+
+def _require_fit(name: str, config: GPTConfig | DPARConfig, artifact: Path, store: TokenStore) -> None:
+    """Refuse a model of other tokens: it would draw, or judge, codes that mean something else."""
+    wanted = {"num_tokens": store.num_tokens, "codebook_size": store.codebook_size}
+    if config.num_classes is not None:
+        wanted["num_classes"] = store.num_classes
+    for field, value in wanted.items():
+        if getattr(config, field) != value:
+            raise ArtifactError(
+                f"the {name} in {artifact} has {field} {getattr(config, field)}, expected {value} as {store.location}: "
+                "use one that was trained on these tokens"
+            )
