@@ -58,11 +58,11 @@ def sample(
     words = [word.strip() for word in classes.split(",")] if classes else []
     wish = quick_look.Wish(classes=words, count=count, patches=patches, output=out)
     with _progress("sample") as on_progress:
-        found = (
-            quick_look.look(settings.sample, inputs, runtime, wish, on_progress)
-            if init is None
-            else quick_look.continue_image(settings.sample, inputs, runtime, wish, init, keep_rows, on_progress)
-        )
+        if init is None:
+            found = quick_look.look(settings.sample, inputs, runtime, wish, on_progress)
+        else:
+            beginning = quick_look.Beginning(image=init, keep_rows=keep_rows)
+            found = quick_look.continue_image(settings.sample, inputs, runtime, wish, beginning, on_progress)
     if as_json:
         show_json({"output": str(out), **asdict(found)})
         return

@@ -34,7 +34,7 @@ from models.sampling import (
 from models.vq import VQModel
 from stages.artifact import read_json
 from stages.errors import ArtifactError, InputError
-from stages.images import Pixels, float_to_pixels
+from stages.images import Pixels, float_to_pixels, pixels_to_float
 from stages.job import Inputs
 from stages.stores.entropies import EntropyStore
 from stages.stores.tokens import TokenStore
@@ -113,6 +113,11 @@ class Drawer:
             "tokens": tokens.cpu().numpy().astype(np.uint16),
             "patch_starts": starts.cpu().numpy(),
         }
+
+    @torch.inference_mode()
+    def encode(self, pixels: Pixels) -> Int[Tensor, "B T"]:
+        """Tokens of images (B, H, W, 3) of the size that was tokenised."""
+        return self.vq.encode(pixels_to_float(pixels).to(self.device))
 
     @torch.inference_mode()
     def decode(self, tokens: Int[Tensor, "B T"]) -> Pixels:

@@ -21,7 +21,7 @@ from stages.artifact import write_atomic
 from stages.distributed import process_group
 from stages.drawing import Drawer
 from stages.errors import InputError
-from stages.images import DecodeError, Pixels, center_crop, decode, pixels_to_float
+from stages.images import DecodeError, Pixels, center_crop, decode
 from stages.job import Inputs
 from stages.pictures import captioned_grid, enlarged, patches_outlined
 from stages.stores.files import ImageIndex
@@ -49,6 +49,14 @@ class Wish:
     count: int
     patches: bool
     output: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """What is given of an image: the first `keep_rows` rows of tokens of its middle square; None is half of them."""
+
+    image: Path
+    keep_rows: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +94,10 @@ def continue_image(
     inputs: Inputs,
     runtime: RuntimeConfig,
     wish: Wish,
-    image: Path,
-    keep_rows: int | None,
+    beginning: Beginning,
     on_progress: OnProgress,
 ) -> Look:
-    """Keep the first rows of tokens of a real image and draw the rest, and write all of it as one picture.
-
-    Args:
-        config: How to draw.
-        inputs: Finished artifacts.
-        runtime: Device and threads.
-        wish: Its classes are what the continuations are said to show.
-        image: File; its middle square is taken.
-        keep_rows: Of the grid of tokens; None keeps half.
-        on_progress: Told how far it is.
+    """Keep the beginning of a real image and draw the rest, as of the classes wished for; write all as one picture.
 
     Raises:
         InputError: No class or one that there is not, no image, or rows out of range.
@@ -110,23 +108,19 @@ def continue_image(
     names = ImageIndex.open(inputs["dataset"]).classes
     labels = spread(chosen_classes(wish.classes, names), wish.count)
     store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-    rows = store.grid // 2 if keep_rows is None else keep_rows
-    if not 0 < rows < store.grid:
-        raise InputError(
-            f"--keep-rows is {rows}, expected 1..{store.grid - 1}: an image has {store.grid} rows of tokens"
-        )
-    original = _open(image)
+    grid, size = store.grid, config.image_size
+    rows = grid // 2 if beginning.keep_rows is None else beginning.keep_rows
+    if not 0 < rows < grid:
+        raise InputError(f"--keep-rows is {rows}, expected 1..{grid - 1}: an image has {grid} rows of tokens")
+    original = _open(beginning.image)
     with process_group(runtime) as world:
         drawer = Drawer.load(config, inputs, store, world.device)
-        with torch.inference_mode():
-            pixels = pixels_to_float(np.stack([center_crop(original, store.facts.image_size)]))
-            tokens = drawer.vq.encode(pixels.to(world.device))
+        tokens = drawer.encode(np.stack([center_crop(original, store.facts.image_size)]))
         kept = drawer.decode(tokens)[0]
-        drawn = _Batch.draw(drawer, labels, tokens[:, : rows * store.grid], on_progress)
-    kept[round(rows * config.image_size / store.grid) :] = _BLANK
-    given = [enlarged(center_crop(original, config.image_size)), enlarged(kept)]
-    pictures = given + drawn.pictures(store.grid, wish.patches)
-    captions = ["original", f"kept: {rows} of {store.grid} rows", *drawn.captions(names, wish.patches)]
+        drawn = _Batch.draw(drawer, labels, tokens[:, : rows * grid], on_progress)
+    kept[round(rows * size / grid) :] = _BLANK
+    pictures = [enlarged(center_crop(original, size)), enlarged(kept), *drawn.pictures(grid, wish.patches)]
+    captions = ["original", f"kept: {rows} of {grid} rows", *drawn.captions(names, wish.patches)]
     _save(pictures, captions, math.ceil(len(pictures) / math.ceil(len(pictures) / _WIDEST)), wish.output)
     return drawn.report(names)
 

@@ -13,7 +13,7 @@ from conf.schema import RuntimeConfig, SampleConfig
 from pipeline.cli import run_command
 from pipeline.graph import STAGES
 from pipeline.plan import StageStatus
-from stages.quick_look import Look, Wish
+from stages.quick_look import Beginning, Look, Wish
 
 LOOK = Look(classes=["cat", "dog"], mean_patch_length=1.81, seconds_per_image=0.25, device="cpu")
 
@@ -72,7 +72,7 @@ def test_an_image_is_continued_and_told_in_json(
 ) -> None:
     assert run_command(["sample", "--init", "b.jpg", "--keep-rows", "3", "--classes", "cat", "--json"]) == 0
     assert looks[0][0] == "continue_image"
-    assert looks[0][5:7] == (Path("b.jpg"), 3)
+    assert looks[0][5] == Beginning(image=Path("b.jpg"), keep_rows=3)
     assert json.loads(capsys.readouterr().out) == {"output": "samples.png", **vars(LOOK)}
 
 

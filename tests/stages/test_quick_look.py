@@ -14,7 +14,7 @@ from conf.schema import RuntimeConfig, Settings
 from stages.drawing import Drawer
 from stages.errors import InputError
 from stages.images import center_crop, pixels_to_float
-from stages.quick_look import Look, Wish, chosen_classes, continue_image, look, spread
+from stages.quick_look import Beginning, Look, Wish, chosen_classes, continue_image, look, spread
 from stages.stores.tokens import TokenStore
 
 NAMES = ["cat", "Dog", "7"]
@@ -86,8 +86,8 @@ def test_patches_are_outlined_where_they_start(
 
 def continued(artifacts: dict[str, Path], settings: Settings, image: Path, output: Path, **changes: Any) -> Look:
     wish = Wish(classes=changes.get("classes", ["1"]), count=3, patches=False, output=output)
-    keep_rows = changes.get("keep_rows", 3)
-    return continue_image(settings.sample, artifacts, RUNTIME, wish, image, keep_rows, lambda *_: None)
+    beginning = Beginning(image=image, keep_rows=changes.get("keep_rows", 3))
+    return continue_image(settings.sample, artifacts, RUNTIME, wish, beginning, lambda *_: None)
 
 
 def test_a_continuation_keeps_the_first_rows_of_the_real_image(
