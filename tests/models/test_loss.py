@@ -81,7 +81,7 @@ def test_logits_beyond_the_reach_of_exp_are_fine() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_training_step_holds_the_logits_once_at_most(precision: str) -> None:
-    """Memory of a process, in float32 copies of the logits; the plain cross-entropy takes three."""
+    """Memory of a process, in float32 copies of the logits: one and some slices. The plain cross-entropy takes three."""
     script = f"""
 import torch
 from models.loss import head_cross_entropy
@@ -99,4 +99,4 @@ step(N)
 print((peak() - before) / (4 * N * V))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert 0.4 < float(done.stdout) < 1.3
+    assert 0.4 < float(done.stdout) < 1.8, "a second copy would make two and some slices"
