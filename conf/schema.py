@@ -315,7 +315,7 @@ class SampleConfig(Section):
     max_length: PositiveInt | None = Field(None, description="Longest patch at sampling; null takes the patch index's.")
     batch_size: PositiveInt = Field(32, description="Samples drawn together: the unit of work and of resume.")
     image_size: int = Field(256, ge=16, le=1024, description="Side of the stored images; decoded images are resized.")
-    precision: Precision = "bfloat16"
+    precision: Precision = Field("bfloat16", description="Of the weights that draw; logits are float32.")
     grid_columns: PositiveInt = Field(8, description="Samples a class in grid.png.")
     seed: Seed = 0
 

@@ -85,8 +85,7 @@ class KVCache:
     def _step(self, layer: int, position: int, room: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._storage(layer, k, len(k), room)
         keys[:, :, position], values[:, :, position] = k, v
-        later = torch.arange(keys.shape[2], device=k.device) > position  # (S,)
-        return plain_attention(q[:, :, None], keys, values, later)[:, :, 0]
+        return plain_attention(q[:, :, None], keys, values, _later(position, room, k.device))[:, :, 0]
 
     def _ragged_step(
         self, layer: int, rows: Tensor, last: Tensor, later: Tensor, q: Tensor, k: Tensor, v: Tensor
@@ -118,9 +117,16 @@ class KVCache:
             keys = like.new_zeros(batch, heads, length, width)
             pair = self._layers[layer] = (keys, torch.zeros_like(keys))
         elif pair[0].shape[2] < room:
-            more = (0, 0, 0, room - pair[0].shape[2])
-            pair = self._layers[layer] = (F.pad(pair[0], more), F.pad(pair[1], more))
+            more = like.new_zeros(batch, heads, room - pair[0].shape[2], width)
+            pair = self._layers[layer] = (torch.cat([pair[0], more], dim=2), torch.cat([pair[1], more], dim=2))
         return pair[0][:, :, :room], pair[1][:, :, :room]
+
+
+@lru_cache(maxsize=1024)
+@torch.inference_mode(mode=False)  # made while sampling, it must serve outside too
+def _later(position: int, room: int, device: torch.device) -> Bool[Tensor, " S"]:
+    """Which of the first `room` positions come after `position`."""
+    return torch.arange(room, device=device) > position
 
 
 def _padded_attention(lengths: Sequence[int], device: torch.device) -> Attend:

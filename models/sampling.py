@@ -102,15 +102,7 @@ def sample_gpt(
     prefix: Int[Tensor, "B K"] | None = None,
 ) -> Int[Tensor, "B T"]:
     """Tokens drawn from a class-conditional GPT; the first ones are those of `prefix`, if it is given."""
-    cache = model.new_cache()
-    hidden = model.cls_embedding(_with_null(labels, model.cls_embedding.num_classes, options))
-    tokens, kept = _begin(uniforms, prefix)
-    for position in range(model.config.num_tokens):
-        logits = _guide(model.step(hidden, position, cache), options, position, model.config.num_tokens)
-        if position >= kept:
-            tokens[:, position] = draw(logits, uniforms[:, position], options)
-        hidden = _twice(model.tok_embeddings(tokens[:, position]), options)
-    return tokens
+    return _draw_all(GPTDecoding(model, labels, options), uniforms, options, prefix)
 
 
 def sample_dpar(
@@ -126,16 +118,33 @@ def sample_dpar(
     The first tokens are those of `prefix`, if it is given; `boundaries` decide for them as for all others.
     """
     decoding = DPARDecoding(model, labels, options, boundaries)
-    tokens, kept = _begin(uniforms, prefix)
-    for position in range(model.config.num_tokens):
-        logits = decoding.step(tokens[:, position - 1] if position else None)
-        if position >= kept:
-            tokens[:, position] = draw(logits, uniforms[:, position], options)
+    tokens = _draw_all(decoding, uniforms, options, prefix)
     return tokens, decoding.starts
 
 
-class DPARDecoding:
+class GPTDecoding:
     """The state of a batch of images that are being drawn; `step` advances all of them by one token."""
+
+    def __init__(self, model: GPT, labels: Int[Tensor, " B"], options: SamplingOptions) -> None:
+        self.model, self.options = model, options
+        self.labels = _with_null(labels, model.cls_embedding.num_classes, options)
+        self.position = 0
+        self._cache = model.new_cache()
+
+    def step(self, previous: Int[Tensor, " B"] | None) -> Float[Tensor, "B V"]:
+        """Guided logits of the next token, given the token before it (None before the first)."""
+        if previous is None:
+            hidden = self.model.cls_embedding(self.labels)
+        else:
+            hidden = _twice(self.model.tok_embeddings(previous), self.options)
+        logits = self.model.step(hidden, self.position, self._cache)
+        logits = _guide(logits, self.options, self.position, self.model.config.num_tokens)
+        self.position += 1
+        return logits
+
+
+class DPARDecoding:
+    """The same for DPAR, which also decides where patches start."""
 
     def __init__(
         self, model: DPAR, labels: Int[Tensor, " B"], options: SamplingOptions, boundaries: Boundaries
@@ -250,15 +259,24 @@ def filter_logits(logits: Float[Tensor, "B V"], options: SamplingOptions) -> Flo
     return logits
 
 
-def _begin(uniforms: Float[Tensor, "B T"], prefix: Int[Tensor, "B K"] | None) -> tuple[Int[Tensor, "B T"], int]:
-    """Tokens to be filled, and how many of each image are given."""
-    tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
-    if prefix is None:
-        return tokens, 0
-    if len(prefix) != len(tokens) or prefix.shape[1] > tokens.shape[1]:
-        raise ValueError(f"prefix is {tuple(prefix.shape)}, expected ({len(tokens)}, 0..{tokens.shape[1]})")
-    tokens[:, : prefix.shape[1]] = prefix
-    return tokens, prefix.shape[1]
+def _draw_all(
+    decoding: GPTDecoding | DPARDecoding,
+    uniforms: Float[Tensor, "B T"],
+    options: SamplingOptions,
+    prefix: Int[Tensor, "B K"] | None,
+) -> Int[Tensor, "B T"]:
+    """Draw token after token; those of `prefix` are taken as they are."""
+    tokens, kept = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device), 0
+    if prefix is not None:
+        kept = prefix.shape[1]
+        if len(prefix) != len(tokens) or kept > tokens.shape[1]:
+            raise ValueError(f"prefix is {tuple(prefix.shape)}, expected ({len(tokens)}, 0..{tokens.shape[1]})")
+        tokens[:, :kept] = prefix
+    for position in range(tokens.shape[1]):
+        logits = decoding.step(tokens[:, position - 1] if position else None)
+        if position >= kept:
+            tokens[:, position] = draw(logits, uniforms[:, position], options)
+    return tokens
 
 
 def _guide(

@@ -16,12 +16,13 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.schema import SampleConfig
 from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
+from models.packed_linear import pack_linear_layers
 from models.patching import PatchRule, static_patch_starts
 from models.sampling import (
     Boundaries,
@@ -73,6 +74,7 @@ class Drawer:
             InputError: The settings ask for boundaries that the patch index or the entropies cannot give.
         """
         model, vq = load_model(inputs["train"], device), load_vq(inputs["tokenizer"], device)
+        ready_to_draw(model, config)
         _require_fit("model", model.config, inputs["train"], store)
         if vq.config.codebook_size != store.codebook_size:
             raise ArtifactError(
@@ -100,13 +102,12 @@ class Drawer:
         )
         classes = torch.from_numpy(labels).to(self.device)
         uniforms = self._uniforms(numbers).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            if isinstance(self.model, GPT):
-                tokens = sample_gpt(self.model, classes, uniforms, options, prefix)
-                starts = torch.ones_like(tokens, dtype=torch.bool)
-            else:
-                assert self.boundaries is not None  # `load` makes them for every DPAR
-                tokens, starts = sample_dpar(self.model, classes, uniforms, options, self.boundaries, prefix)
+        if isinstance(self.model, GPT):
+            tokens = sample_gpt(self.model, classes, uniforms, options, prefix)
+            starts = torch.ones_like(tokens, dtype=torch.bool)
+        else:
+            assert self.boundaries is not None  # `load` makes them for every DPAR
+            tokens, starts = sample_dpar(self.model, classes, uniforms, options, self.boundaries, prefix)
         return {
             "images": self.decode(tokens),
             "labels": labels.astype(np.uint16),
@@ -129,6 +130,13 @@ class Drawer:
         num_tokens = self.model.config.num_tokens
         rows = [stream(self.config.seed, TOKEN_STREAM, int(number)).random(num_tokens) for number in numbers]
         return torch.from_numpy(np.stack(rows).astype(np.float32)).clamp_(max=1 - 2**-24)
+
+
+def ready_to_draw(model: nn.Module, config: SampleConfig) -> None:
+    """Bring weights into the type and order that make steps fast. Logits are float32 whatever the type."""
+    if config.precision == "bfloat16":
+        model.bfloat16()
+    pack_linear_layers(model)
 
 
 def stream(seed: int, purpose: int, number: int) -> np.random.Generator:
@@ -154,6 +162,7 @@ def _boundaries(config: SampleConfig, inputs: Inputs, store: TokenStore, device:
             )
         return GivenBoundaries(static_patch_starts(saved["static_length"], store.num_tokens).to(device))
     entropy_model = load_gpt(inputs["entropy_model"], device)
+    ready_to_draw(entropy_model, config)
     _require_fit("entropy model", entropy_model.config, inputs["entropy_model"], store)
     rule = PatchRule(
         threshold=saved["threshold"] if config.threshold is None else config.threshold,

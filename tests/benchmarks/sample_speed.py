@@ -1,0 +1,195 @@
+"""Sampling with caches: exact, against the published loop, against LlamaGen, and against its own linear layers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from report import report
+from samplers import (
+    GRIDS,
+    Decoder,
+    dpar,
+    dpar_decoder,
+    gpt,
+    llamagen_decoder,
+    packed,
+    ragged_starts,
+    seconds_an_image,
+    seconds_of,
+)
+from torch import Tensor, nn
+
+from models.dpar import DPAR, pack_patches
+from models.gpt import GPT, token_entropy
+from models.packed_linear import PackedLinear
+from models.sampling import DPARDecoding, GivenBoundaries, SamplingOptions
+from pipeline.bench import Figures, Gate, gate
+
+TOKENS = GRIDS[256].num_tokens
+BATCHES = (1, 4, 16)
+EXACT_BOUND, LOOP_BOUND, LINEAR_BOUND, CACHE_BOUND = 1e-4, 25.0, 1.4, 0.05
+RIVAL_BOUNDS = {"B": 1.1, "T": 1.25}  # by entropy model, DPAR-L over LlamaGen-L
+RIVAL_BATCH = 64
+EVERY = 16  # prefix lengths of the published loop that are timed
+
+
+def exactness() -> float:
+    """Largest difference of cached logits from those of the full forward: DPAR-B, float32, a ragged batch of 8."""
+    model, starts = dpar("B").float(), ragged_starts(8)
+    tokens = torch.randint(model.config.codebook_size, (8, TOKENS), generator=torch.Generator().manual_seed(1))
+    labels, worst = torch.arange(8), 0.0
+    expected = model(tokens, labels, pack_patches(starts))
+    decoding = DPARDecoding(packed(model), labels, SamplingOptions(), GivenBoundaries(starts))
+    for position in range(TOKENS):
+        logits = decoding.step(tokens[:, position - 1] if position else None)
+        worst = max(worst, float((logits - expected[:, position]).abs().max()))
+    return worst
+
+
+def loop_over_cached(batch: int) -> float:
+    """Time of the published loop over ours, DPAR-B with the B entropy model, by the trapezoidal rule."""
+    starts = ragged_starts(batch)
+    model, entropy_model = dpar("B"), gpt("B", conditional=False)
+    ours = dpar_decoder(packed(dpar("B")), starts, {"B": packed(gpt("B", conditional=False))})
+    tokens = torch.randint(model.config.codebook_size, (batch, TOKENS))
+    lengths = [1, *range(EVERY, TOKENS, EVERY), TOKENS - 1]
+    cached, loop = 0.0, []
+    for position in range(TOKENS):
+        cached += seconds_of(ours.step)
+        if position in lengths:
+            prefix = tokens[:, :position]
+            loop.append(seconds_of(lambda prefix=prefix: prefix_forward(model, entropy_model, prefix, starts)))
+    spans = zip(pairwise(lengths), pairwise(loop), strict=True)
+    return sum((b - a) * (first + second) / 2 for (a, b), (first, second) in spans) / cached
+
+
+def prefix_forward(model: DPAR, entropy_model: GPT, tokens: Tensor, starts: Tensor) -> None:
+    """What the published loop does for one token: all of both models on the whole prefix, guided."""
+    embedded = entropy_model.tok_embeddings(tokens)
+    token_entropy(entropy_model.output(entropy_model.transform(embedded, None, GRIDS[256].side)))
+    length = tokens.shape[1]
+    twice, labels = tokens.repeat(2, 1), torch.zeros(2 * len(tokens), dtype=torch.int64)
+    patches = pack_patches(starts[:, : length + 1].repeat(2, 1))
+    rope = model.token_rope(tokens.device)
+    states, pooled = model.local_encoder(model.tok_embeddings(twice), patches, rope[1 : length + 1])
+    context = model.global_context(pooled, labels, patches)
+    start = model.decoder_start_embedding.weight.expand(len(twice), 1, -1)
+    hidden = model.local_decoder(torch.cat([start, states], 1), context, patches.target_rows, rope[: length + 1])
+    model.output(model.norm(hidden)).float()
+
+
+Products = list[list[Callable[[], Tensor]]]
+"""For each position, the products of the linear layers that its step makes, each to be made again on its own."""
+
+
+def products(model: nn.Module, decoder: Decoder) -> Products:
+    """Those of `decoder`, which steps `model`, on random rows as many as it has."""
+    found: Products = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
+        rows = torch.randn_like(inputs[0])
+        found[-1].append(lambda: module.forward(rows))
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | PackedLinear)]
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    for _ in range(TOKENS):
+        found.append([])
+        decoder.step()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def over_linear_layers(make: Callable[[Any], Decoder], plain: nn.Module, fast: nn.Module) -> dict[str, float]:
+    """Milliseconds a token, and how much longer that is than its linear layers alone; in turns at each position.
+
+    Twice: the linear layers as torch makes them, and packed.
+    """
+    alone = {"torch's": products(plain, make(plain)), "packed": products(fast, make(fast))}
+    decoder, whole, seconds = make(fast), 0.0, dict.fromkeys(alone, 0.0)
+    for position in range(TOKENS):
+        whole += seconds_of(decoder.step)
+        for name, calls in alone.items():
+            seconds[name] += seconds_of(lambda here=calls[position]: [call() for call in here])
+    return {"ms a token": 1000 * whole / TOKENS, **{name: whole / total for name, total in seconds.items()}}
+
+
+def against_llamagen(size: str, batch: int) -> dict[str, float]:
+    """Seconds an image of LlamaGen and of DPAR with each entropy model, in turns."""
+    model, starts = packed(dpar(size)), ragged_starts(batch)
+    rivals = {"LlamaGen": llamagen_decoder(packed(gpt(size)), batch), "DPAR": dpar_decoder(model, starts)}
+    for name in RIVAL_BOUNDS:
+        entropy_models = {name: packed(gpt(name, conditional=False))}
+        rivals[f"DPAR, entropy model {name}"] = dpar_decoder(model, starts, entropy_models)
+    return seconds_an_image(rivals, TOKENS)
+
+
+def cache_misfit() -> float:
+    """Share by which the bytes of a filled cache differ from 2 L T D of bfloat16 a sequence."""
+    model = gpt("T")
+    cache, config = model.new_cache(), model.config
+    for position in range(TOKENS):
+        model.step(torch.zeros(2, config.dim, dtype=torch.bfloat16), position, cache)
+    return abs(cache.num_bytes / (2 * 2 * config.num_layers * TOKENS * config.dim * 2) - 1)
+
+
+def linear_gates(figures: Figures) -> list[Gate]:
+    """Both families of size B against their linear layers, at each batch."""
+    gates = []
+    for batch in BATCHES:
+        starts = ragged_starts(batch)
+        found = {
+            "LlamaGen-B": over_linear_layers(
+                lambda model, batch=batch: llamagen_decoder(model, batch), gpt("B"), packed(gpt("B"))
+            ),
+            "DPAR-B": over_linear_layers(
+                lambda model, starts=starts: dpar_decoder(model, starts), dpar("B"), packed(dpar("B"))
+            ),
+        }
+        for name, numbers in found.items():
+            column = figures.setdefault(f"{name}, batch {batch}", {})
+            column |= {"ms a token": numbers["ms a token"], "step / packed linear layers": numbers["packed"]}
+            gates.append(gate(f"{name}, batch {batch}: step / linear layers", numbers["torch's"], "<", LINEAR_BOUND))
+    return gates
+
+
+def rival_gates(figures: Figures) -> list[Gate]:
+    """DPAR-L against LlamaGen-L: gates at the largest batch, figures at all."""
+    for batch in (*BATCHES, RIVAL_BATCH):
+        found = against_llamagen("L", batch)
+        column = figures.setdefault(f"L, batch {batch}", {})
+        column |= {f"{name}, s an image": seconds for name, seconds in found.items()}
+    return [
+        gate(
+            f"DPAR-L with entropy model {name} / LlamaGen-L, images a second, batch {RIVAL_BATCH}",
+            found["LlamaGen"] / found[f"DPAR, entropy model {name}"],
+            ">",
+            bound,
+        )
+        for name, bound in RIVAL_BOUNDS.items()
+    ]
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure what is asked for and print what was found."""
+    parts: dict[str, Callable[[Figures], list[Gate]]] = {
+        "exact": lambda _: [gate("cached logits - full forward's, largest", exactness(), "<", EXACT_BOUND)],
+        "loop": lambda _: [gate("published loop / cached, DPAR-B, batch 4", loop_over_cached(4), ">", LOOP_BOUND)],
+        "cache": lambda _: [gate("bytes of a cache off the formula, share", cache_misfit(), "<", CACHE_BOUND)],
+        "linear": linear_gates,
+        "rivals": rival_gates,
+    }
+    parser = argparse.ArgumentParser(description="Sampling with caches.")
+    parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
+    figures: Figures = {}
+    gates = [found for name in parser.parse_args().only for found in parts[name](figures)]
+    report(gates, figures)
+
+
+if __name__ == "__main__":
+    main()
