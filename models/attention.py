@@ -1,20 +1,18 @@
-"""Causal attention in the three layouts that occur: rectangular, packed, and one step against a cache."""
+"""Causal attention of whole sequences, rectangular or packed; kv_cache.py has that of single steps."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.layers import Attend
-
-_BLOCK = 32  # positions by which caches grow
 
 
 def causal_attention(
@@ -49,84 +47,6 @@ def packed_causal_attention(lengths: Sequence[int], device: torch.device) -> Att
     Elsewhere sequences are padded on the right, where a causal mask hides the padding from every real position.
     """
     return _xformers_attention(lengths, device) if device.type == "cuda" else _padded_attention(lengths, device)
-
-
-class KVCache:
-    """Keys and values of a stack of layers, for B sequences that grow position by position to at most `capacity`.
-
-    One query a sequence makes no use of torch's attention kernels; the plain products are faster.
-    """
-
-    def __init__(self, num_layers: int, capacity: int) -> None:
-        self._capacity = capacity
-        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
-
-    def step(self, position: int) -> Iterator[Attend]:
-        """For each layer: attention of one new position of every sequence to all up to it."""
-        room = self._room(position + 1)
-        for layer in range(len(self._layers)):
-            yield partial(self._step, layer, position, room)
-
-    def ragged_step(self, rows: Int[Tensor, " R"], last: Int[Tensor, " B"]) -> Iterator[Attend]:
-        """For each layer: attention of a new position of some sequences to all up to their own `last`.
-
-        All sequences attend, and what the others get is thrown away: to choose keys and values of some is to copy them.
-        """
-        room = self._room(int(last[rows].max()) + 1)
-        later = torch.arange(room, device=last.device) > last[:, None]  # (B, S)
-        for layer in range(len(self._layers)):
-            yield partial(self._ragged_step, layer, rows, last, later)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that keys and values take now."""
-        return sum(x.nbytes for pair in self._layers if pair is not None for x in pair)
-
-    def _step(self, layer: int, position: int, room: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self._storage(layer, k, len(k), room)
-        keys[:, :, position], values[:, :, position] = k, v
-        return plain_attention(q[:, :, None], keys, values, _later(position, room, k.device))[:, :, 0]
-
-    def _ragged_step(
-        self, layer: int, rows: Tensor, last: Tensor, later: Tensor, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
-        keys, values = self._storage(layer, k, *later.shape)
-        keys[rows, :, last[rows]], values[rows, :, last[rows]] = k, v
-        queries = q.new_zeros(len(last), *q.shape[1:]).index_copy(0, rows, q)
-        mixed = plain_attention(queries[:, :, None], keys, values, later[:, None, None])[:, :, 0]
-        return mixed.index_select(0, rows)
-
-    def _room(self, filled: int) -> int:
-        """Positions of whole blocks that hold `filled` positions."""
-        if filled > self._capacity:
-            raise ValueError(
-                f"position {filled - 1} of a cache for {self._capacity} positions, expected one below that"
-            )
-        return min(self._capacity, -(-filled // _BLOCK) * _BLOCK)
-
-    def _storage(self, layer: int, like: Tensor, batch: int, room: int) -> tuple[Tensor, Tensor]:
-        """The first `room` positions of a layer, (B, H, S, K), in the type that attention computes in.
-
-        Zeros at first: what is masked must be finite. On CUDA all is allocated at once. On a CPU it grows a block at a
-        time, because products of bfloat16 copy any array that is not contiguous, as a part of a longer one.
-        """
-        pair = self._layers[layer]
-        heads, width = like.shape[-2:]
-        if pair is None:
-            length = self._capacity if like.is_cuda else room
-            keys = like.new_zeros(batch, heads, length, width)
-            pair = self._layers[layer] = (keys, torch.zeros_like(keys))
-        elif pair[0].shape[2] < room:
-            more = like.new_zeros(batch, heads, room - pair[0].shape[2], width)
-            pair = self._layers[layer] = (torch.cat([pair[0], more], dim=2), torch.cat([pair[1], more], dim=2))
-        return pair[0][:, :, :room], pair[1][:, :, :room]
-
-
-@lru_cache(maxsize=1024)
-@torch.inference_mode(mode=False)  # made while sampling, it must serve outside too
-def _later(position: int, room: int, device: torch.device) -> Bool[Tensor, " S"]:
-    """Which of the first `room` positions come after `position`."""
-    return torch.arange(room, device=device) > position
 
 
 def _padded_attention(lengths: Sequence[int], device: torch.device) -> Attend:

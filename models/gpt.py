@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from models.attention import KVCache, causal_attention
+from models.attention import causal_attention
 from models.config import GPTConfig
+from models.kv_cache import KVCache
 from models.layers import Block, LabelEmbedder, RMSNorm, check_tokens, grid_rope, init_weights
 from models.loss import head_cross_entropy
 

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from models.attention import KVCache
 from models.dpar import DPAR
 from models.gpt import GPT, token_entropy
 from models.guidance import Schedule, guidance_scale
+from models.kv_cache import KVCache
 from models.patching import PatchRule, opens_patch
 
 

@@ -1,7 +1,7 @@
 """What the benchmarks of sampling share: models with random weights, and samplers that draw a token at each call.
 
-bfloat16 weights and classifier-free guidance, as in use. Boundaries are given, at the paper's mean patch length; where an
-entropy model counts, it runs beside them for what it costs, because random weights would cut anywhere.
+bfloat16 weights and classifier-free guidance, as in use. Boundaries are given, at the paper's mean patch length; where
+an entropy model counts, it runs beside them for what it costs, because random weights would cut anywhere.
 """
 
 from __future__ import annotations

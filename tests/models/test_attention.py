@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.attention import KVCache, causal_attention, packed_causal_attention
+from models.attention import causal_attention, packed_causal_attention
+from models.kv_cache import KVCache
 
 CPU = torch.device("cpu")
 
