@@ -19,6 +19,7 @@ from torch import Tensor
 from models.layers import Attend
 
 _BLOCK = 32  # positions by which caches grow
+_KEPT = 8  # places that are remembered: of keys and values, in this step and the last
 
 
 class KVCache:
@@ -36,9 +37,11 @@ class KVCache:
 
     def ragged_step(self, rows: Int[Tensor, " R"], last: Int[Tensor, " B"]) -> Iterator[Attend]:
         """For each layer: attention of a new position of some sequences to all up to their own `last`."""
-        later = torch.arange(self._room(int(last[rows].max()) + 1), device=last.device) > last[rows][:, None]  # (R, S)
+        length = int(last[rows].max()) + 1
+        later = torch.arange(length, device=last.device) > last[rows][:, None]  # (R, S)
+        step = partial(self._ragged_step, len(last), self._room(length), _Chosen(rows), last[rows], later)
         for layer in range(len(self._layers)):
-            yield partial(self._ragged_step, layer, rows, last, later)
+            yield partial(step, layer)
 
     @property
     def num_bytes(self) -> int:
@@ -48,14 +51,23 @@ class KVCache:
     def _step(self, layer: int, position: int, room: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._storage(layer, k, len(k), room)
         keys[..., position], values[:, :, position] = k, v
-        return _attend(q, keys, values, _all_rows(len(q), q.device), _later(position, room, q.device))
+        return _attend(q, keys, values, _everyone(len(q), q.device), position + 1, None)
 
     def _ragged_step(
-        self, layer: int, rows: Tensor, last: Tensor, later: Tensor, q: Tensor, k: Tensor, v: Tensor
+        self,
+        batch: int,
+        room: int,
+        chosen: _Chosen,
+        last: Tensor,
+        later: Tensor,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> Tensor:
-        keys, values = self._storage(layer, k, len(last), later.shape[1])
-        keys[rows, :, :, last[rows]], values[rows, :, last[rows]] = k, v
-        return _attend(q, keys, values, rows, later)
+        keys, values = self._storage(layer, k, batch, room)
+        keys[chosen.rows, :, :, last], values[chosen.rows, :, last] = k, v
+        return _attend(q, keys, values, chosen, later.shape[1], later[:, None])
 
     def _room(self, filled: int) -> int:
         """Positions of whole blocks that hold `filled` positions, and all that there were before."""
@@ -84,47 +96,59 @@ class KVCache:
         return pair
 
 
+class _Chosen:
+    """Sequences that take a step. All layers find the rows of their tables at the same places."""
+
+    def __init__(self, rows: Int[Tensor, " R"]) -> None:
+        self.rows = rows
+        self._places: dict[tuple[int, int, int], Tensor] = {}
+
+    @torch.inference_mode(mode=False)  # found while sampling, they must serve outside too
+    def places(self, heads: int, height: int, count: int) -> Int[Tensor, "R*H N"]:
+        """Of the first `count` rows of each head's table, where tables of `height` rows lie behind each other."""
+        shape = (heads, height, count)
+        if shape not in self._places:
+            if len(self._places) == _KEPT:
+                self._places.clear()
+            first = (self.rows[:, None] * heads + torch.arange(heads)).view(-1, 1) * height
+            self._places[shape] = (first + torch.arange(count)).int()
+        return self._places[shape]
+
+
 def _attend(
     q: Float[Tensor, "R H K"],
     keys: Float[Tensor, "B H K S"],
     values: Float[Tensor, "B H S K"],
-    rows: Int[Tensor, " R"],
-    later: Bool[Tensor, "#R S"],
+    chosen: _Chosen,
+    length: int,
+    later: Bool[Tensor, "R 1 L"] | None,
 ) -> Float[Tensor, "R H K"]:
-    """Attention of one query each of the sequences `rows`, with a float32 softmax; what is `later` is not seen."""
-    product = _weighted_rows if q.device.type == "cpu" else _products
-    scores = product(q * q.shape[-1] ** -0.5, keys, rows)  # (R, H, S)
-    scores = scores.masked_fill(later[:, None], -torch.inf)
-    return product(scores.softmax(dim=-1, dtype=torch.float32).type_as(q), values, rows)
+    """Attention of one query each to the first `length` positions, float32 softmax; what is `later` is not seen."""
+    add_up = _weighted_rows if q.device.type == "cpu" else _products
+    scores = add_up(q * q.shape[-1] ** -0.5, keys, chosen)[..., :length]  # (R, H, L)
+    if later is not None:
+        scores = scores.masked_fill(later, -torch.inf)
+    return add_up(scores.softmax(dim=-1, dtype=torch.float32).type_as(q), values, chosen)
 
 
 def _weighted_rows(
-    weights: Float[Tensor, "R H N"], tables: Float[Tensor, "B H N W"], rows: Int[Tensor, " R"]
+    weights: Float[Tensor, "R H N"], tables: Float[Tensor, "B H M W"], chosen: _Chosen
 ) -> Float[Tensor, "R H W"]:
-    """For each head of the sequences `rows` the sum of its table's rows times its weights, added up in float32."""
-    count, heads, height = weights.shape
-    first = (rows[:, None] * heads + torch.arange(heads)).view(-1, 1) * height
-    places = first + torch.arange(height)  # (R H, N)
+    """For each head the sum of the first N rows of its table times their weights, added up in float32."""
+    places = chosen.places(tables.shape[1], tables.shape[2], weights.shape[2])
     summed = F.embedding_bag(places, tables.flatten(0, 2), mode="sum", per_sample_weights=weights.flatten(0, 1))
-    return summed.view(count, heads, -1)
+    return summed.view(*weights.shape[:2], -1)
 
 
 def _products(
-    weights: Float[Tensor, "R H N"], tables: Float[Tensor, "B H N W"], rows: Int[Tensor, " R"]
+    weights: Float[Tensor, "R H N"], tables: Float[Tensor, "B H M W"], chosen: _Chosen
 ) -> Float[Tensor, "R H W"]:
     """The same by matrix products of all sequences: to choose the tables of some is to copy them."""
-    everyone = weights.new_zeros(len(tables), *weights.shape[1:]).index_copy(0, rows, weights)
-    return (everyone[:, :, None] @ tables)[:, :, 0].index_select(0, rows)
+    everyone = weights.new_zeros(len(tables), *weights.shape[1:]).index_copy(0, chosen.rows, weights)
+    return (everyone[:, :, None] @ tables[:, :, : weights.shape[2]])[:, :, 0].index_select(0, chosen.rows)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(mode=False)  # made while sampling, it must serve outside too
-def _all_rows(count: int, device: torch.device) -> Int[Tensor, " B"]:
-    return torch.arange(count, device=device)
-
-
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=16)
 @torch.inference_mode(mode=False)
-def _later(position: int, room: int, device: torch.device) -> Bool[Tensor, "1 S"]:
-    """Which of the first `room` positions come after `position`."""
-    return torch.arange(room, device=device)[None] > position
+def _everyone(count: int, device: torch.device) -> _Chosen:
+    return _Chosen(torch.arange(count, device=device))
