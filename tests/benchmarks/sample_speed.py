@@ -12,8 +12,10 @@ from report import report
 from samplers import (
     GRIDS,
     Decoder,
+    Watched,
     dpar,
     dpar_decoder,
+    entropy_model,
     gpt,
     llamagen_decoder,
     packed,
@@ -53,8 +55,8 @@ def exactness() -> float:
 def loop_over_cached(batch: int) -> float:
     """Time of the published loop over ours, DPAR-B with the B entropy model, by the trapezoidal rule."""
     starts = ragged_starts(batch)
-    model, entropy_model = dpar("B"), gpt("B", conditional=False)
-    ours = dpar_decoder(packed(dpar("B")), starts, {"B": packed(gpt("B", conditional=False))})
+    model, entropies = dpar("B"), gpt("B", conditional=False)
+    ours = dpar_decoder(packed(dpar("B")), Watched(starts, {"B": entropy_model("B")}))
     tokens = torch.randint(model.config.codebook_size, (batch, TOKENS))
     lengths = [1, *range(EVERY, TOKENS, EVERY), TOKENS - 1]
     cached, loop = 0.0, []
@@ -62,15 +64,15 @@ def loop_over_cached(batch: int) -> float:
         cached += seconds_of(ours.step)
         if position in lengths:
             prefix = tokens[:, :position]
-            loop.append(seconds_of(lambda prefix=prefix: prefix_forward(model, entropy_model, prefix, starts)))
+            loop.append(seconds_of(lambda prefix=prefix: prefix_forward(model, entropies, prefix, starts)))
     spans = zip(pairwise(lengths), pairwise(loop), strict=True)
     return sum((b - a) * (first + second) / 2 for (a, b), (first, second) in spans) / cached
 
 
-def prefix_forward(model: DPAR, entropy_model: GPT, tokens: Tensor, starts: Tensor) -> None:
+def prefix_forward(model: DPAR, entropies: GPT, tokens: Tensor, starts: Tensor) -> None:
     """What the published loop does for one token: all of both models on the whole prefix, guided."""
-    embedded = entropy_model.tok_embeddings(tokens)
-    token_entropy(entropy_model.output(entropy_model.transform(embedded, None, GRIDS[256].side)))
+    embedded = entropies.tok_embeddings(tokens)
+    token_entropy(entropies.output(entropies.transform(embedded, None, GRIDS[256].side)))
     length = tokens.shape[1]
     twice, labels = tokens.repeat(2, 1), torch.zeros(2 * len(tokens), dtype=torch.int64)
     patches = pack_patches(starts[:, : length + 1].repeat(2, 1))
@@ -121,10 +123,10 @@ def over_linear_layers(make: Callable[[Any], Decoder], plain: nn.Module, fast: n
 def against_llamagen(size: str, batch: int) -> dict[str, float]:
     """Seconds an image of LlamaGen and of DPAR with each entropy model, in turns."""
     model, starts = packed(dpar(size)), ragged_starts(batch)
-    rivals = {"LlamaGen": llamagen_decoder(packed(gpt(size)), batch), "DPAR": dpar_decoder(model, starts)}
+    rivals = {"LlamaGen": llamagen_decoder(packed(gpt(size)), batch), "DPAR": dpar_decoder(model, Watched(starts))}
     for name in RIVAL_BOUNDS:
-        entropy_models = {name: packed(gpt(name, conditional=False))}
-        rivals[f"DPAR, entropy model {name}"] = dpar_decoder(model, starts, entropy_models)
+        boundaries = Watched(starts, {name: entropy_model(name)})
+        rivals[f"DPAR, entropy model {name}"] = dpar_decoder(model, boundaries)
     return seconds_an_image(rivals, TOKENS)
 
 
@@ -147,7 +149,7 @@ def linear_gates(figures: Figures) -> list[Gate]:
                 lambda model, batch=batch: llamagen_decoder(model, batch), gpt("B"), packed(gpt("B"))
             ),
             "DPAR-B": over_linear_layers(
-                lambda model, starts=starts: dpar_decoder(model, starts), dpar("B"), packed(dpar("B"))
+                lambda model, starts=starts: dpar_decoder(model, Watched(starts)), dpar("B"), packed(dpar("B"))
             ),
         }
         for name, numbers in found.items():

@@ -7,7 +7,7 @@ an entropy model counts, it runs beside them for what it costs, because random w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
@@ -16,10 +16,18 @@ from torch import Tensor, nn
 
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
 from models.dpar import DPAR
-from models.gpt import GPT, token_entropy
+from models.gpt import GPT
 from models.packed_linear import pack_linear_layers
 from models.patching import PatchRule, patch_starts
-from models.sampling import DPARDecoding, GivenBoundaries, GPTDecoding, SamplingOptions, draw
+from models.sampling import (
+    Boundaries,
+    DPARDecoding,
+    EntropyBoundaries,
+    GivenBoundaries,
+    GPTDecoding,
+    SamplingOptions,
+    draw,
+)
 
 CODES, CLASSES = 16384, 1000
 GUIDED = SamplingOptions(cfg_scale=2.0)
@@ -81,40 +89,48 @@ def ragged_starts(batch: int, grid: Grid = GRIDS[256]) -> Tensor:
 
 
 class Watched:
-    """Given boundaries, beside entropy models that run as if they decided them; adds up what each takes."""
+    """Given boundaries, beside sources that run as if they decided them; adds up what each takes."""
 
-    def __init__(self, starts: Tensor, models: Mapping[str, GPT]) -> None:
-        self._given, self._models = GivenBoundaries(starts), dict(models)
-        self._caches = {name: model.new_cache() for name, model in models.items()}
-        self.seconds = dict.fromkeys(models, 0.0)
+    def __init__(self, starts: Tensor, sources: Mapping[str, Boundaries] | None = None) -> None:
+        self.starts, self._sources = starts, dict(sources or {})
+        self._given = GivenBoundaries(starts)
+        self.seconds = dict.fromkeys(self._sources, 0.0)
 
     def begin(self, batch: int, num_tokens: int) -> None:
         """Start a batch."""
-        self._caches = {name: model.new_cache() for name, model in self._models.items()}
-        self._given.begin(batch, num_tokens)
+        for boundaries in (self._given, *self._sources.values()):
+            boundaries.begin(batch, num_tokens)
 
     def opens(self, position: int, previous: Tensor, open_lengths: Tensor) -> Tensor:
-        """The given answer, after the entropies that were asked for."""
-        for name, model in self._models.items():
+        """The given answer, after those that were asked for."""
+        for name, source in self._sources.items():
             start = time.perf_counter()
-            token_entropy(model.step(model.tok_embeddings(previous), position - 1, self._caches[name]))
+            source.opens(position, previous, open_lengths)
             self.seconds[name] += time.perf_counter() - start
         return self._given.opens(position, previous, open_lengths)
+
+
+def entropy_model(size: str, grid: Grid = GRIDS[256]) -> EntropyBoundaries:
+    """An entropy model as a source of boundaries."""
+    return EntropyBoundaries(packed(gpt(size, grid, conditional=False)), PatchRule(0.5, 4, True, grid.side))
 
 
 class Decoder:
     """Draws the next token of every image at each step."""
 
-    def __init__(self, decoding: GPTDecoding | DPARDecoding, starts: Tensor | None = None) -> None:
-        self._decoding, self._starts = decoding, starts
-        self.batch = len(decoding.labels) // 2
+    def __init__(self, decoding: GPTDecoding | DPARDecoding) -> None:
+        self.batch, self.draw_seconds = len(decoding.labels) // 2, 0.0
+        self._decoding = decoding
         self._uniforms = torch.rand(self.batch, decoding.model.config.num_tokens)
         self._last: Tensor | None = None
 
     def step(self) -> Tensor:
         """Tokens (B,)."""
-        place = self._decoding.position
-        self._last = draw(self._decoding.step(self._last), self._uniforms[:, place], GUIDED)
+        uniforms = self._uniforms[:, self._decoding.position]
+        logits = self._decoding.step(self._last)
+        start = time.perf_counter()
+        self._last = draw(logits, uniforms, GUIDED)
+        self.draw_seconds += time.perf_counter() - start
         return self._last
 
     def skip_to(self, position: int) -> None:
@@ -123,8 +139,8 @@ class Decoder:
             self.step()
         self._decoding.position = position
         if isinstance(self._decoding, DPARDecoding):
-            assert self._starts is not None
-            before = self._starts[:, :position]
+            assert isinstance(self._decoding.boundaries, Watched)
+            before = self._decoding.boundaries.starts[:, :position]
             self._decoding.num_patches = before.sum(dim=1) - 1
             self._decoding.open_lengths = position - before.long().cumsum(dim=1).argmax(dim=1)
 
@@ -134,10 +150,9 @@ def llamagen_decoder(model: GPT, batch: int) -> Decoder:
     return Decoder(GPTDecoding(model, torch.arange(batch), GUIDED))
 
 
-def dpar_decoder(model: DPAR, starts: Tensor, entropy_models: Mapping[str, GPT] | None = None) -> Decoder:
+def dpar_decoder(model: DPAR, boundaries: Watched) -> Decoder:
     """Of DPAR."""
-    boundaries = Watched(starts, entropy_models or {})
-    return Decoder(DPARDecoding(model, torch.arange(len(starts)), GUIDED, boundaries), starts)
+    return Decoder(DPARDecoding(model, torch.arange(len(boundaries.starts)), GUIDED, boundaries))
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -147,22 +162,25 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def seconds_an_image(decoders: Mapping[str, Decoder], num_tokens: int) -> dict[str, float]:
-    """Seconds that each decoder takes for an image, from windows of positions, in turns at each.
+def windows(decoders: Collection[Decoder], num_tokens: int) -> Iterator[None]:
+    """Every fourth position, in windows of eight; the decoders stand before it.
 
-    Every fourth position is timed, in windows of eight that lie evenly in the blocks of 32 by which caches grow: their
-    growth counts as often as it happens. Between windows decoders are set ahead; what they would have drawn is zeros,
-    which takes the same time.
+    Windows lie evenly in the blocks of 32 by which caches grow, so that their growth counts as often as it happens.
+    Between windows decoders are set ahead: what they would have drawn is zeros, which takes the same time.
     """
-    seconds = dict.fromkeys(decoders, 0.0)
-    blocks = range(0, num_tokens, _GROWTH)
-    for number, block in enumerate(blocks, 1):
-        first = block + number * _WINDOW % _GROWTH
-        for decoder in decoders.values():
-            decoder.skip_to(first - 1)
+    for number, block in enumerate(range(0, num_tokens, _GROWTH), 1):
+        for decoder in decoders:
+            decoder.skip_to(block + number * _WINDOW % _GROWTH - 1)
             decoder.step()
         for _ in range(_WINDOW):
-            for name, decoder in decoders.items():
-                seconds[name] += seconds_of(decoder.step)
-    scale = num_tokens / (_WINDOW * len(blocks))
-    return {name: scale * total / decoders[name].batch for name, total in seconds.items()}
+            yield
+
+
+def seconds_an_image(decoders: Mapping[str, Decoder], num_tokens: int) -> dict[str, float]:
+    """Seconds that each decoder takes for an image, in turns at every position that is timed."""
+    seconds, timed = dict.fromkeys(decoders, 0.0), 0
+    for _ in windows(decoders.values(), num_tokens):
+        timed += 1
+        for name, decoder in decoders.items():
+            seconds[name] += seconds_of(decoder.step)
+    return {name: num_tokens * total / timed / decoders[name].batch for name, total in seconds.items()}

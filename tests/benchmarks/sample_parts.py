@@ -1,0 +1,150 @@
+"""Where the time of drawing an image goes, model by model, and how it falls as more images are drawn together."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from report import report
+from samplers import (
+    GRIDS,
+    Watched,
+    dpar,
+    dpar_decoder,
+    entropy_model,
+    gpt,
+    llamagen_decoder,
+    packed,
+    ragged_starts,
+    seconds_an_image,
+    seconds_of,
+    windows,
+)
+from torch import nn
+
+from models.dpar import DPAR
+
+SIZES, ENTROPY_MODELS = ("B", "L", "XL"), ("B", "T")
+BATCH = 16
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Stopwatch:
+    """Adds up the seconds that modules take."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def watch(self, name: str, modules: Iterable[nn.Module]) -> None:
+        """Count what `modules` take under `name`; none of them lies in another."""
+        self.seconds[name] = 0.0
+        for module in modules:
+            module.register_forward_pre_hook(self._start)
+            module.register_forward_hook(lambda *_: self._stop(name))
+
+    def _start(self, *_: Any) -> None:
+        self._since = time.perf_counter()
+
+    def _stop(self, name: str) -> None:
+        self.seconds[name] += time.perf_counter() - self._since
+
+
+def watched(model: DPAR) -> Stopwatch:
+    """A stopwatch on the parts of a DPAR."""
+    watch = Stopwatch()
+    watch.watch("encoder", [*model.local_encoder.layers, *model.local_encoder.cross_attn_layers])
+    watch.watch("global", model.layers)
+    watch.watch("decoder", [*model.local_decoder.layers, *model.local_decoder.cross_attn_layers])
+    watch.watch("head", [model.norm, model.output])
+    return watch
+
+
+def parts(size: str, pixels: int) -> dict[str, float]:
+    """Seconds an image of DPAR by part, and of LlamaGen as a whole beside it, in turns."""
+    grid = GRIDS[pixels]
+    model, starts = packed(dpar(size, grid)), ragged_starts(BATCH, grid)
+    watch = watched(model)
+    sources = Watched(starts, {f"entropy model {name}": entropy_model(name, grid) for name in ENTROPY_MODELS})
+    decoder, rival = dpar_decoder(model, sources), llamagen_decoder(packed(gpt(size, grid)), BATCH)
+
+    def readings() -> Counter[str]:
+        return Counter({**watch.seconds, "sampling": decoder.draw_seconds, **sources.seconds})
+
+    spent: Counter[str] = Counter()
+    timed = 0
+    for _ in windows([decoder, rival], grid.num_tokens):
+        timed += 1
+        spent["LlamaGen"] += seconds_of(rival.step)
+        before = readings()
+        spent["whole"] += seconds_of(decoder.step)
+        spent.update({name: seconds - before[name] for name, seconds in readings().items()})
+    return totals({name: grid.num_tokens * seconds / timed / BATCH for name, seconds in spent.items()})
+
+
+def totals(spent: dict[str, float]) -> dict[str, float]:
+    """The parts, what is in none of them, and the sums with either entropy model and without one."""
+    whole, rival = spent.pop("whole"), spent.pop("LlamaGen")
+    models = {name: seconds for name, seconds in spent.items() if name.startswith("entropy model")}
+    without = whole - sum(models.values())
+    rest = whole - sum(spent.values())
+    sums = {f"in all, {name}": without + seconds for name, seconds in models.items()}
+    return spent | {"the rest": rest, "in all, boundaries given": without, **sums, "LlamaGen": rival}
+
+
+def by_batch(size: str) -> dict[str, dict[str, float]]:
+    """Seconds an image of LlamaGen and DPAR at each batch."""
+    llamagen, model, entropies = packed(gpt(size)), packed(dpar(size)), entropy_model("B")
+    found: dict[str, dict[str, float]] = {}
+    for batch in BATCHES:
+        starts = ragged_starts(batch)
+        decoders = {
+            f"LlamaGen-{size}": llamagen_decoder(llamagen, batch),
+            f"DPAR-{size}, boundaries given": dpar_decoder(model, Watched(starts)),
+            f"DPAR-{size}, entropy model B": dpar_decoder(model, Watched(starts, {"entropies": entropies})),
+        }
+        for name, seconds in seconds_an_image(decoders, GRIDS[256].num_tokens).items():
+            found.setdefault(name, {})[f"batch {batch}"] = seconds
+    return found
+
+
+def draw_curve(found: dict[str, dict[str, float]], path: Path) -> None:
+    """Write a PNG of seconds an image over the images drawn together."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, column in found.items():
+        axes.plot(BATCHES, list(column.values()), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+    axes.set(xlabel="images drawn together", ylabel="seconds an image", title="Sampling at 256 px, guided, bfloat16")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and print what was found; no gates."""
+    parser = argparse.ArgumentParser(description="Where the time of drawing an image goes.")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--curve", type=Path, default=Path("artifacts/bench/sampling.png"), metavar="PNG")
+    options = parser.parse_args()
+    columns = by_batch("B")
+    draw_curve(columns, options.curve)
+    print(f"curve in {options.curve}", file=sys.stderr)
+    for size in options.sizes:
+        for pixels in GRIDS:
+            columns[f"DPAR-{size}, {pixels} px, batch {BATCH}"] = parts(size, pixels)
+    report([], {f"{name}, s an image": column for name, column in columns.items()})
+
+
+if __name__ == "__main__":
+    main()
