@@ -27,6 +27,7 @@ BELOW_EACH_OTHER = (
 SCRIPTS_FOLDER = Path(__file__).parents[1] / "tests" / "benchmarks"
 SCRIPTS = {
     "train-step": ("train_step.py",),
+    "sample": ("sample_speed.py", "sample_parts.py"),
     "data": ("data_stores.py", "data_loader.py", "image_stages.py", "stage_memory.py"),
 }
 NAMES = ("demo", "cli", *SCRIPTS)

@@ -1,4 +1,4 @@
-"""Packed attention against a dense softmax under xformers' own mask, and cached steps against the whole."""
+"""Packed attention against a dense softmax under xformers' own mask."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from models.attention import causal_attention, packed_causal_attention
-from models.kv_cache import KVCache
 
 CPU = torch.device("cpu")
 
@@ -41,46 +40,6 @@ def test_bfloat16_attention_on_the_cpu_stays_near_float32_in_values_and_gradient
     for a, b in zip(rounded, exact, strict=True):
         assert a.grad is not None
         torch.testing.assert_close(a.grad.float(), b.grad, atol=6e-2, rtol=6e-2)
-
-
-LENGTH = 70  # more than two blocks of the cache
-
-
-def test_cached_steps_equal_the_whole_sequence_in_every_layer() -> None:
-    layers = [qkv(3, LENGTH, 2, 8), tuple(x.flip(1) for x in qkv(3, LENGTH, 2, 8))]
-    cache = KVCache(num_layers=2, capacity=LENGTH)
-    found: list[list[torch.Tensor]] = [[], []]
-    for t in range(LENGTH):
-        for out, (q, k, v), attend in zip(found, layers, cache.step(t), strict=True):
-            out.append(attend(q[:, t], k[:, t], v[:, t]))
-    for out, (q, k, v) in zip(found, layers, strict=True):
-        torch.testing.assert_close(torch.stack(out, dim=1), causal_attention(q, k, v), atol=1e-5, rtol=1e-5)
-
-
-def test_ragged_steps_advance_only_their_rows() -> None:
-    q, k, v = qkv(3, LENGTH, 2, 8)
-    whole = causal_attention(q, k, v)
-    cache, counts = KVCache(num_layers=1, capacity=LENGTH), torch.zeros(3, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(1)
-    while int(counts.min()) < LENGTH:
-        rows = torch.nonzero((torch.rand(3, generator=generator) < 0.6) & (counts < LENGTH))[:, 0]
-        if len(rows):
-            places = counts[rows]
-            (attend,) = cache.ragged_step(rows, counts.clamp(max=LENGTH - 1))
-            found = attend(q[rows, places], k[rows, places], v[rows, places])
-            torch.testing.assert_close(found, whole[rows, places], atol=1e-5, rtol=1e-5)
-            counts[rows] += 1
-
-
-def test_a_cache_takes_its_capacity_and_no_position_more() -> None:
-    q, k, v = qkv(3, 40, 2, 8)
-    cache = KVCache(num_layers=1, capacity=40)
-    for t in range(40):
-        (attend,) = cache.step(t)
-        attend(q[:, t], k[:, t], v[:, t])
-    assert cache.num_bytes == 2 * k.nbytes
-    with pytest.raises(ValueError, match="position 40 of a cache for 40 positions"):
-        next(cache.step(40))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,85 @@
+"""Cached steps against attention of the whole sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models import kv_cache
+from models.attention import causal_attention
+from models.kv_cache import KVCache
+
+
+@pytest.fixture(params=["weighted rows", "matrix products"], autouse=True)
+def _products_of_either_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every property holds for what CPUs do and for what other devices do, here on the CPU."""
+    if request.param == "matrix products":
+        monkeypatch.setattr(kv_cache, "_weighted_rows", kv_cache._products)
+
+
+def qkv(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(*shape), torch.randn(*shape), torch.randn(*shape)
+
+
+LENGTH = 70  # more than two blocks of the cache
+
+
+def test_cached_steps_equal_the_whole_sequence_in_every_layer() -> None:
+    layers = [qkv(3, LENGTH, 2, 8), tuple(x.flip(1) for x in qkv(3, LENGTH, 2, 8))]
+    cache = KVCache(num_layers=2, capacity=LENGTH)
+    found: list[list[torch.Tensor]] = [[], []]
+    for t in range(LENGTH):
+        for out, (q, k, v), attend in zip(found, layers, cache.step(t), strict=True):
+            out.append(attend(q[:, t], k[:, t], v[:, t]))
+    for out, (q, k, v) in zip(found, layers, strict=True):
+        torch.testing.assert_close(torch.stack(out, dim=1), causal_attention(q, k, v), atol=1e-5, rtol=1e-5)
+
+
+def test_ragged_steps_advance_only_their_rows() -> None:
+    q, k, v = qkv(3, LENGTH, 2, 8)
+    whole = causal_attention(q, k, v)
+    cache, counts = KVCache(num_layers=1, capacity=LENGTH), torch.zeros(3, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(1)
+    while int(counts.min()) < LENGTH:
+        rows = torch.nonzero((torch.rand(3, generator=generator) < 0.6) & (counts < LENGTH))[:, 0]
+        if len(rows):
+            places = counts[rows]
+            (attend,) = cache.ragged_step(rows, counts.clamp(max=LENGTH - 1))
+            found = attend(q[rows, places], k[rows, places], v[rows, places])
+            torch.testing.assert_close(found, whole[rows, places], atol=1e-5, rtol=1e-5)
+            counts[rows] += 1
+
+
+def test_a_cache_takes_its_capacity_and_no_position_more() -> None:
+    q, k, v = qkv(3, 40, 2, 8)
+    cache = KVCache(num_layers=1, capacity=40)
+    for t in range(40):
+        (attend,) = cache.step(t)
+        attend(q[:, t], k[:, t], v[:, t])
+    assert cache.num_bytes == 2 * k.nbytes
+    with pytest.raises(ValueError, match="position 40 of a cache for 40 positions"):
+        next(cache.step(40))
+
+
+def test_bfloat16_steps_stay_near_float32() -> None:
+    q, k, v = qkv(2, LENGTH, 2, 16)
+    expected = causal_attention(q, k, v)
+    cache = KVCache(num_layers=1, capacity=LENGTH)
+    for t in range(LENGTH):
+        (attend,) = cache.step(t)
+        found = attend(*(x[:, t].bfloat16() for x in (q, k, v)))
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected[:, t], atol=3e-2, rtol=3e-2)
+
+
+def test_a_step_after_sampling_can_be_differentiated() -> None:
+    """What steps keep for each other must not be inference tensors."""
+    q, k, v = qkv(1, 2, 2, 8)
+    with torch.inference_mode():
+        (attend,) = KVCache(num_layers=1, capacity=2).step(0)
+        attend(q[:, 0], k[:, 0], v[:, 0])
+    query = q[:, 0].clone().requires_grad_()
+    (attend,) = KVCache(num_layers=1, capacity=2).step(0)
+    attend(query, k[:, 0], v[:, 0]).sum().backward()
+    assert query.grad is not None
