@@ -156,6 +156,41 @@ class DPARConfig:
         return _grid(self.num_tokens)
 
 
+HeadKind = Literal["linear", "mlp", "block"]
+_HEAD_WIDTH = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EntropyHeadConfig:
+    """What reads entropies off a DPAR's encoder. Its own layers are as many of the model's heads wide as make 256."""
+
+    kind: HeadKind
+    dim: int
+    num_heads: int
+    width: int
+    codebook_size: int
+    num_tokens: int
+
+    @classmethod
+    def of(cls, model: DPARConfig, kind: HeadKind) -> EntropyHeadConfig:
+        """Of a head for this model."""
+        head_dim = model.dim // model.num_heads
+        num_heads = min(model.num_heads, max(1, _HEAD_WIDTH // head_dim))
+        return cls(
+            kind=kind,
+            dim=model.dim,
+            num_heads=num_heads,
+            width=num_heads * head_dim,
+            codebook_size=model.codebook_size,
+            num_tokens=model.num_tokens,
+        )
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of the image."""
+        return _grid(self.num_tokens)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NextPatchSchedule:
     """How Next Patch Prediction goes from coarse blocks of tokens to single tokens.

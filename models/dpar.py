@@ -148,8 +148,8 @@ class DPAR(nn.Module):
                 f"expected (images, {self.config.num_tokens}) of both"
             )
         check_tokens(tokens, self.config.codebook_size)
-        states = self.tok_embeddings(tokens[:, :-1])  # (B, T - 1, D)
-        states, pooled = self.local_encoder(states, patches, self.token_rope(tokens.device)[1:-1])
+        embedded = self.tok_embeddings(tokens[:, :-1])  # (B, T - 1, D)
+        states, pooled = self.local_encoder(embedded, patches, self.token_rope(tokens.device)[1:-1])
         context = self.global_context(pooled, labels, patches)
         start = self.decoder_start_embedding.weight.expand(len(tokens), 1, -1)
         states = torch.cat([start.type_as(states), states], dim=1)  # (B, T, D): row j knows x_0 .. x_{j-1}
@@ -160,6 +160,12 @@ class DPAR(nn.Module):
         """Mean cross-entropy of all tokens, nats."""
         features = self.features(tokens, labels, patches).flatten(0, 1)
         return head_cross_entropy(features, self.output.weight, tokens.reshape(-1, 1))
+
+    def token_states(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+        """What the encoder makes of each token and those before it; patches and class have no part in it."""
+        check_tokens(tokens, self.config.codebook_size)
+        rope = self.token_rope(tokens.device)[1 : tokens.shape[1] + 1]
+        return self.local_encoder.states(self.tok_embeddings(tokens), rope)[-1]
 
     def global_context(
         self, pooled: Float[Tensor, "P D"], labels: Int[Tensor, " B"], patches: PackedPatches
@@ -206,14 +212,18 @@ class Encoder(nn.Module):
         )
 
     def forward(
-        self, states: Float[Tensor, "B S D"], patches: PackedPatches, rope: Float[Tensor, "S R 2"]
+        self, embedded: Float[Tensor, "B S D"], patches: PackedPatches, rope: Float[Tensor, "S R 2"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "P D"]]:
         """Token states for the decoder and patch states for the global stack."""
-        rows: list[Tensor] = []
+        layers = self.states(embedded, rope)
+        return layers[-1], self.pool([rows.flatten(0, 1) for rows in layers], patches.tokens, patches.valid)
+
+    def states(self, embedded: Float[Tensor, "B S D"], rope: Float[Tensor, "S R 2"]) -> list[Float[Tensor, "B S D"]]:
+        """Token states after each layer."""
+        states = [embedded]
         for layer in self.layers:
-            states = layer(states, rope, causal_attention)
-            rows.append(states.flatten(0, 1))
-        return states, self.pool(rows, patches.tokens, patches.valid)
+            states.append(layer(states[-1], rope, causal_attention))
+        return states[1:]
 
     def pool(
         self, states: Sequence[Float[Tensor, "N D"]], tokens: Int[Tensor, "P L"], valid: Bool[Tensor, "P L"]

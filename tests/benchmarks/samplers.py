@@ -14,20 +14,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, NextToken
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.packed_linear import pack_linear_layers
 from models.patching import PatchRule, patch_starts
-from models.sampling import (
-    Boundaries,
-    DPARDecoding,
-    EntropyBoundaries,
-    GivenBoundaries,
-    GPTDecoding,
-    SamplingOptions,
-    draw,
-)
+from models.sampling import DPARDecoding, GPTDecoding, SamplingOptions, draw
 
 CODES, CLASSES = 16384, 1000
 GUIDED = SamplingOptions(cfg_scale=2.0)
@@ -101,13 +94,13 @@ class Watched:
         for boundaries in (self._given, *self._sources.values()):
             boundaries.begin(batch, num_tokens)
 
-    def opens(self, position: int, previous: Tensor, open_lengths: Tensor) -> Tensor:
+    def opens(self, token: NextToken) -> Tensor:
         """The given answer, after those that were asked for."""
         for name, source in self._sources.items():
             start = time.perf_counter()
-            source.opens(position, previous, open_lengths)
+            source.opens(token)
             self.seconds[name] += time.perf_counter() - start
-        return self._given.opens(position, previous, open_lengths)
+        return self._given.opens(token)
 
 
 def entropy_model(size: str, grid: Grid = GRIDS[256]) -> EntropyBoundaries:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from models import kv_cache
+from models.boundaries import EntropyBoundaries, GivenBoundaries
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
 from models.dpar import DPAR, pack_patches
 from models.flops import dpar_cost, gpt_cost
 from models.gpt import GPT
 from models.patching import PatchRule, patch_starts
-from models.sampling import EntropyBoundaries, GivenBoundaries, SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import SamplingOptions, sample_dpar, sample_gpt
 
 CODES = 16384
 IMAGES, GRID, TOKENS = 8, 3, 9
@@ -133,8 +135,12 @@ def test_training_costs_what_its_backward_pass_really_multiplies() -> None:
 
 @pytest.fixture(autouse=True)
 def caches_that_grow_by_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samplers attend over whole blocks of their caches: what is counted here is what is needed."""
-    monkeypatch.setattr("models.attention._BLOCK", 1)
+    """Samplers attend over whole blocks of their caches, on a CPU by sums that are not counted.
+
+    What is counted here is what is needed, as matrix products.
+    """
+    monkeypatch.setattr("models.kv_cache._BLOCK", 1)
+    monkeypatch.setattr("models.kv_cache._weighted_rows", kv_cache._products)
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
