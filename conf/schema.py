@@ -40,6 +40,7 @@ NOT_IN_KEY: dict[str, Any] = {"in_key": False}
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["float32", "bfloat16"]
+BoundarySource = Literal["entropy_head", "entropy_model", "own_entropy", "static"]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="Seed of every random number of this stage.")]
 
 
@@ -293,6 +294,20 @@ class TrainConfig(Section):
         return {name: value for name, value in fields.items() if name not in unread[self.family]}
 
 
+class EntropyHeadConfig(Section):
+    """What reads entropies off the encoder of the finished model, so that sampling needs no entropy model."""
+
+    kind: Literal["none", "linear", "mlp", "block"] = Field(
+        "block",
+        description="A linear layer, a hidden layer before it, or a narrow causal block of its own.",
+    )
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=20_000, learning_rate=1e-3))
+    calibrated_on: PositiveInt = Field(4096, description="Training views that thresholds are chosen by, at most.")
+    own_entropy_on: PositiveInt = Field(256, description="The same for the model's own entropy, which is slower.")
+    batch_size: PositiveInt = Field(64, description="Views looked at together.")
+    seed: Seed = 0
+
+
 class SampleConfig(Section):
     """Images drawn from the finished model."""
 
@@ -308,7 +323,12 @@ class SampleConfig(Section):
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 keeps all.")
     top_p: float = Field(1.0, gt=0, le=1)
-    threshold: float | None = Field(None, description="Boundary threshold at sampling; null takes the patch index's.")
+    boundaries: BoundarySource | None = Field(
+        None,
+        description="What decides where patches open; null: the entropy head if there is one, else the entropy model. "
+        "Of a model on static patches only they.",
+    )
+    threshold: float | None = Field(None, description="Boundary threshold at sampling; null takes the source's own.")
     target_mean_length: float | None = Field(
         None, ge=1.0, description="Instead of it: the threshold that gives this mean length on the training images."
     )
@@ -374,6 +394,7 @@ class Settings(Section):
     entropy_map: EntropyMapConfig = Field(default_factory=EntropyMapConfig)
     patch_index: PatchIndexConfig = Field(default_factory=lambda: PatchIndexConfig(threshold=7.8))
     train: TrainConfig = Field(default_factory=TrainConfig)
+    entropy_head: EntropyHeadConfig = Field(default_factory=EntropyHeadConfig)
     sample: SampleConfig = Field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
 
@@ -396,12 +417,20 @@ class Settings(Section):
     @model_validator(mode="after")
     def _sampling_agrees(self) -> Self:
         sample, num_tokens = self.sample, (self.tokenize.image_size // self.tokenizer.model.downsample) ** 2
-        if sample.own_rule and (self.train.family != "dpar" or self.patch_index.mode == "static"):
+        by_entropy = self.train.family == "dpar" and self.patch_index.mode == "entropy"
+        if sample.own_rule and (not by_entropy or sample.boundaries == "static"):
             raise ValueError(
-                f"sample.{next(iter(sample.own_rule))} is set, train.family is {self.train.family} and "
-                f"patch_index.mode {self.patch_index.mode}, expected family dpar and mode entropy: "
-                "only there do entropies say where patches start"
+                f"sample.{next(iter(sample.own_rule))} is set, train.family is {self.train.family}, "
+                f"patch_index.mode {self.patch_index.mode} and sample.boundaries {sample.boundaries}, expected family "
+                "dpar, mode entropy and no static boundaries: only there do entropies say where patches start"
             )
+        if sample.boundaries not in (None, "static") and not by_entropy:
+            raise ValueError(
+                f"sample.boundaries is {sample.boundaries}, train.family {self.train.family} and patch_index.mode "
+                f"{self.patch_index.mode}, expected family dpar and mode entropy"
+            )
+        if sample.boundaries == "entropy_head" and self.entropy_head.kind == "none":
+            raise ValueError("sample.boundaries is entropy_head and entropy_head.kind none, expected a head")
         if sample.cfg_interval is not None and sample.cfg_interval[1] > num_tokens:
             raise ValueError(
                 f"sample.cfg_interval is {list(sample.cfg_interval)}, expected at most {num_tokens}, the tokens of an "

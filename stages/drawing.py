@@ -7,7 +7,7 @@ counter, so batch size, process count and resume point do not matter.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -19,22 +19,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from conf.schema import SampleConfig
-from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries
+from models.boundaries import Boundaries
 from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.packed_linear import pack_linear_layers
-from models.patching import PatchRule, static_patch_starts
 from models.sampling import SamplingOptions, sample_dpar, sample_gpt
 from models.vq import VQModel
-from stages.artifact import read_json
-from stages.errors import ArtifactError, InputError
+from stages.boundaries import load_boundaries
+from stages.errors import ArtifactError
 from stages.images import Pixels, float_to_pixels, pixels_to_float
 from stages.job import Inputs
-from stages.stores.entropies import EntropyStore
 from stages.stores.tokens import TokenStore
-from stages.thresholds import EntropySample
-from stages.weights import load_gpt, load_model, load_vq
+from stages.weights import load_model, load_vq
 
 logger = logging.getLogger(__name__)
 LABEL_STREAM, TOKEN_STREAM = 0, 1
@@ -61,7 +58,7 @@ class Drawer:
 
     @classmethod
     def load(cls, config: SampleConfig, inputs: Inputs, store: TokenStore, device: torch.device) -> Drawer:
-        """Load the finished models that `inputs` names; the entropy model only where it decides boundaries.
+        """Load the finished models that `inputs` names; of those that can decide boundaries only the one that does.
 
         Raises:
             ArtifactError: An artifact is damaged, or a model is not of these tokens.
@@ -75,7 +72,11 @@ class Drawer:
                 f"the tokenizer in {inputs['tokenizer']} has a codebook of {vq.config.codebook_size}, {store.location} "
                 f"{store.codebook_size}: use the tokenizer that made these tokens"
             )
-        boundaries = _boundaries(config, inputs, store, device) if isinstance(model, DPAR) else None
+        if isinstance(model, GPT):
+            return cls(config, model, vq, None, device)
+        boundaries, network = load_boundaries(config, inputs, store, device)
+        if network is not None:
+            ready_to_draw(network, config)
         return cls(config, model, vq, boundaries, device)
 
     @torch.inference_mode()
@@ -143,31 +144,6 @@ def resize(images: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B 3 H 
     if images.shape[-1] == size:
         return images
     return F.interpolate(images.float(), size=(size, size), mode="bicubic")
-
-
-def _boundaries(config: SampleConfig, inputs: Inputs, store: TokenStore, device: torch.device) -> Boundaries:
-    """What opens patches while drawing: the patch index's static patches, or a rule on entropies."""
-    saved = read_json(inputs["patch_index"] / "rule.json")
-    if saved["mode"] == "static":
-        if config.own_rule:
-            raise InputError(
-                f"sample.{next(iter(config.own_rule))} is set and the patch index has static patches, expected one by "
-                "entropy: its model was trained on patches that no entropy decides"
-            )
-        return GivenBoundaries(static_patch_starts(saved["static_length"], store.num_tokens).to(device))
-    entropy_model = load_gpt(inputs["entropy_model"], device)
-    ready_to_draw(entropy_model, config)
-    _require_fit("entropy model", entropy_model.config, inputs["entropy_model"], store)
-    rule = PatchRule(
-        threshold=saved["threshold"] if config.threshold is None else config.threshold,
-        max_length=saved["max_length"] if config.max_length is None else config.max_length,
-        row_boundary=saved["row_boundary"],
-        grid=store.grid,
-    )
-    if config.target_mean_length is not None:
-        sample = EntropySample.of(EntropyStore.open(inputs["entropy_map"] / "entropies.zarr"))
-        rule = replace(rule, threshold=sample.find_threshold(config.target_mean_length, rule, "sample"))
-    return EntropyBoundaries(entropy_model, rule)
 
 
 def _require_fit(name: str, config: GPTConfig | DPARConfig, artifact: Path, store: TokenStore) -> None:

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from conf.schema import RuntimeConfig, SampleConfig
-from models.boundaries import EntropyBoundaries
+from models.boundaries import EntropyBoundaries, HeadBoundaries, OwnEntropyBoundaries
 from stages.artifact import write_json
+from stages.boundaries import chosen_source, entropy_sample
 from stages.distributed import barrier, process_group
 from stages.drawing import LABEL_STREAM, Drawer, stream
 from stages.images import center_crop, decode
@@ -27,7 +28,6 @@ from stages.stores.files import ImageIndex
 from stages.stores.patches import PatchIndex
 from stages.stores.samples import SampleFacts, SampleStore, sample_writer
 from stages.stores.tokens import TokenStore
-from stages.thresholds import EntropySample
 
 logger = logging.getLogger(__name__)
 _PICTURE_ROWS = 8
@@ -113,10 +113,9 @@ def _numbers(drawer: Drawer, inputs: Inputs, output: Path, store: TokenStore) ->
         "num_samples": len(samples),
         "sample_mean_patch_length": store.num_tokens / samples.patch_starts.sum(axis=1).mean(),
     }
-    if isinstance(drawer.boundaries, EntropyBoundaries):
+    if isinstance(drawer.boundaries, EntropyBoundaries | HeadBoundaries | OwnEntropyBoundaries):
         threshold = drawer.boundaries.rule.threshold
-        entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
-        share = EntropySample.of(entropies).share_above(threshold)
+        share = entropy_sample(chosen_source(drawer.config, inputs), inputs).share_above(threshold)
         if share in (0.0, 1.0):
             logger.warning(
                 "the threshold %.6g is exceeded by %s entropy of the training images: patches are %s",

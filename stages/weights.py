@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.config import DPARConfig, GPTConfig, VQConfig
+from models.config import DPARConfig, EntropyHeadConfig, GPTConfig, VQConfig
 from models.dpar import DPAR
+from models.entropy_head import EntropyHead
 from models.gpt import GPT
 from models.vq import VQModel
 from stages.artifact import read_json, write_json
@@ -22,6 +23,7 @@ from stages.errors import ArtifactError
 VQ_FILE = "vq.safetensors"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+HEAD_FILE, HEAD_CONFIG_FILE = "entropy_head.safetensors", "entropy_head.json"
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -66,6 +68,22 @@ def load_gpt(artifact: Path, device: torch.device | str = "cpu") -> GPT:
     """
     _, config = _saved_config(artifact, "gpt")
     return _fill(GPT(GPTConfig(**config)), artifact / MODEL_FILE).to(device).eval()
+
+
+def save_head(artifact: Path, head: EntropyHead) -> None:
+    """Write an entropy head's weights (float32) and config."""
+    _save(artifact / HEAD_FILE, head)
+    write_json(artifact / HEAD_CONFIG_FILE, asdict(head.config))
+
+
+def load_head(artifact: Path, device: torch.device | str = "cpu") -> EntropyHead:
+    """The entropy head of a finished artifact, in evaluation mode.
+
+    Raises:
+        ArtifactError: It is damaged.
+    """
+    head = EntropyHead(EntropyHeadConfig(**read_json(artifact / HEAD_CONFIG_FILE)))
+    return _fill(head, artifact / HEAD_FILE).to(device).eval()
 
 
 def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
