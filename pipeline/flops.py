@@ -186,7 +186,7 @@ def _row(name: str, size: int, mean_length: float | None, entropy_model: str) ->
     if family == "llamagen":
         return CostRow(model=name, image_size=size, cost=llamagen, llamagen=None, patches=None, paper_gmacs=paper)
     if family == "npp":
-        cost = _npp(kind, num_tokens)
+        cost = _npp(kind, size)
         return CostRow(model=name, image_size=size, cost=cost, llamagen=llamagen, patches=None, paper_gmacs=paper)
     length, source = _length(size, mean_length)
     dpar = _dpar(kind, num_tokens, length)
@@ -223,13 +223,16 @@ def _gpt(kind: str, num_tokens: int, num_classes: int | None) -> Cost:
     return gpt_cost(_gpt_config(kind, num_tokens, num_classes))
 
 
-def _npp(kind: str, num_tokens: int) -> Cost:
+def _npp(kind: str, image_size: int) -> Cost:
     from models.flops import npp_cost
 
-    try:
-        return npp_cost(_gpt_config(kind, num_tokens, CLASSES), NextPatchSchedule(), EPOCHS)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    schedule = NextPatchSchedule()
+    block = schedule.sides[0] * PIXELS
+    if image_size % block:
+        raise InputError(
+            f"image size is {image_size}, expected a multiple of {block} pixels for NPP, the side of its largest blocks"
+        )
+    return npp_cost(_gpt_config(kind, (image_size // PIXELS) ** 2, CLASSES), schedule, EPOCHS)
 
 
 def _gpt_config(kind: str, num_tokens: int, num_classes: int | None) -> GPTConfig:

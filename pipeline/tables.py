@@ -18,18 +18,18 @@ linear, attn: of one forward; attention as whole squares. train: both, forward
 and backward. paper: its number for `linear`, diff: ours to it. saved: linear,
 to LlamaGen. Entropies are stored once, training does not pay for them again."""
 NPP_NOTE = """\
-npp: LlamaGen by Next Patch Prediction. linear, attn: of its mean forward; half
-of its steps are on blocks of 2 x 2 tokens. Its paper says about 0.6 of
-LlamaGen's training, and has no counts."""
+npp: LlamaGen trained by Next Patch Prediction, half of its steps on blocks of
+2 x 2 tokens; linear, attn: of its mean forward. Its own paper (arXiv 2412.15321)
+says a training of about 0.6 of LlamaGen's, so about 40% saved."""
 SAMPLING_NOTE = """\
-Every position is computed once. With guidance (CFG) LlamaGen runs twice, and of
-DPAR the global stack, the decoder and the head. saved: linear with CFG, to
-LlamaGen."""
+Every position is computed once, and with guidance (CFG) twice. saved: linear
+with CFG, to LlamaGen."""
 BOUNDARIES_NOTE = """\
-What decides where patches start, at the same mean length. static: known before,
-DPAR alone. own entropy: of DPAR's own prediction with the open patch; where that
-closes, decoder and head run again. Counted for a batch of one: in a larger one
-they run again for all images where a patch of any closes."""
+Of DPAR guidance runs only the global stack, the decoder and the head twice. Its
+rows: what decides where patches start, at one mean length. static: known before,
+DPAR alone. entropy model: DPAR and that model. own entropy: of DPAR's prediction
+with the open patch; where the patch closes, decoder and head run again. This is
+for a batch of one: in a larger one they run again for all, when any closes one."""
 EXTRAPOLATED_NOTE = """\
 ~ The paper has no mean length for this image size: extrapolated from its 1.81
 at 256 px and 2.06 at 384 px."""
