@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from conf.schema import BoundarySource, SampleConfig
 from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
+from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
 from models.patching import PatchRule, static_patch_starts
 from stages.artifact import read_json
 from stages.errors import ArtifactError, InputError
@@ -61,16 +63,26 @@ def load_boundaries(
         return OwnEntropyBoundaries(rule), None
     if source == "entropy_head":
         head = load_head(inputs["entropy_head"], device)
+        require_fit("entropy head", head.config, inputs["entropy_head"], store)
         return HeadBoundaries(head, rule), head
     model = load_gpt(inputs["entropy_model"], device)
-    found, wanted = model.config, (store.num_tokens, store.codebook_size)
-    if (found.num_tokens, found.codebook_size) != wanted:
-        raise ArtifactError(
-            f"the entropy model in {inputs['entropy_model']} has num_tokens {found.num_tokens} and codebook_size "
-            f"{found.codebook_size}, expected {wanted[0]} and {wanted[1]} as {store.location}: use one that was "
-            "trained on these tokens"
-        )
+    require_fit("entropy model", model.config, inputs["entropy_model"], store)
     return EntropyBoundaries(model, rule), model
+
+
+def require_fit(
+    name: str, config: GPTConfig | DPARConfig | EntropyHeadConfig, artifact: Path, store: TokenStore
+) -> None:
+    """Refuse a network of other tokens: it would draw, or judge, codes that mean something else."""
+    wanted = {"num_tokens": store.num_tokens, "codebook_size": store.codebook_size}
+    if not isinstance(config, EntropyHeadConfig) and config.num_classes is not None:
+        wanted["num_classes"] = store.num_classes
+    for field, value in wanted.items():
+        if getattr(config, field) != value:
+            raise ArtifactError(
+                f"the {name} in {artifact} has {field} {getattr(config, field)}, expected {value} as {store.location}: "
+                "use one that was trained on these tokens"
+            )
 
 
 def entropy_sample(source: BoundarySource, inputs: Inputs) -> EntropySample:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
@@ -20,13 +19,12 @@ from torch import Tensor, nn
 
 from conf.schema import SampleConfig
 from models.boundaries import Boundaries
-from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.packed_linear import pack_linear_layers
 from models.sampling import SamplingOptions, sample_dpar, sample_gpt
 from models.vq import VQModel
-from stages.boundaries import load_boundaries
+from stages.boundaries import load_boundaries, require_fit
 from stages.errors import ArtifactError
 from stages.images import Pixels, float_to_pixels, pixels_to_float
 from stages.job import Inputs
@@ -66,7 +64,7 @@ class Drawer:
         """
         model, vq = load_model(inputs["train"], device), load_vq(inputs["tokenizer"], device)
         ready_to_draw(model, config)
-        _require_fit("model", model.config, inputs["train"], store)
+        require_fit("model", model.config, inputs["train"], store)
         if vq.config.codebook_size != store.codebook_size:
             raise ArtifactError(
                 f"the tokenizer in {inputs['tokenizer']} has a codebook of {vq.config.codebook_size}, {store.location} "
@@ -144,16 +142,3 @@ def resize(images: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B 3 H 
     if images.shape[-1] == size:
         return images
     return F.interpolate(images.float(), size=(size, size), mode="bicubic")
-
-
-def _require_fit(name: str, config: GPTConfig | DPARConfig, artifact: Path, store: TokenStore) -> None:
-    """Refuse a model of other tokens: it would draw, or judge, codes that mean something else."""
-    wanted = {"num_tokens": store.num_tokens, "codebook_size": store.codebook_size}
-    if config.num_classes is not None:
-        wanted["num_classes"] = store.num_classes
-    for field, value in wanted.items():
-        if getattr(config, field) != value:
-            raise ArtifactError(
-                f"the {name} in {artifact} has {field} {getattr(config, field)}, expected {value} as {store.location}: "
-                "use one that was trained on these tokens"
-            )

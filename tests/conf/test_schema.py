@@ -79,7 +79,7 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (
             Settings,
             {"sample": {"threshold": 7.0}, "patch_index": {"mode": "static", "static_length": 1.8}},
-            r"sample\.threshold is set, .* patch_index\.mode static, expected family dpar and mode entropy",
+            r"sample\.threshold is set, .* patch_index\.mode static and .* expected family dpar, mode entropy",
         ),
         (
             Settings,

@@ -1,0 +1,125 @@
+"""Stage `entropy_head`: a head that learns the stored entropies, thresholds that keep the mean length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conf.schema import Section, Settings
+from models.config import EntropyHeadConfig
+from models.dpar import DPAR, pack_patches
+from models.entropy_head import EntropyHead, entropies_of
+from models.gpt import token_entropy
+from models.patching import PatchRule, patch_starts
+from stages.artifact import read_json
+from stages.entropy_head import own_entropies
+from stages.stores.entropies import EntropyStore
+from stages.stores.patches import PatchIndex
+from stages.stores.tokens import TokenStore
+from stages.training.entropies import EntropyData, HeadObjective
+from stages.weights import load_head, load_model
+
+Run = Callable[[str, Section, dict[str, Path]], Path]
+
+
+def test_thresholds_give_the_patch_indexs_mean_length_on_what_they_were_chosen_by(
+    tiny_artifacts: dict[str, Path],
+) -> None:
+    artifact, rule = tiny_artifacts["entropy_head"], read_json(tiny_artifacts["patch_index"] / "rule.json")
+    thresholds, metrics = read_json(artifact / "thresholds.json"), read_json(artifact / "metrics.json")
+    assert set(thresholds) == {"entropy_head", "own_entropy"}
+    with np.load(artifact / "entropies.npz") as saved:
+        for source, threshold in thresholds.items():
+            starts = patch_starts(PatchRule(threshold, 4, True, 8), torch.from_numpy(saved[source]))
+            mean_length = starts.numel() / int(starts.sum())
+            assert metrics[f"{source}_mean_length"] == pytest.approx(mean_length)
+            assert mean_length == pytest.approx(rule["mean_length"], rel=0.01)
+            assert -1 <= metrics[f"{source}_correlation"] <= 1
+            assert 0.4 < metrics[f"{source}_agreement"] <= 1
+    assert (artifact / "patches.png").stat().st_size > 1000
+
+
+def test_what_is_saved_is_what_the_head_says(tiny_artifacts: dict[str, Path]) -> None:
+    model, head = load_model(tiny_artifacts["train"]), load_head(tiny_artifacts["entropy_head"])
+    assert isinstance(model, DPAR)
+    store = TokenStore.open(tiny_artifacts["tokenize"] / "tokens.zarr")
+    total = store.num_train * store.num_views
+    with np.load(tiny_artifacts["entropy_head"] / "entropies.npz") as saved:
+        assert len(saved["entropy_head"]) == total, "all training views are fewer than calibrated_on"
+        rows = np.arange(total)
+        tokens = torch.from_numpy(store.fetch(rows % store.num_train, rows // store.num_train).astype(np.int64))
+        with torch.inference_mode():
+            found = entropies_of(model, head, tokens)
+        np.testing.assert_allclose(saved["entropy_head"], found.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"), [("train", {"family": "llamagen", "model": {"dim": 32, "num_layers": 2, "num_heads": 2}})]
+)
+def test_a_rival_has_no_source_of_its_own(
+    tiny_settings: Settings,
+    tiny_artifacts: dict[str, Path],
+    run_in_process: Run,
+    stage: str,
+    changes: dict[str, object],
+) -> None:
+    rival = type(tiny_settings.train).model_validate(tiny_settings.train.model_dump() | changes)
+    inputs = dict(tiny_artifacts)
+    inputs["train"] = run_in_process("train", rival, tiny_artifacts)
+    artifact = run_in_process("entropy_head", tiny_settings.entropy_head, inputs)
+    assert read_json(artifact / "thresholds.json") == {}
+    assert not (artifact / "entropy_head.safetensors").exists()
+
+
+def test_without_a_head_the_models_own_entropy_is_left(
+    tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
+) -> None:
+    config = tiny_settings.entropy_head.model_copy(update={"kind": "none"})
+    artifact = run_in_process("entropy_head", config, tiny_artifacts)
+    assert set(read_json(artifact / "thresholds.json")) == {"own_entropy"}
+    assert not (artifact / "entropy_head.safetensors").exists()
+
+
+def test_own_entropies_are_of_forwards_in_which_no_patch_opens(tiny_artifacts: dict[str, Path]) -> None:
+    model = load_model(tiny_artifacts["train"])
+    assert isinstance(model, DPAR)
+    store = TokenStore.open(tiny_artifacts["tokenize"] / "tokens.zarr")
+    rows = np.arange(4)
+    tokens = torch.from_numpy(store.fetch(rows, rows * 0).astype(np.int64))
+    labels = torch.from_numpy(store.labels[rows].astype(np.int64))
+    index = PatchIndex.open(tiny_artifacts["patch_index"] / "patches.parquet", store.digest)
+    starts = torch.from_numpy(index.starts(rows, rows * 0))
+    with torch.inference_mode():
+        found = own_entropies(model, tokens, labels, starts)
+        for position in (1, 7, 40, 63):
+            open_on = starts.clone()
+            open_on[:, position:] = False
+            expected = token_entropy(model(tokens, labels, pack_patches(open_on))[:, position])
+            torch.testing.assert_close(found[:, position], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_learns_and_the_model_stays(tiny_artifacts: dict[str, Path]) -> None:
+    model = load_model(tiny_artifacts["train"])
+    assert isinstance(model, DPAR)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    data = EntropyData(
+        TokenStore.open(tiny_artifacts["tokenize"] / "tokens.zarr"),
+        EntropyStore.open(tiny_artifacts["entropy_map"] / "entropies.zarr"),
+    )
+    torch.manual_seed(0)
+    objective = HeadObjective(model, EntropyHead(EntropyHeadConfig.of(model.config, "block")))
+    optimizer = torch.optim.Adam(objective.head.parameters(), lr=3e-3)
+    batch = data.batch(np.arange(8), np.zeros(8, dtype=np.int64))
+    losses = []
+    for _ in range(60):
+        loss, _ = objective(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
