@@ -186,7 +186,7 @@ def test_a_source_that_the_model_lacks_is_refused(
     without = tiny_artifacts | {"entropy_head": tmp_path}
     assert isinstance(load(without, tiny_settings.sample).boundaries, EntropyBoundaries)
     with pytest.raises(
-        InputError, match="sample.boundaries is entropy_head, expected own_entropy or entropy_model or st"
+        InputError, match=r"sample\.boundaries is entropy_head, expected own_entropy or entropy_model or st"
     ):
         load(without, tiny_settings.sample.model_copy(update={"boundaries": "entropy_head"}))
 
