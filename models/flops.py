@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.config import DPARConfig, GPTConfig, NextPatchSchedule
+from models.config import DPARConfig, EntropyHeadConfig, GPTConfig, NextPatchSchedule
 from models.dpar import DPAR, pack_patches
+from models.entropy_head import EntropyHead
 from models.gpt import GPT
 from models.npp import next_patch_loss
 
@@ -118,6 +119,15 @@ def gpt_cost(config: GPTConfig) -> Cost:
         forward=forward,
         sampling=Sampling(classed=drawn) if model.conditional else Sampling(unclassed=drawn),
     )
+
+
+def head_sampling(config: DPARConfig) -> Sampling:
+    """What sampling takes more where an entropy head decides: it reads the encoder's states of T - 1 tokens."""
+    with _META:
+        head = EntropyHead(EntropyHeadConfig.of(config, "block"))
+    rows = config.num_tokens - 1
+    states = torch.empty(1, rows, config.dim, device=_META)
+    return Sampling(unclassed=_stepwise(_count(lambda: head(states))[_ALL], rows))
 
 
 def npp_cost(config: GPTConfig, schedule: NextPatchSchedule, steps: int) -> Cost:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from conf.schema import BoundarySource
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig, NextPatchSchedule
 from stages.errors import InputError
 
@@ -24,7 +25,6 @@ PAPER_LENGTHS = {256: 1.81, 384: 2.06}
 EXTRAPOLATED_LENGTHS = {128: 1.38, 512: 2.24}  # by a straight line through the paper's over the logarithm of the size
 IMAGE_SIZES = range(2 * PIXELS, 1024 + 1, PIXELS)
 LengthSource = Literal["paper", "extrapolated", "given"]
-BoundarySource = Literal["static", "entropy_model", "own_entropy"]
 PAPER_GMACS = {
     ("llamagen-B", 256): 24.98,
     ("dpar-B", 256): 19.21,
@@ -193,17 +193,22 @@ def _row(name: str, size: int, mean_length: float | None, entropy_model: str) ->
     patches = PatchCost(
         mean_length=length,
         length_source=source,
-        boundaries=_boundaries(dpar, _gpt(entropy_model, num_tokens, None)),
+        boundaries=_boundaries(dpar, _dpar_config(kind, num_tokens), _gpt(entropy_model, num_tokens, None)),
     )
     if length != PAPER_LENGTHS.get(size):
         paper = None  # it is one at the paper's patch length
     return CostRow(model=name, image_size=size, cost=dpar, llamagen=llamagen, patches=patches, paper_gmacs=paper)
 
 
-def _boundaries(dpar: DPARCost, entropy_model: Cost) -> dict[BoundarySource, Sampling]:
-    from models.flops import Sampling
+def _boundaries(dpar: DPARCost, config: DPARConfig, entropy_model: Cost) -> dict[BoundarySource, Sampling]:
+    from models.flops import Sampling, head_sampling
 
-    return {"static": Sampling(), "entropy_model": entropy_model.sampling, "own_entropy": dpar.own_entropy}
+    return {
+        "static": Sampling(),
+        "entropy_head": head_sampling(config),
+        "entropy_model": entropy_model.sampling,
+        "own_entropy": dpar.own_entropy,
+    }
 
 
 def _length(size: int, given: float | None) -> tuple[float, LengthSource]:
@@ -240,12 +245,15 @@ def _gpt_config(kind: str, num_tokens: int, num_classes: int | None) -> GPTConfi
     return GPTConfig(**size, codebook_size=CODEBOOK, num_tokens=num_tokens, num_classes=num_classes)
 
 
+def _dpar_config(kind: str, num_tokens: int) -> DPARConfig:
+    size = asdict(DPAR_SIZES[kind])
+    return DPARConfig(**size, codebook_size=CODEBOOK, num_tokens=num_tokens, num_classes=CLASSES)
+
+
 def _dpar(kind: str, num_tokens: int, mean_length: float) -> DPARCost:
     from models.flops import dpar_cost
 
-    size = asdict(DPAR_SIZES[kind])
-    config = DPARConfig(**size, codebook_size=CODEBOOK, num_tokens=num_tokens, num_classes=CLASSES)
     try:
-        return dpar_cost(config, mean_length)
+        return dpar_cost(_dpar_config(kind, num_tokens), mean_length)
     except ValueError as error:
         raise InputError(str(error)) from error

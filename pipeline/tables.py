@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from conf.schema import BoundarySource
 from pipeline.bench import Gate
 from pipeline.display import number, plain_table
-from pipeline.flops import BoundarySource, CostRow, sampling_costs
+from pipeline.flops import CostRow, sampling_costs
 
 # Broken by hand: a pipe has no width to wrap them at, and 80 columns are the narrowest that the tables fit.
 TRAINING_NOTE = """\
@@ -27,9 +28,10 @@ with CFG, to LlamaGen."""
 BOUNDARIES_NOTE = """\
 Of DPAR guidance runs only the global stack, the decoder and the head twice. Its
 rows: what decides where patches start, at one mean length. static: known before,
-DPAR alone. entropy model: DPAR and that model. own entropy: of DPAR's prediction
-with the open patch; where the patch closes, decoder and head run again. This is
-for a batch of one: in a larger one they run again for all, when any closes one."""
+DPAR alone. entropy head: a narrow block on DPAR's encoder. entropy model: DPAR
+and that model. own entropy: of DPAR's prediction with the open patch; where the
+patch closes, decoder and head run again. This is for a batch of one: in a larger
+one they run again for all, when any closes one."""
 EXTRAPOLATED_NOTE = """\
 ~ The paper has no mean length for this image size: extrapolated from its 1.81
 at 256 px and 2.06 at 384 px."""
@@ -123,6 +125,7 @@ def _sampled(model: str, boundaries: BoundarySource | None, entropy_model: str) 
     labels: dict[BoundarySource, str] = {
         "static": f"{model} static",
         "entropy_model": f"  entropy model {entropy_model}",
+        "entropy_head": "  entropy head",
         "own_entropy": "  own entropy",
     }
     return labels[boundaries]

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.boundaries import EntropyBoundaries, GivenBoundaries
-from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig, NextPatchSchedule
+from models.boundaries import EntropyBoundaries, GivenBoundaries, HeadBoundaries
+from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, EntropyHeadConfig, GPTConfig, NextPatchSchedule
 from models.dpar import DPAR, pack_patches
-from models.flops import dpar_cost, gpt_cost, npp_cost
+from models.entropy_head import EntropyHead
+from models.flops import dpar_cost, gpt_cost, head_sampling, npp_cost
 from models.gpt import GPT
 from models.npp import next_patch_loss
 from models.patching import PatchRule, patch_starts
@@ -286,6 +287,21 @@ def test_own_entropy_costs_a_prediction_more_where_a_patch_closes(
     own = dpar_cost(model.config, TOKENS / int(starts.sum())).own_entropy.macs(guided=options.guided)
     more = found[0] - known[0], found[1] - known[1]
     assert more == (pytest.approx(own.linear, rel=1e-12), pytest.approx(own.attention, rel=1e-12))
+
+
+@torch.no_grad()
+def test_an_entropy_head_costs_its_narrow_block_once_a_token() -> None:
+    labels, uniforms, _ = batch()
+    torch.manual_seed(0)
+    model = DPAR(small_dpar()).eval()
+    head = EntropyHead(EntropyHeadConfig.of(model.config, "block")).eval()
+    torch.nn.init.normal_(head.output.weight, std=0.3)
+    boundaries = HeadBoundaries(head, PatchRule(1.8, 4, True, GRID))
+    starts: list[Tensor] = []
+    linear, _ = counted(lambda: starts.append(sample_dpar(model, labels, uniforms, GUIDED, boundaries)[1]))
+    of_head = linear - round(drawn_dpar(starts[0], GUIDED))
+    assert of_head == IMAGES * head_sampling(model.config).macs(guided=True).linear
+    assert of_head == IMAGES * (TOKENS - 1) * (64 * 64 + block(64) + 64)
 
 
 @pytest.mark.parametrize("length", [0.99, 4.6, float("nan")])

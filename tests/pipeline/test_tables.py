@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from conf.schema import BoundarySource
 from models.flops import Cost, Macs, Sampling
 from pipeline import tables
 from pipeline.bench import Gate
-from pipeline.flops import BoundarySource, CostRow, LengthSource, PatchCost
+from pipeline.flops import CostRow, LengthSource, PatchCost
 
 LARGE = Macs(linear=25594.5e9, attention=1554.6e9)
 DRAWN = Sampling(classed=LARGE)
@@ -21,7 +22,12 @@ NPP = replace(LLAMAGEN, model="npp-XXL", llamagen=COST)
 
 
 def dpar(source: LengthSource) -> CostRow:
-    boundaries: dict[BoundarySource, Sampling] = {"static": Sampling(), "entropy_model": DRAWN, "own_entropy": DRAWN}
+    boundaries: dict[BoundarySource, Sampling] = {
+        "static": Sampling(),
+        "entropy_head": DRAWN,
+        "entropy_model": DRAWN,
+        "own_entropy": DRAWN,
+    }
     patches = PatchCost(mean_length=2.24, length_source=source, boundaries=boundaries)
     half = replace(COST, forward=Macs(linear=LARGE.linear / 2, attention=77.312e9))
     return CostRow(model="dpar-L-E2D3", image_size=512, cost=half, llamagen=COST, patches=patches, paper_gmacs=None)
@@ -41,9 +47,8 @@ def test_a_row_is_one_line_of_80_columns() -> None:
     assert sum(line.startswith("npp-XXL ") for line in lines) == 2
     assert sum(line.startswith("dpar-L-E2D3 ") for line in lines) == 2
     assert [line.split("  ")[0] for line in lines if line.startswith("dpar-L-E2D3 s")] == ["dpar-L-E2D3 static"]
-    assert [
-        sum(line.startswith(f"  {source} ") for line in lines) for source in ("entropy model B", "own entropy")
-    ] == [1, 1]
+    sources = ("entropy head", "entropy model B", "own entropy")
+    assert [sum(line.startswith(f"  {source} ") for line in lines) for source in sources] == [1, 1, 1]
 
 
 def test_notes_are_of_the_models_that_are_shown() -> None:
