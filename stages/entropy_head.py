@@ -50,7 +50,7 @@ _HELDOUT = 4096  # held-out images that sources are judged by, at most
 
 
 def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write the head's weights, `thresholds.json` with the threshold of each source, and `patches.png`.
+    """Write the head's weights, `thresholds.json` with the threshold of each source, and `sources.png`.
 
     `entropies.npz` has what each source says of some training views, from which other thresholds can be found, and
     `metrics.json` how near it comes to the entropy model on held-out images. A rival, or a model on static patches, has
@@ -203,7 +203,7 @@ def _calibrate(sources: Sources, config: EntropyHeadConfig, output: Path) -> Non
     write_atomic(output / SAMPLES, lambda file: np.savez(file, allow_pickle=False, **asked))
     write_json(output / THRESHOLDS, thresholds)
     write_json(output / "metrics.json", metrics)
-    _draw(sources, shown, output / "patches.png")
+    _draw(sources, shown, output / "sources.png")
 
 
 def _nearness(sources: Sources, source: str, threshold: float, limit: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""All nine stages from a folder of images to a score, as a person runs them, and again."""
+"""All stages from a folder of images to a score, as a person runs them, and again."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_thresholds_give_the_patch_indexs_mean_length_on_what_they_were_chosen_b
             assert mean_length == pytest.approx(rule["mean_length"], rel=0.01)
             assert -1 <= metrics[f"{source}_correlation"] <= 1
             assert 0.4 < metrics[f"{source}_agreement"] <= 1
-    assert (artifact / "patches.png").stat().st_size > 1000
+    assert (artifact / "sources.png").stat().st_size > 1000
 
 
 def test_what_is_saved_is_what_the_head_says(tiny_artifacts: dict[str, Path]) -> None:
