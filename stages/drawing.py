@@ -19,15 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from conf.schema import SampleConfig
+from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries
 from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.packed_linear import pack_linear_layers
 from models.patching import PatchRule, static_patch_starts
 from models.sampling import (
-    Boundaries,
-    EntropyBoundaries,
-    GivenBoundaries,
     SamplingOptions,
     sample_dpar,
     sample_gpt,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from conf.schema import RuntimeConfig, SampleConfig
-from models.sampling import EntropyBoundaries
+from models.boundaries import EntropyBoundaries
 from stages.artifact import write_json
 from stages.distributed import barrier, process_group
 from stages.drawing import LABEL_STREAM, Drawer, stream

@@ -25,10 +25,11 @@ from samplers import (
 )
 from torch import Tensor, nn
 
+from models.boundaries import GivenBoundaries
 from models.dpar import DPAR, pack_patches
 from models.gpt import GPT, token_entropy
 from models.packed_linear import PackedLinear
-from models.sampling import DPARDecoding, GivenBoundaries, SamplingOptions
+from models.sampling import DPARDecoding, SamplingOptions
 from pipeline.bench import Figures, Gate, gate
 
 TOKENS = GRIDS[256].num_tokens

@@ -14,20 +14,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.packed_linear import pack_linear_layers
 from models.patching import PatchRule, patch_starts
-from models.sampling import (
-    Boundaries,
-    DPARDecoding,
-    EntropyBoundaries,
-    GivenBoundaries,
-    GPTDecoding,
-    SamplingOptions,
-    draw,
-)
+from models.sampling import DPARDecoding, GPTDecoding, SamplingOptions, draw
 
 CODES, CLASSES = 16384, 1000
 GUIDED = SamplingOptions(cfg_scale=2.0)

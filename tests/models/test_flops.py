@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.boundaries import EntropyBoundaries, GivenBoundaries
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
 from models.dpar import DPAR, pack_patches
 from models.flops import dpar_cost, gpt_cost
 from models.gpt import GPT
 from models.patching import PatchRule, patch_starts
-from models.sampling import EntropyBoundaries, GivenBoundaries, SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import SamplingOptions, sample_dpar, sample_gpt
 
 CODES = 16384
 IMAGES, GRID, TOKENS = 8, 3, 9

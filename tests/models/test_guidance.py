@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.boundaries import GivenBoundaries
 from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR, pack_patches
 from models.gpt import GPT
 from models.guidance import Schedule, guidance_scale
 from models.patching import static_patch_starts
-from models.sampling import GivenBoundaries, SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import SamplingOptions, sample_dpar, sample_gpt
 
 TOKENS, CODES, CLASSES = 16, 40, 5
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.boundaries import EntropyBoundaries
 from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.patching import PatchRule
-from models.sampling import EntropyBoundaries, SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import SamplingOptions, sample_dpar, sample_gpt
 
 TOKENS, CODES, CLASSES = 16, 40, 5
 GUIDED = SamplingOptions(cfg_scale=2.0)

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.boundaries import EntropyBoundaries, GivenBoundaries
 from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR, pack_patches
 from models.gpt import GPT
 from models.patching import PatchRule, patch_starts, static_patch_starts
 from models.sampling import (
     DPARDecoding,
-    EntropyBoundaries,
-    GivenBoundaries,
     SamplingOptions,
     draw,
     filter_logits,

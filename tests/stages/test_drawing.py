@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from conf.schema import SampleConfig, Settings
+from models.boundaries import EntropyBoundaries
 from models.config import DPARConfig, GPTConfig, VQConfig
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.patching import PatchRule
-from models.sampling import EntropyBoundaries
 from models.vq import VQModel
 from stages.artifact import read_json, write_json
 from stages.drawing import Drawer, resize
