@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 PositionEmbedding = Literal["dynamic", "dynamic_no_redundancy", "patch_index_1d"]
+EntropyHeadKind = Literal["none", "linear", "mlp"]
 
 SMALLEST_JUDGED_IMAGE = 24  # pixels along a side; the discriminator's logit map would be empty below it
 
@@ -144,6 +145,7 @@ class DPARConfig:
     position_embedding: PositionEmbedding = "dynamic"
     dropout: float = 0.1
     class_dropout_prob: float = 0.1
+    entropy_head: EntropyHeadKind = "none"
 
     def __post_init__(self) -> None:
         _check_heads(self.dim, self.num_heads)

@@ -10,17 +10,19 @@ each patch is projected for the decoder once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from models.boundaries import Boundaries
+from models.boundaries import Boundaries, NextToken
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.guidance import Schedule, guidance_scale
 from models.kv_cache import KVCache
+from models.layers import Attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,7 @@ class DPARDecoding:
         self._encoded: list[Tensor] = []  # per encoder layer (B, T, D): what the pooling reads
         self._token_rope = model.token_rope(device)
         self._projections: Tensor | None = None  # (decoder layers, B or 2 B, D): of the open patch's context
+        self._guess: Tensor | None = None  # logits of both halves if the open patch goes on, where a source asks
         boundaries.begin(batch, num_tokens)
 
     def step(self, previous: Int[Tensor, " B"] | None) -> Float[Tensor, "B V"]:
@@ -120,14 +123,35 @@ class DPARDecoding:
             self.starts[:, 0] = True
         else:
             state = self._encode(previous)
-            opened = self.boundaries.opens(self.position, previous, self.open_lengths)
-            self.starts[:, self.position] = opened
-            self._close_patches(opened.nonzero()[:, 0])
-            self.open_lengths = torch.where(opened, 0, self.open_lengths)
+            images = self._open_patches(previous, state)
         self.open_lengths = self.open_lengths + 1
-        logits = _guide(self._decode(state), self.options, self.position, self.model.config.num_tokens)
-        self.position += 1
+        logits = self._decode(state) if self._guess is None else self._decode_again(self._guess, state, images)
+        logits = _guide(logits, self.options, self.position, self.model.config.num_tokens)
+        self.position, self._guess = self.position + 1, None
         return logits
+
+    def _open_patches(self, previous: Int[Tensor, " B"], state: Float[Tensor, "B D"]) -> Int[Tensor, " R"]:
+        """Ask where the token at `position` opens a patch, and close the open patch there. The images of these."""
+
+        def guess() -> Float[Tensor, "B V"]:
+            if self._guess is None:
+                self._guess = self._decode(state)
+            return self._guess[: len(state)]
+
+        opened = self.boundaries.opens(
+            NextToken(
+                position=self.position,
+                previous=previous,
+                state=state,
+                open_lengths=self.open_lengths,
+                logits_if_it_goes_on=guess,
+            )
+        )
+        self.starts[:, self.position] = opened
+        images = opened.nonzero()[:, 0]
+        self._close_patches(images)
+        self.open_lengths = torch.where(opened, 0, self.open_lengths)
+        return images
 
     def _encode(self, previous: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """Encoder state of the token at position - 1."""
@@ -176,9 +200,29 @@ class DPARDecoding:
     def _decode(self, state: Float[Tensor, "B D"]) -> Float[Tensor, "B2 V"]:
         """Logits of both halves for the token at `position`."""
         assert self._projections is not None
-        hidden = _twice(state, self.options)
         attends = self._decoder_cache.step(self.position)
-        for layer, projection, attend in zip(self.model.local_decoder.layers, self._projections, attends, strict=True):
+        return self._logits(_twice(state, self.options), self._projections, attends)
+
+    def _decode_again(
+        self, guess: Float[Tensor, "B2 V"], state: Float[Tensor, "B D"], images: Int[Tensor, " R"]
+    ) -> Float[Tensor, "B2 V"]:
+        """The logits of `guess`, with those of the given images made anew: their patch did not go on.
+
+        The step is taken over: the decoder's cache keeps keys and values of the new one only.
+        """
+        assert self._projections is not None
+        if not len(images):
+            return guess
+        rows = _halves(images, len(state), self.options)
+        attends = self._decoder_cache.ragged_step(rows, rows.new_full((len(guess),), self.position))
+        logits = self._logits(_twice(state, self.options)[rows], self._projections[:, rows], attends)
+        return guess.index_copy(0, rows, logits)
+
+    def _logits(
+        self, hidden: Float[Tensor, "R D"], projections: Float[Tensor, "C R D"], attends: Iterator[Attend]
+    ) -> Float[Tensor, "R V"]:
+        """Through the decoder, which has a projection of the global context for each of its C layers."""
+        for layer, projection, attend in zip(self.model.local_decoder.layers, projections, attends, strict=True):
             hidden = layer(hidden + projection, self._token_rope[self.position], attend)
         return self.model.output(self.model.norm(hidden)).float()
 

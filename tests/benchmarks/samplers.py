@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries
+from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, NextToken
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
@@ -94,13 +94,13 @@ class Watched:
         for boundaries in (self._given, *self._sources.values()):
             boundaries.begin(batch, num_tokens)
 
-    def opens(self, position: int, previous: Tensor, open_lengths: Tensor) -> Tensor:
+    def opens(self, token: NextToken) -> Tensor:
         """The given answer, after those that were asked for."""
         for name, source in self._sources.items():
             start = time.perf_counter()
-            source.opens(position, previous, open_lengths)
+            source.opens(token)
             self.seconds[name] += time.perf_counter() - start
-        return self._given.opens(position, previous, open_lengths)
+        return self._given.opens(token)
 
 
 def entropy_model(size: str, grid: Grid = GRIDS[256]) -> EntropyBoundaries:
