@@ -21,6 +21,7 @@ class EntropyHead(nn.Module):
 
     def __init__(self, kind: EntropyHeadKind, dim: int, codebook_size: int) -> None:
         super().__init__()
+        self.shape = {"kind": kind, "dim": dim, "codebook_size": codebook_size}
         self._largest = math.log(codebook_size)
         self.norm = RMSNorm(dim)
         self.hidden = nn.Linear(dim, dim, bias=False) if kind == "mlp" else None

@@ -65,11 +65,29 @@ STAGES: dict[str, Stage] = {
             packages=(),
         ),
         Stage(
-            name="train", inputs=("tokenize", "patch_index"), summary="class-conditional model", external="checkpoint"
+            name="train",
+            inputs=("tokenize", "entropy_map", "patch_index"),
+            summary="class-conditional model",
+            external="checkpoint",
+        ),
+        Stage(
+            name="entropy_head",
+            inputs=("tokenizer", "tokenize", "entropy_map", "patch_index", "train"),
+            summary="boundaries without the entropy model",
+            packages=("torch", "pillow"),
         ),
         Stage(
             name="sample",
-            inputs=("dataset", "tokenizer", "tokenize", "entropy_model", "entropy_map", "patch_index", "train"),
+            inputs=(
+                "dataset",
+                "tokenizer",
+                "tokenize",
+                "entropy_model",
+                "entropy_map",
+                "patch_index",
+                "train",
+                "entropy_head",
+            ),
             summary="images drawn from the model",
             reads_images=True,
             packages=("torch", "pillow"),

@@ -7,8 +7,7 @@ counter, so batch size, process count and resume point do not matter.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
@@ -16,29 +15,24 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from conf.schema import SampleConfig
-from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries
-from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
-from models.packed_linear import pack_linear_layers
-from models.patching import PatchRule, static_patch_starts
 from models.sampling import (
     SamplingOptions,
     sample_dpar,
     sample_gpt,
 )
 from models.vq import VQModel
-from stages.artifact import read_json
-from stages.errors import ArtifactError, InputError
+from stages.boundaries import Chosen, choose_boundaries
+from stages.errors import ArtifactError
 from stages.images import Pixels, float_to_pixels, pixels_to_float
 from stages.job import Inputs
-from stages.stores.entropies import EntropyStore
+from stages.readiness import ready_to_draw, require_fit
 from stages.stores.tokens import TokenStore
-from stages.thresholds import EntropySample
-from stages.weights import load_gpt, load_model, load_vq
+from stages.weights import load_model, load_vq
 
 logger = logging.getLogger(__name__)
 LABEL_STREAM, TOKEN_STREAM = 0, 1
@@ -55,12 +49,12 @@ class Drawn(TypedDict):
 
 @dataclass(frozen=True)
 class Drawer:
-    """Everything a batch of samples is drawn with. `boundaries` are None for a model without patches."""
+    """Everything a batch of samples is drawn with. `chosen` is None for a model without patches."""
 
     config: SampleConfig
     model: GPT | DPAR
     vq: VQModel
-    boundaries: Boundaries | None
+    chosen: Chosen | None
     device: torch.device
 
     @classmethod
@@ -72,15 +66,15 @@ class Drawer:
             InputError: The settings ask for boundaries that the patch index or the entropies cannot give.
         """
         model, vq = load_model(inputs["train"], device), load_vq(inputs["tokenizer"], device)
-        ready_to_draw(model, config)
-        _require_fit("model", model.config, inputs["train"], store)
+        ready_to_draw(model, config.precision)
+        require_fit("model", model.config, inputs["train"], store)
         if vq.config.codebook_size != store.codebook_size:
             raise ArtifactError(
                 f"the tokenizer in {inputs['tokenizer']} has a codebook of {vq.config.codebook_size}, {store.location} "
                 f"{store.codebook_size}: use the tokenizer that made these tokens"
             )
-        boundaries = _boundaries(config, inputs, store, device) if isinstance(model, DPAR) else None
-        return cls(config, model, vq, boundaries, device)
+        chosen = choose_boundaries(config, inputs, store, device) if isinstance(model, DPAR) else None
+        return cls(config, model, vq, chosen, device)
 
     @torch.inference_mode()
     def draw(
@@ -104,8 +98,8 @@ class Drawer:
             tokens = sample_gpt(self.model, classes, uniforms, options, prefix)
             starts = torch.ones_like(tokens, dtype=torch.bool)
         else:
-            assert self.boundaries is not None  # `load` makes them for every DPAR
-            tokens, starts = sample_dpar(self.model, classes, uniforms, options, self.boundaries, prefix)
+            assert self.chosen is not None  # `load` makes it for every DPAR
+            tokens, starts = sample_dpar(self.model, classes, uniforms, options, self.chosen.boundaries, prefix)
         return {
             "images": self.decode(tokens),
             "labels": labels.astype(np.uint16),
@@ -130,13 +124,6 @@ class Drawer:
         return torch.from_numpy(np.stack(rows).astype(np.float32)).clamp_(max=1 - 2**-24)
 
 
-def ready_to_draw(model: nn.Module, config: SampleConfig) -> None:
-    """Bring weights into the type and order that make steps fast. Logits are float32 whatever the type."""
-    if config.precision == "bfloat16":
-        model.bfloat16()
-    pack_linear_layers(model)
-
-
 def stream(seed: int, purpose: int, number: int) -> np.random.Generator:
     """A generator of its own for each (seed, purpose, number)."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, purpose << 56 | number], dtype=np.uint64)))
@@ -147,41 +134,3 @@ def resize(images: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B 3 H 
     if images.shape[-1] == size:
         return images
     return F.interpolate(images.float(), size=(size, size), mode="bicubic")
-
-
-def _boundaries(config: SampleConfig, inputs: Inputs, store: TokenStore, device: torch.device) -> Boundaries:
-    """What opens patches while drawing: the patch index's static patches, or a rule on entropies."""
-    saved = read_json(inputs["patch_index"] / "rule.json")
-    if saved["mode"] == "static":
-        if config.own_rule:
-            raise InputError(
-                f"sample.{next(iter(config.own_rule))} is set and the patch index has static patches, expected one by "
-                "entropy: its model was trained on patches that no entropy decides"
-            )
-        return GivenBoundaries(static_patch_starts(saved["static_length"], store.num_tokens).to(device))
-    entropy_model = load_gpt(inputs["entropy_model"], device)
-    ready_to_draw(entropy_model, config)
-    _require_fit("entropy model", entropy_model.config, inputs["entropy_model"], store)
-    rule = PatchRule(
-        threshold=saved["threshold"] if config.threshold is None else config.threshold,
-        max_length=saved["max_length"] if config.max_length is None else config.max_length,
-        row_boundary=saved["row_boundary"],
-        grid=store.grid,
-    )
-    if config.target_mean_length is not None:
-        sample = EntropySample.of(EntropyStore.open(inputs["entropy_map"] / "entropies.zarr"))
-        rule = replace(rule, threshold=sample.find_threshold(config.target_mean_length, rule, "sample"))
-    return EntropyBoundaries(entropy_model, rule)
-
-
-def _require_fit(name: str, config: GPTConfig | DPARConfig, artifact: Path, store: TokenStore) -> None:
-    """Refuse a model of other tokens: it would draw, or judge, codes that mean something else."""
-    wanted = {"num_tokens": store.num_tokens, "codebook_size": store.codebook_size}
-    if config.num_classes is not None:
-        wanted["num_classes"] = store.num_classes
-    for field, value in wanted.items():
-        if getattr(config, field) != value:
-            raise ArtifactError(
-                f"the {name} in {artifact} has {field} {getattr(config, field)}, expected {value} as {store.location}: "
-                "use one that was trained on these tokens"
-            )

@@ -271,7 +271,7 @@ def _from_inputs(inputs: Inputs) -> dict[str, float]:
         ("entropy_model", ("heldout_loss", "unigram_loss")),
         ("train", ("heldout_loss", "unigram_loss")),
         ("patch_index", ("mean_length", "patches_per_image")),
-        ("sample", ("sample_mean_patch_length",)),
+        ("sample", ("sample_mean_patch_length", "boundary_correlation", "boundary_agreement")),
     ):
         metrics = read_json(inputs[stage] / "metrics.json")
         prefix = "" if stage == "sample" else f"{stage}_"

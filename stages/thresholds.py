@@ -33,8 +33,13 @@ class EntropySample:
         total = store.num_train * store.num_views
         rows = np.linspace(0, total - 1, min(total, SAMPLE_ROWS)).astype(np.int64)
         entropies = store.fetch(rows % store.num_train, rows // store.num_train)
+        return cls.of_rows(entropies, store.codebook_size)
+
+    @classmethod
+    def of_rows(cls, entropies: Entropies, codebook_size: int) -> EntropySample:
+        """Take them from an array (rows, T)."""
         blocks = np.split(entropies, range(SAMPLE_BLOCK, len(entropies), SAMPLE_BLOCK))
-        return cls(blocks, store.num_tokens, store.codebook_size)
+        return cls(blocks, entropies.shape[1], codebook_size)
 
     def mean_length(self, rule: PatchRule) -> float:
         """Tokens in a patch, on average over the patches that `rule` makes."""

@@ -5,7 +5,8 @@ A rival's weights can be imported instead: LlamaGen's were released.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from models.gpt import GPT
 from stages.distributed import World, process_group
 from stages.foreign_weights import read_gpt_checkpoint, write_source
 from stages.job import Inputs, main
+from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
 from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
+from stages.training.entropy_head import EntropyData, JointObjective, predict_with
 from stages.training.loop import Training, train_model
 from stages.training.next_patch import NextPatchData, NextPatchObjective
 from stages.training.patched import DPARObjective, PatchedData
@@ -71,25 +74,40 @@ def _train(
 ) -> tuple[GPT | DPAR, dict[str, float]]:
     """A model trained from the start, or from where a killed run was, and its held-out loss."""
     torch.manual_seed(config.seed)
-    model, objective, data = _family(config, store, inputs)
+    family = _family(config, store, inputs)
+    model, data = family.model, family.data
     if compiled:
         compile_blocks(model)
     stream = SampleStream(store.num_train, config.training.global_batch_size, config.seed)
     run = Training(
         model=model,
-        objective=objective,
+        objective=family.objective,
         batch=lambda step: data.training_batch(stream, step, world),
         data_state=lambda steps: stream.state(steps) | data.digests,
-        validate=lambda: data.heldout_loss(objective, world),
+        validate=lambda: family.validate(world),
         config=config.training,
         seed=config.seed,
         restarts=config.restarts,
+        clipped_apart=model.entropy_head if isinstance(model, DPAR) else None,
     )
     return model, train_model(run, output, world)
 
 
-def _family(config: TrainConfig, store: TokenStore, inputs: Inputs) -> tuple[GPT | DPAR, nn.Module, TokenData]:
-    """A fresh model, its loss, and the batches it reads."""
+@dataclass(frozen=True)
+class _Family:
+    """A fresh model, its loss, the batches it reads, and what is said of it on held-out images."""
+
+    model: GPT | DPAR
+    objective: nn.Module
+    data: TokenData
+    validate: Callable[[World], dict[str, float]]
+
+    @classmethod
+    def plain(cls, model: GPT | DPAR, objective: nn.Module, data: TokenData) -> _Family:
+        return cls(model, objective, data, lambda world: data.heldout_loss(objective, world))
+
+
+def _family(config: TrainConfig, store: TokenStore, inputs: Inputs) -> _Family:
     size = asdict(config.model)
     common: dict[str, Any] = {
         "codebook_size": store.codebook_size,
@@ -99,13 +117,31 @@ def _family(config: TrainConfig, store: TokenStore, inputs: Inputs) -> tuple[GPT
         "class_dropout_prob": config.class_dropout_prob,
     }
     if config.family == "dpar":
-        dpar = DPAR(DPARConfig(**size, **common, position_embedding=config.position_embedding))
-        index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
-        return dpar, DPARObjective(dpar), PatchedData(store, index)
+        shape = DPARConfig(
+            **size, **common, position_embedding=config.position_embedding, entropy_head=config.entropy_head.kind
+        )
+        return _dpar(DPAR(shape), config.entropy_head.encoder_gradient, store, inputs)
     gpt = GPT(GPTConfig(**size, **common))
     if config.family == "npp":
-        return gpt, NextPatchObjective(gpt), NextPatchData(store, config.npp, config.training.steps)
-    return gpt, GPTObjective(gpt), TokenData(store)
+        data = NextPatchData(store, config.npp, config.training.steps)
+        return _Family.plain(gpt, NextPatchObjective(gpt), data)
+    return _Family.plain(gpt, GPTObjective(gpt), TokenData(store))
+
+
+def _dpar(model: DPAR, encoder_gradient: float, store: TokenStore, inputs: Inputs) -> _Family:
+    """With a head, entropies are read too; the held-out loss stays that of the tokens."""
+    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
+    tokens_alone = DPARObjective(model)
+    if model.entropy_head is None:
+        return _Family.plain(model, tokens_alone, PatchedData(store, index))
+    entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
+    index.require_entropies(entropies.digest)
+    data, predict = EntropyData(store, index, entropies), predict_with(model.entropy_head, model)
+
+    def validate(world: World) -> dict[str, float]:
+        return data.heldout_loss(tokens_alone, world) | data.heldout_fit(predict, world)
+
+    return _Family(model, JointObjective(model, encoder_gradient), data, validate)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.config import DPARConfig, GPTConfig, VQConfig
 from models.dpar import DPAR
+from models.entropy_head import EntropyHead
 from models.gpt import GPT
 from models.vq import VQModel
 from stages.artifact import read_json, write_json
@@ -21,6 +22,7 @@ from stages.errors import ArtifactError
 
 VQ_FILE = "vq.safetensors"
 MODEL_FILE = "model.safetensors"
+HEAD_FILE = "entropy_head.safetensors"
 CONFIG_FILE = "config.json"
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -66,6 +68,19 @@ def load_gpt(artifact: Path, device: torch.device | str = "cpu") -> GPT:
     """
     _, config = _saved_config(artifact, "gpt")
     return _fill(GPT(GPTConfig(**config)), artifact / MODEL_FILE).to(device).eval()
+
+
+def save_entropy_head(artifact: Path, head: EntropyHead | None) -> None:
+    """Write a head's weights (float32) and shape; where there is none, just that."""
+    if head is not None:
+        _save(artifact / HEAD_FILE, head)
+    write_json(artifact / CONFIG_FILE, None if head is None else head.shape)
+
+
+def load_entropy_head(artifact: Path, device: torch.device | str = "cpu") -> EntropyHead | None:
+    """The head of a finished `entropy_head` artifact, in evaluation mode; None if it has none."""
+    shape = read_json(artifact / CONFIG_FILE)
+    return None if shape is None else _fill(EntropyHead(**shape), artifact / HEAD_FILE).to(device).eval()
 
 
 def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:

@@ -18,12 +18,10 @@ from models.dpar import DPAR
 from models.gpt import GPT
 from models.patching import PatchRule
 from models.vq import VQModel
-from stages.artifact import read_json, write_json
+from stages.boundaries import Chosen
 from stages.drawing import Drawer, resize
-from stages.errors import ArtifactError, InputError
-from stages.stores.entropies import EntropyStore
+from stages.errors import ArtifactError
 from stages.stores.tokens import TokenStore
-from stages.thresholds import EntropySample
 from stages.weights import load_gpt, save_model
 
 CPU = torch.device("cpu")
@@ -45,9 +43,11 @@ def random_drawer() -> Callable[..., Drawer]:
     )
     rule = PatchRule(threshold=3.85, max_length=4, row_boundary=True, grid=8)
 
+    chosen = Chosen("entropy_model", EntropyBoundaries(entropy_model, rule), rule)
+
     def make(**settings: object) -> Drawer:
         config = SampleConfig(**{"image_size": 32, "precision": "float32"} | settings)
-        return Drawer(config, model, vq.eval(), EntropyBoundaries(entropy_model, rule), CPU)
+        return Drawer(config, model, vq.eval(), chosen, CPU)
 
     return make
 
@@ -107,36 +107,6 @@ def load(inputs: dict[str, Path], config: SampleConfig) -> Drawer:
     return Drawer.load(config, inputs, TokenStore.open(inputs["tokenize"] / "tokens.zarr"), CPU)
 
 
-def test_the_rule_is_the_patch_indexs_unless_the_settings_name_another(
-    tiny_artifacts: dict[str, Path], tiny_settings: Settings
-) -> None:
-    def rule(**changes: object) -> PatchRule:
-        boundaries = load(tiny_artifacts, tiny_settings.sample.model_copy(update=changes)).boundaries
-        assert isinstance(boundaries, EntropyBoundaries)
-        return boundaries.rule
-
-    saved = read_json(tiny_artifacts["patch_index"] / "rule.json")
-    assert rule() == PatchRule(saved["threshold"], 4, True, 8)
-    assert rule(threshold=1.25, max_length=6) == PatchRule(1.25, 6, True, 8)
-    wanted = rule(target_mean_length=2.5, max_length=6)
-    sample = EntropySample.of(EntropyStore.open(tiny_artifacts["entropy_map"] / "entropies.zarr"))
-    assert wanted.max_length == 6
-    assert sample.mean_length(wanted) == pytest.approx(2.5, abs=0.01)
-    with pytest.raises(InputError, match=r"sample\.target_mean_length is 4\.5, expected 1\.0+ to 3\.\d+"):
-        rule(target_mean_length=4.5)
-
-
-def test_static_patches_take_no_threshold(
-    tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path
-) -> None:
-    write_json(tmp_path / "rule.json", {"mode": "static", "static_length": 2.0})
-    inputs = tiny_artifacts | {"patch_index": tmp_path}
-    assert load(inputs, tiny_settings.sample).boundaries is not None
-    for name, value in {"threshold": 1.0, "max_length": 4, "target_mean_length": 2.0}.items():
-        with pytest.raises(InputError, match=rf"sample\.{name} is set and the patch index has static patches"):
-            load(inputs, tiny_settings.sample.model_copy(update={name: value}))
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"codebook_size": 128}, "codebook_size 128, expected 64"), ({"num_tokens": 16}, "num_tokens 16, expected 64")],
@@ -151,7 +121,10 @@ def test_an_entropy_model_of_another_tokenizer_is_refused(
     config = GPTConfig(**{"dim": 32, "num_layers": 1, "num_heads": 2, "num_classes": None} | SHAPE | changes)
     save_model(tmp_path, "gpt", GPT(config), config)
     with pytest.raises(ArtifactError, match=f"entropy model in .* has {words}.*trained on these tokens"):
-        load(tiny_artifacts | {"entropy_model": tmp_path}, tiny_settings.sample)
+        load(
+            tiny_artifacts | {"entropy_model": tmp_path},
+            tiny_settings.sample.model_copy(update={"boundaries": "entropy_model"}),
+        )
 
 
 def test_a_model_of_other_classes_and_a_tokenizer_of_another_codebook_are_refused(
@@ -176,7 +149,7 @@ def test_a_model_without_patches_needs_no_entropy_model(
     config = GPTConfig(dim=32, num_layers=1, num_heads=2, num_classes=3, **SHAPE)
     save_model(tmp_path, "llamagen", GPT(config), config)
     drawer = load(tiny_artifacts | {"train": tmp_path, "entropy_model": tmp_path / "none"}, tiny_settings.sample)
-    assert drawer.boundaries is None
+    assert drawer.chosen is None
     assert drawer.draw(np.arange(2), np.array([0, 2]))["patch_starts"].all()
     with pytest.raises(ArtifactError, match="holds a model of family llamagen, expected gpt"):
         load_gpt(tmp_path)

@@ -110,7 +110,7 @@ def test_a_threshold_that_never_or_always_cuts_is_said_and_counted(
 
 def test_a_threshold_between_is_not_warned_of(tiny_artifacts: dict[str, Path]) -> None:
     numbers = read_json(tiny_artifacts["sample"] / "metrics.json")
-    assert numbers["threshold"] == read_json(tiny_artifacts["patch_index"] / "rule.json")["threshold"]
+    assert numbers["threshold"] == read_json(tiny_artifacts["entropy_head"] / "thresholds.json")["entropy_head"]
     assert 0 < numbers["share_above_threshold"] < 1
 
 
