@@ -33,6 +33,9 @@ def sample(
     count: Annotated[int, typer.Option("--n", min=1, max=MOST, help="Images to draw.")] = 16,
     seed: Annotated[int | None, typer.Option(metavar="SEED", help="As sample.seed.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(metavar="SCALE", help="As sample.cfg_scale.")] = None,
+    boundaries: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="What opens patches, as sample.boundaries.")
+    ] = None,
     patches: Annotated[bool, typer.Option("--patches", help="Outline the patches.")] = False,
     init: Annotated[Path | None, typer.Option(metavar="IMAGE", help="Continue this image.")] = None,
     keep_rows: Annotated[
@@ -43,16 +46,16 @@ def sample(
 ) -> None:
     """Draw a few images from a trained model, or continue a real one.
 
-    Needs a finished stage train. Nothing is written but the picture.
+    Needs a finished stage entropy_head. Nothing is written but the picture.
     """
     if keep_rows is not None and init is None:
         raise InputError("--keep-rows is set without --init, the image whose rows to keep")
     if out.suffix.lower() != ".png":
         raise InputError(f"--out is {out}, expected the name of a PNG file, as samples.png")
-    given = {"seed": seed, "cfg_scale": cfg_scale}
+    given = {"seed": seed, "cfg_scale": cfg_scale, "boundaries": boundaries}
     wished = [f"sample.{name}={value}" for name, value in given.items() if value is not None]
     settings, runtime = load(preset, ablation, [*overrides, *wished])
-    inputs = require_cached(settings, runtime, STAGES["sample"].inputs, "dpar run --until train")
+    inputs = require_cached(settings, runtime, STAGES["sample"].inputs, "dpar run --until entropy_head")
     from stages import quick_look
 
     words = [word.strip() for word in classes.split(",")] if classes else []

@@ -36,6 +36,8 @@ MEANINGS = {
     "patch_index_mean_length": "tokens a patch, in training images",
     "patch_index_patches_per_image": "positions of the global stack",
     "sample_mean_patch_length": "tokens a patch, in samples",
+    "boundary_correlation": "of the entropies that open patches with the entropy model's, on held-out images",
+    "boundary_agreement": "of the places where patches open with the patch index's, on held-out images",
     "threshold": "nats; a token of a greater entropy opens a patch",
     "share_above_threshold": "of the tokens of training images",
 }

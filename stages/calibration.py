@@ -91,23 +91,16 @@ class Calibration:
         """Threshold, and on held-out images what ties the source to the entropy model and the patch index.
 
         Correlation is Pearson's, of the entropies of all tokens but the first of an image. Agreement is the share of
-        tokens at which both or neither open a patch, of those where entropies decide.
+        all tokens at which both or neither open a patch.
         """
         wanted = self.data.entropies.fetch(self.heldout, np.zeros_like(self.heldout))
         correlation = np.corrcoef(source.heldout[:, 1:].ravel(), wanted[:, 1:].ravel())[0, 1]
-        same = (source.heldout_starts == self.index_starts)[:, self._free]
         return {
             f"{name}_threshold": source.threshold,
             f"{name}_correlation": float(correlation),
-            f"{name}_agreement": float(same.mean()),
+            f"{name}_agreement": float((source.heldout_starts == self.index_starts).mean()),
             f"{name}_mean_length": source.heldout_starts.size / int(source.heldout_starts.sum()),
         }
-
-    @property
-    def _free(self) -> NDArray[np.bool_]:
-        """Which tokens (T,) can go on with a patch: neither one of the first two nor, if rows open patches, a row's."""
-        places = np.arange(self.data.store.num_tokens)
-        return (places >= 2) & ((places % self.data.store.grid > 0) | (not self.saved_rule["row_boundary"]))
 
     def _rule(self, entropies: Entropies) -> PatchRule:
         """The patch index's, with the threshold that gives its mean length on these entropies."""

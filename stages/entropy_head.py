@@ -93,6 +93,7 @@ def _train(config: EntropyHeadConfig, model: DPAR, data: EntropyData, output: Pa
         seed=config.seed,
     )
     train_model(run, output, world)
+    model.eval()
     return head.eval()
 
 

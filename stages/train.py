@@ -6,17 +6,18 @@ A rival's weights can be imported instead: LlamaGen's were released.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from conf.schema import RuntimeConfig, TrainConfig
+from conf.schema import EntropyHeadSettings, RuntimeConfig, TrainConfig
 from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
+from stages.artifact import read_json
 from stages.distributed import World, process_group
 from stages.foreign_weights import read_gpt_checkpoint, write_source
 from stages.job import Inputs, main
@@ -117,10 +118,8 @@ def _family(config: TrainConfig, store: TokenStore, inputs: Inputs) -> _Family:
         "class_dropout_prob": config.class_dropout_prob,
     }
     if config.family == "dpar":
-        shape = DPARConfig(
-            **size, **common, position_embedding=config.position_embedding, entropy_head=config.entropy_head.kind
-        )
-        return _dpar(DPAR(shape), config.entropy_head.encoder_gradient, store, inputs)
+        shape = DPARConfig(**size, **common, position_embedding=config.position_embedding)
+        return _dpar(shape, config.entropy_head, store, inputs)
     gpt = GPT(GPTConfig(**size, **common))
     if config.family == "npp":
         data = NextPatchData(store, config.npp, config.training.steps)
@@ -128,9 +127,14 @@ def _family(config: TrainConfig, store: TokenStore, inputs: Inputs) -> _Family:
     return _Family.plain(gpt, GPTObjective(gpt), TokenData(store))
 
 
-def _dpar(model: DPAR, encoder_gradient: float, store: TokenStore, inputs: Inputs) -> _Family:
-    """With a head, entropies are read too; the held-out loss stays that of the tokens."""
+def _dpar(shape: DPARConfig, head: EntropyHeadSettings, store: TokenStore, inputs: Inputs) -> _Family:
+    """With a head, entropies are read too; the held-out loss stays that of the tokens.
+
+    Static patches need none: no entropy opens them.
+    """
     index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
+    static = read_json(inputs["patch_index"] / "rule.json")["mode"] == "static"
+    model = DPAR(replace(shape, entropy_head="none" if static else head.kind))
     tokens_alone = DPARObjective(model)
     if model.entropy_head is None:
         return _Family.plain(model, tokens_alone, PatchedData(store, index))
@@ -141,7 +145,7 @@ def _dpar(model: DPAR, encoder_gradient: float, store: TokenStore, inputs: Input
     def validate(world: World) -> dict[str, float]:
         return data.heldout_loss(tokens_alone, world) | data.heldout_fit(predict, world)
 
-    return _Family(model, JointObjective(model, encoder_gradient), data, validate)
+    return _Family(model, JointObjective(model, head.encoder_gradient), data, validate)
 
 
 if __name__ == "__main__":

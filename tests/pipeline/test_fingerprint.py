@@ -57,7 +57,7 @@ def test_what_changes_no_result_changes_no_fingerprint(code_copy: Path, file: st
 def test_editing_rmsnorm_changes_exactly_the_stages_that_reach_it(code_copy: Path) -> None:
     before = all_digests(code_copy)
     edit(code_copy / "models/layers.py", "eps: float = 1e-5", "eps: float = 1e-6")
-    assert changed(code_copy, before) == {"entropy_model", "entropy_map", "train", "sample"}
+    assert changed(code_copy, before) == {"entropy_model", "entropy_map", "train", "entropy_head", "sample"}
     assert changed(code_copy, before) == reaching(code_copy, "models.layers:RMSNorm")
 
 
@@ -65,10 +65,10 @@ def test_editing_rmsnorm_changes_exactly_the_stages_that_reach_it(code_copy: Pat
     ("file", "old", "new", "stages"),
     [
         # reached through another module only: the stages import models.vq, which uses _norm
-        ("models/vq.py", "eps=1e-6", "eps=1e-5", {"tokenizer", "tokenize", "sample", "evaluate"}),
+        ("models/vq.py", "eps=1e-6", "eps=1e-5", {"tokenizer", "tokenize", "entropy_head", "sample", "evaluate"}),
         ("stages/scores/frechet.py", "self.n - 1", "self.n", {"evaluate"}),
-        ("models/patching.py", "positions < 2", "positions < 1", {"patch_index", "sample"}),
-        ("stages/training/optim.py", "0.5 * (1", "0.6 * (1", {"tokenizer", "entropy_model", "train"}),
+        ("models/patching.py", "positions < 2", "positions < 1", {"patch_index", "entropy_head", "sample"}),
+        ("stages/training/optim.py", "0.5 * (1", "0.6 * (1", {"tokenizer", "entropy_model", "train", "entropy_head"}),
     ],
 )
 def test_an_edit_reaches_the_stages_that_use_it(
@@ -86,7 +86,7 @@ def test_the_dpar_model_is_no_business_of_the_entropy_model(code_copy: Path) -> 
         "self.decoder_start_embedding = nn.Embedding(1",
         "self.decoder_start_embedding = nn.Embedding(2",
     )
-    assert changed(code_copy, before) == {"train", "sample"}
+    assert changed(code_copy, before) == {"train", "entropy_head", "sample"}
 
 
 def package(tmp_path: Path, **modules: str) -> Code:

@@ -22,7 +22,7 @@ def test_until_asks_for_what_the_stage_needs_and_nothing_else() -> None:
 
 
 def test_from_asks_for_what_depends_on_the_stage() -> None:
-    assert select(from_stage="train") == ["train", "sample", "evaluate"]
+    assert select(from_stage="train") == ["train", "entropy_head", "sample", "evaluate"]
     assert select(from_stage="patch_index", until_stage="train") == ["patch_index", "train"]
 
 
