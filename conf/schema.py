@@ -27,7 +27,6 @@ from models.config import (
     GPT_SIZES,
     SMALLEST_JUDGED_IMAGE,
     DPARSize,
-    EntropyHeadKind,
     GPTSize,
     NextPatchSchedule,
     PositionEmbedding,
@@ -41,7 +40,7 @@ NOT_IN_KEY: dict[str, Any] = {"in_key": False}
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["float32", "bfloat16"]
-BoundarySource = Literal["auto", "entropy_head", "entropy_model", "own_entropy", "static"]
+BoundarySource = Literal["entropy_head", "entropy_model", "own_entropy", "static"]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="Seed of every random number of this stage.")]
 
 
@@ -221,15 +220,6 @@ class PatchIndexConfig(Section):
         return self
 
 
-class EntropyHeadSettings(Section):
-    """A part of DPAR that tells the entropy of the next token, so that sampling needs no entropy model."""
-
-    kind: EntropyHeadKind = Field("linear", description="From the encoder's states; an MLP has one hidden layer.")
-    encoder_gradient: float = Field(
-        0.0, ge=0, le=10, description="Weight with which the head's error teaches the encoder; 0 leaves it alone."
-    )
-
-
 class TrainConfig(Section):
     """The class-conditional model."""
 
@@ -247,7 +237,6 @@ class TrainConfig(Section):
         json_schema_extra=NOT_IN_KEY,
     )
     position_embedding: PositionEmbedding = Field("dynamic", description="Of the global stack (paper, section 3.3).")
-    entropy_head: EntropyHeadSettings = Field(default_factory=EntropyHeadSettings)
     npp: NextPatchSchedule = Field(default_factory=NextPatchSchedule, description="From blocks of tokens to tokens.")
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=1_500_000))
     dropout: Probability = 0.1
@@ -301,31 +290,22 @@ class TrainConfig(Section):
         fields = super().key_fields()
         if self.source == "checkpoint":
             return {name: fields[name] for name in ("source", "family", "model")}
-        dpars = {"position_embedding", "entropy_head"}
-        unread = {"dpar": {"npp"}, "llamagen": {"npp"} | dpars, "npp": dpars}
+        unread = {"dpar": {"npp"}, "llamagen": {"npp", "position_embedding"}, "npp": {"position_embedding"}}
         return {name: value for name, value in fields.items() if name not in unread[self.family]}
 
 
 class EntropyHeadConfig(Section):
-    """What a DPAR draws with instead of an entropy model: a head, and a threshold for each of its own sources."""
+    """What reads entropies off the encoder of the finished model, so that sampling needs no entropy model."""
 
-    source: Literal["model", "train"] = Field(
-        "model", description="The head that was trained with the model, or one trained here on the finished model."
+    kind: Literal["none", "linear", "mlp", "block"] = Field(
+        "block",
+        description="A linear layer, a hidden layer before it, or a narrow causal block of its own.",
     )
-    kind: Literal["linear", "mlp"] = Field("linear", description="Of the head that is trained here.")
-    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=20_000))
-    calibration_images: PositiveInt = Field(
-        256, description="Training images that the model's own entropies are looked at of, and held-out ones at most."
-    )
-    batch_size: PositiveInt = Field(64, description="Images in one forward pass.")
-    precision: Precision = Field("bfloat16", description="Of the weights, as when drawing.")
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=20_000, learning_rate=1e-3))
+    calibrated_on: PositiveInt = Field(4096, description="Training views that thresholds are chosen by, at most.")
+    own_entropy_on: PositiveInt = Field(256, description="The same for the model's own entropy, which is slower.")
+    batch_size: PositiveInt = Field(64, description="Views looked at together.")
     seed: Seed = 0
-
-    def key_fields(self) -> dict[str, Any]:
-        """Nothing is trained where the model's own head is taken."""
-        fields = super().key_fields()
-        unread = {"kind", "training", "seed"} if self.source == "model" else set()
-        return {name: value for name, value in fields.items() if name not in unread}
 
 
 class SampleConfig(Section):
@@ -343,10 +323,10 @@ class SampleConfig(Section):
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 keeps all.")
     top_p: float = Field(1.0, gt=0, le=1)
-    boundaries: BoundarySource = Field(
-        "auto",
-        description="What opens patches: entropies told by the model's head, by the entropy model, or of the model's "
-        "own predictions; or nothing, static patches. auto: the head where there is one, else the entropy model.",
+    boundaries: BoundarySource | None = Field(
+        None,
+        description="What decides where patches open; null: the entropy head if there is one, else the entropy model. "
+        "Of a model on static patches only they.",
     )
     threshold: float | None = Field(None, description="Boundary threshold at sampling; null takes the source's own.")
     target_mean_length: float | None = Field(
@@ -365,11 +345,6 @@ class SampleConfig(Section):
             raise ValueError(
                 f"sample.threshold is {self.threshold} and sample.target_mean_length {self.target_mean_length}, "
                 "expected at most one of them"
-            )
-        if self.boundaries == "static" and self.own_rule:
-            raise ValueError(
-                f"sample.{next(iter(self.own_rule))} is set and sample.boundaries static, expected another source: "
-                "no rule opens static patches"
             )
         if self.cfg_interval is not None and self.cfg_interval[0] >= self.cfg_interval[1]:
             raise ValueError(f"sample.cfg_interval is {list(self.cfg_interval)}, expected [first, last + 1]")
@@ -442,24 +417,20 @@ class Settings(Section):
     @model_validator(mode="after")
     def _sampling_agrees(self) -> Self:
         sample, num_tokens = self.sample, (self.tokenize.image_size // self.tokenizer.model.downsample) ** 2
-        if sample.own_rule and (self.train.family != "dpar" or self.patch_index.mode == "static"):
+        by_entropy = self.train.family == "dpar" and self.patch_index.mode == "entropy"
+        if sample.own_rule and (not by_entropy or sample.boundaries == "static"):
             raise ValueError(
-                f"sample.{next(iter(sample.own_rule))} is set, train.family is {self.train.family} and "
-                f"patch_index.mode {self.patch_index.mode}, expected family dpar and mode entropy: "
-                "only there do entropies say where patches start"
+                f"sample.{next(iter(sample.own_rule))} is set, train.family is {self.train.family}, "
+                f"patch_index.mode {self.patch_index.mode} and sample.boundaries {sample.boundaries}, expected family "
+                "dpar, mode entropy and no static boundaries: only there do entropies say where patches start"
             )
-        dynamic = self.train.family == "dpar" and self.patch_index.mode == "entropy"
-        if not dynamic and sample.boundaries not in ("auto", "static"):
+        if sample.boundaries not in (None, "static") and not by_entropy:
             raise ValueError(
                 f"sample.boundaries is {sample.boundaries}, train.family {self.train.family} and patch_index.mode "
-                f"{self.patch_index.mode}, expected family dpar and mode entropy: only there do entropies open patches"
+                f"{self.patch_index.mode}, expected family dpar and mode entropy"
             )
-        headless = self.train.entropy_head.kind == "none" and self.entropy_head.source == "model"
-        if headless and sample.boundaries == "entropy_head":
-            raise ValueError(
-                "sample.boundaries is entropy_head, train.entropy_head.kind none and entropy_head.source model, "
-                "expected a head: set train.entropy_head.kind, or entropy_head.source to train"
-            )
+        if sample.boundaries == "entropy_head" and self.entropy_head.kind == "none":
+            raise ValueError("sample.boundaries is entropy_head and entropy_head.kind none, expected a head")
         if sample.cfg_interval is not None and sample.cfg_interval[1] > num_tokens:
             raise ValueError(
                 f"sample.cfg_interval is {list(sample.cfg_interval)}, expected at most {num_tokens}, the tokens of an "

@@ -1,8 +1,6 @@
-"""What decides, while an image is drawn, where its patches open.
+"""Where patches open while an image is drawn: an entropy of the next token, from one of several sources, and the rule.
 
-All sources but given boundaries apply the one rule of the patch index, each to entropies of its own: of an entropy
-model beside the sampled model, of a head on the sampled model's encoder, or of the sampled model's own predictions.
-Their entropies differ, so each has a threshold of its own in its rule.
+Every source of entropies is held against the one rule of `models/patching.py`, each at a threshold of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -20,20 +17,19 @@ from models.gpt import GPT, token_entropy
 from models.patching import PatchRule, opens_patch
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class NextToken:
-    """What is known when it is decided whether the next token opens a patch."""
+    """What is known when it must be decided whether the token at `position` >= 1 opens a patch."""
 
     position: int
-    """Of the next token, from 1 on."""
     previous: Int[Tensor, " B"]
     """The token before it."""
     state: Float[Tensor, "B D"]
-    """The encoder's state of the token before it."""
+    """What DPAR's encoder made of the token before it."""
     open_lengths: Int[Tensor, " B"]
-    """Tokens that the open patch has."""
-    logits_if_it_goes_on: Callable[[], Float[Tensor, "B V"]]
-    """The model's prediction, without guidance, if the open patch took the next token in. Takes a decoder step."""
+    """Tokens in the open patch."""
+    open_logits: Callable[[], Float[Tensor, "B V"]]
+    """Logits of the token, given its class, if it does not open a patch. To ask costs a step of the decoder."""
 
 
 @runtime_checkable  # for the shape checks of the tests
@@ -44,11 +40,11 @@ class Boundaries(Protocol):
         """Start a batch of images."""
 
     def opens(self, token: NextToken) -> Bool[Tensor, " B"]:
-        """Whether the next token opens a patch in each image."""
+        """Whether the token opens a patch."""
 
 
 class EntropyBoundaries:
-    """By entropies that a cached entropy model computes on the way."""
+    """The rule of the patch index, on entropies that a cached entropy model computes on the way."""
 
     def __init__(self, model: GPT, rule: PatchRule) -> None:
         self.model, self.rule = model, rule
@@ -60,52 +56,52 @@ class EntropyBoundaries:
         Raises:
             ValueError: The entropy model was made for another number of tokens.
         """
-        if self.model.config.num_tokens != num_tokens:
-            raise ValueError(
-                f"the entropy model was made for {self.model.config.num_tokens} tokens an image, the sampled model for "
-                f"{num_tokens}: use an entropy model of the same tokenizer and image size"
-            )
+        _require_tokens("entropy model", self.model.config.num_tokens, num_tokens)
         self._cache = self.model.new_cache()
 
     def opens(self, token: NextToken) -> Bool[Tensor, " B"]:
-        """Apply the rule to the entropy that the token before brings; it is needed for the cache in any case."""
+        """Apply the rule to the entropy that the token before brings."""
         logits = self.model.step(self.model.tok_embeddings(token.previous), token.position - 1, self._cache)
         return opens_patch(self.rule, token.position, token_entropy(logits), token.open_lengths)
 
 
-class EntropyHeadBoundaries:
-    """By entropies that a head tells from the encoder's states: the only source that costs next to nothing."""
+class HeadBoundaries:
+    """The rule on entropies that a head reads off the encoder's states: no entropy model is needed."""
 
     def __init__(self, head: EntropyHead, rule: PatchRule) -> None:
         self.head, self.rule = head, rule
+        self._cache = head.new_cache()
 
     def begin(self, batch: int, num_tokens: int) -> None:
-        """Nothing: the head remembers no image."""
+        """Forget the images before.
+
+        Raises:
+            ValueError: The head was made for another number of tokens.
+        """
+        _require_tokens("entropy head", self.head.config.num_tokens, num_tokens)
+        self._cache = self.head.new_cache()
 
     def opens(self, token: NextToken) -> Bool[Tensor, " B"]:
-        """Apply the rule to the head's entropy."""
-        return opens_patch(self.rule, token.position, self.head(token.state), token.open_lengths)
+        """Apply the rule to what the head says."""
+        entropies = self.head.step(token.state, token.position - 1, self._cache)
+        return opens_patch(self.rule, token.position, entropies, token.open_lengths)
 
 
 class OwnEntropyBoundaries:
-    """By the entropy of the sampled model's own prediction, which knows the class, if the open patch went on.
+    """The rule on the entropy of DPAR's own prediction, made as if the open patch went on.
 
-    Where the patch does not go on, the sampler predicts the token again, from the context that is one patch longer.
+    Where it does not, the sampler takes the decoder's step again, with what the closed patch brings.
     """
 
     def __init__(self, rule: PatchRule) -> None:
         self.rule = rule
 
     def begin(self, batch: int, num_tokens: int) -> None:
-        """Nothing: the sampler has all that is needed."""
+        """Nothing is kept."""
 
     def opens(self, token: NextToken) -> Bool[Tensor, " B"]:
-        """Apply the rule to the entropy; no prediction is made where the rule opens every patch whatever it is."""
-        lowest = torch.full_like(token.open_lengths, -torch.inf, dtype=torch.float32)
-        opened = opens_patch(self.rule, token.position, lowest, token.open_lengths)
-        if bool(opened.all()):
-            return opened
-        entropies = token_entropy(token.logits_if_it_goes_on())
+        """Apply the rule to the entropy of the class-conditional prediction."""
+        entropies = token_entropy(token.open_logits())
         return opens_patch(self.rule, token.position, entropies, token.open_lengths)
 
 
@@ -123,3 +119,11 @@ class GivenBoundaries:
     def opens(self, token: NextToken) -> Bool[Tensor, " B"]:
         """Look it up."""
         return self.starts[..., token.position].expand(len(token.previous))
+
+
+def _require_tokens(name: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"the {name} was made for {found} tokens an image, the sampled model for {wanted}: use one of the same "
+            "tokenizer and image size"
+        )

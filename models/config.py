@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 PositionEmbedding = Literal["dynamic", "dynamic_no_redundancy", "patch_index_1d"]
-EntropyHeadKind = Literal["none", "linear", "mlp"]
 
 SMALLEST_JUDGED_IMAGE = 24  # pixels along a side; the discriminator's logit map would be empty below it
 
@@ -145,12 +144,46 @@ class DPARConfig:
     position_embedding: PositionEmbedding = "dynamic"
     dropout: float = 0.1
     class_dropout_prob: float = 0.1
-    entropy_head: EntropyHeadKind = "none"
 
     def __post_init__(self) -> None:
         _check_heads(self.dim, self.num_heads)
         check_position_embedding(self.dim, self.num_heads, self.position_embedding)
         _grid(self.num_tokens)
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of the image."""
+        return _grid(self.num_tokens)
+
+
+HeadKind = Literal["linear", "mlp", "block"]
+_HEAD_WIDTH = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EntropyHeadConfig:
+    """What reads entropies off a DPAR's encoder. Its own layers are as many of the model's heads wide as make 256."""
+
+    kind: HeadKind
+    dim: int
+    num_heads: int
+    width: int
+    codebook_size: int
+    num_tokens: int
+
+    @classmethod
+    def of(cls, model: DPARConfig, kind: HeadKind) -> EntropyHeadConfig:
+        """Of a head for this model."""
+        head_dim = model.dim // model.num_heads
+        num_heads = min(model.num_heads, max(1, _HEAD_WIDTH // head_dim))
+        return cls(
+            kind=kind,
+            dim=model.dim,
+            num_heads=num_heads,
+            width=num_heads * head_dim,
+            codebook_size=model.codebook_size,
+            num_tokens=model.num_tokens,
+        )
 
     @property
     def grid(self) -> int:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from models.attention import causal_attention, packed_causal_attention
 from models.config import DPARConfig
-from models.entropy_head import EntropyHead
 from models.layers import Block, LabelEmbedder, RMSNorm, check_tokens, dynamic_rope, grid_rope, index_rope, init_weights
 from models.loss import head_cross_entropy
 
@@ -132,9 +131,6 @@ class DPAR(nn.Module):
         self.output = nn.Linear(config.dim, config.codebook_size, bias=False)
         self.apply(init_weights)
         nn.init.zeros_(self.output.weight)
-        # Made last: all other weights begin as they would without it.
-        kind = config.entropy_head
-        self.entropy_head = None if kind == "none" else EntropyHead(kind, config.dim, config.codebook_size)
 
     def forward(
         self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
@@ -145,39 +141,31 @@ class DPAR(nn.Module):
     def features(
         self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
     ) -> Float[Tensor, "B T D"]:
-        """What the output head makes the logits from."""
-        return self.states_and_features(tokens, labels, patches)[1]
-
-    def states_and_features(
-        self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
-    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B T D"]]:
-        """The encoder's states of all tokens but the last, which the entropy head reads, and the features."""
+        """What the head makes the logits from."""
         if tokens.shape != patches.target_rows.shape or tokens.shape[1] != self.config.num_tokens:
             raise ValueError(
                 f"tokens are {tuple(tokens.shape)} and patches are of {tuple(patches.target_rows.shape)}, "
                 f"expected (images, {self.config.num_tokens}) of both"
             )
         check_tokens(tokens, self.config.codebook_size)
-        states = self.tok_embeddings(tokens[:, :-1])  # (B, T - 1, D)
-        states, pooled = self.local_encoder(states, patches, self.token_rope(tokens.device)[1:-1])
+        embedded = self.tok_embeddings(tokens[:, :-1])  # (B, T - 1, D)
+        states, pooled = self.local_encoder(embedded, patches, self.token_rope(tokens.device)[1:-1])
         context = self.global_context(pooled, labels, patches)
         start = self.decoder_start_embedding.weight.expand(len(tokens), 1, -1)
-        begun = torch.cat([start.type_as(states), states], dim=1)  # (B, T, D): row j knows x_0 .. x_{j-1}
-        hidden = self.local_decoder(begun, context, patches.target_rows, self.token_rope(tokens.device)[:-1])
-        return states, self.norm(hidden)
+        states = torch.cat([start.type_as(states), states], dim=1)  # (B, T, D): row j knows x_0 .. x_{j-1}
+        hidden = self.local_decoder(states, context, patches.target_rows, self.token_rope(tokens.device)[:-1])
+        return self.norm(hidden)
 
     def loss(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches) -> Float[Tensor, ""]:
         """Mean cross-entropy of all tokens, nats."""
-        return self.token_loss(self.features(tokens, labels, patches), tokens)
+        features = self.features(tokens, labels, patches).flatten(0, 1)
+        return head_cross_entropy(features, self.output.weight, tokens.reshape(-1, 1))
 
-    def token_loss(self, features: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-        """The same, given the features."""
-        return head_cross_entropy(features.flatten(0, 1), self.output.weight, tokens.reshape(-1, 1))
-
-    def encoder_states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B S D"]:
-        """Of all tokens but the last: what the entropy head reads, without the rest of the model."""
-        rope = self.token_rope(tokens.device)[1:-1]
-        return self.local_encoder.token_states(self.tok_embeddings(tokens[:, :-1]), rope)[-1]
+    def token_states(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+        """What the encoder makes of each token and those before it; patches and class have no part in it."""
+        check_tokens(tokens, self.config.codebook_size)
+        rope = self.token_rope(tokens.device)[1 : tokens.shape[1] + 1]
+        return self.local_encoder.states(self.tok_embeddings(tokens), rope)[-1]
 
     def global_context(
         self, pooled: Float[Tensor, "P D"], labels: Int[Tensor, " B"], patches: PackedPatches
@@ -224,19 +212,18 @@ class Encoder(nn.Module):
         )
 
     def forward(
-        self, states: Float[Tensor, "B S D"], patches: PackedPatches, rope: Float[Tensor, "S R 2"]
+        self, embedded: Float[Tensor, "B S D"], patches: PackedPatches, rope: Float[Tensor, "S R 2"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "P D"]]:
         """Token states for the decoder and patch states for the global stack."""
-        layers = self.token_states(states, rope)
-        return layers[-1], self.pool([states.flatten(0, 1) for states in layers], patches.tokens, patches.valid)
+        layers = self.states(embedded, rope)
+        return layers[-1], self.pool([rows.flatten(0, 1) for rows in layers], patches.tokens, patches.valid)
 
-    def token_states(self, states: Float[Tensor, "B S D"], rope: Float[Tensor, "S R 2"]) -> list[Tensor]:
-        """Token states (B, S, D) after each layer."""
-        layers: list[Tensor] = []
+    def states(self, embedded: Float[Tensor, "B S D"], rope: Float[Tensor, "S R 2"]) -> list[Float[Tensor, "B S D"]]:
+        """Token states after each layer."""
+        states = [embedded]
         for layer in self.layers:
-            states = layer(states, rope, causal_attention)
-            layers.append(states)
-        return layers
+            states.append(layer(states[-1], rope, causal_attention))
+        return states[1:]
 
     def pool(
         self, states: Sequence[Float[Tensor, "N D"]], tokens: Int[Tensor, "P L"], valid: Bool[Tensor, "P L"]

@@ -1,4 +1,9 @@
-"""The entropy of the next token, told by what DPAR's encoder knows already instead of by an entropy model."""
+"""The entropy of the next token, read off the states of DPAR's encoder: boundaries without an entropy model.
+
+The encoder has read every token when a boundary must be decided. Its states were learned to predict tokens together
+with the patches before, and say little of the entropy by themselves: a linear layer or a small MLP on them stays far
+below a narrow causal block of the head's own.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +11,66 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from models.config import EntropyHeadKind
-from models.layers import RMSNorm, init_weights
+from models.attention import causal_attention
+from models.config import EntropyHeadConfig
+from models.dpar import DPAR
+from models.kv_cache import KVCache
+from models.layers import Attend, Block, RMSNorm, grid_rope, init_weights
 
 
 class EntropyHead(nn.Module):
-    """Encoder states to entropies: a norm, for an MLP one hidden layer of the same width, and a weighted sum.
+    """From the encoder's state of each token to the entropy of the next, in nats."""
 
-    Entropies lie between 0 and that of guessing, ln(codebook size); at first all are in the middle.
-    """
-
-    def __init__(self, kind: EntropyHeadKind, dim: int, codebook_size: int) -> None:
+    def __init__(self, config: EntropyHeadConfig) -> None:
         super().__init__()
-        self.shape = {"kind": kind, "dim": dim, "codebook_size": codebook_size}
-        self._largest = math.log(codebook_size)
-        self.norm = RMSNorm(dim)
-        self.hidden = nn.Linear(dim, dim, bias=False) if kind == "mlp" else None
-        self.weight = nn.Parameter(torch.zeros(dim))
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.config = config
+        self.norm = RMSNorm(config.dim)
+        width = config.dim
+        if config.kind != "linear":
+            width = config.width
+            self.narrow = nn.Linear(config.dim, width, bias=False)
+        if config.kind == "block":
+            self.block = Block(width, config.num_heads, dropout=0.0)
+        if config.kind != "linear":
+            self.output_norm = RMSNorm(width)
+        self.output = nn.Linear(width, 1, bias=False)
+        self.mean = nn.Parameter(torch.tensor(math.log(config.codebook_size) / 2))
         self.apply(init_weights)
+        nn.init.zeros_(self.output.weight)
 
-    def forward(self, states: Float[Tensor, "*B D"]) -> Float[Tensor, "*B"]:
-        """Entropy of the token after each state's own, nats, float32."""
-        x = self.norm(states)
-        if self.hidden is not None:
-            x = F.silu(self.hidden(x))
-        # A matrix product would be done in bfloat16 under autocast, and entropies are compared with a threshold.
-        scores = (x.float() * self.weight.float()).sum(dim=-1) + self.bias.float()
-        return self._largest * scores.sigmoid()
+    def forward(self, states: Float[Tensor, "B S D"]) -> Float[Tensor, "B S"]:
+        """Entropies in float32: of token i + 1 where the state is of token i."""
+        rope = self._rope(states.device)[: states.shape[1]]
+        return self._entropies(states, rope, causal_attention)
+
+    def step(self, state: Float[Tensor, "B D"], position: int, cache: KVCache) -> Float[Tensor, " B"]:
+        """The same after one more token, the one at `position`."""
+        (attend,) = cache.step(position)
+        return self._entropies(state, self._rope(state.device)[position], attend)
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for `step`."""
+        return KVCache(1, self.config.num_tokens)
+
+    def _entropies(
+        self, states: Float[Tensor, "... D"], rope: Float[Tensor, "... R 2"], attend: Attend
+    ) -> Float[Tensor, ...]:
+        hidden = self.norm(states)
+        if self.config.kind == "mlp":
+            hidden = self.output_norm(F.silu(self.narrow(hidden)))
+        elif self.config.kind == "block":
+            hidden = self.output_norm(self.block(self.narrow(hidden), rope, attend))
+        return self.output(hidden)[..., 0].float() + self.mean.float()
+
+    def _rope(self, device: torch.device) -> Float[Tensor, "T R 2"]:
+        return grid_rope(self.config.grid, self.config.width // self.config.num_heads, device, class_row=False)
+
+
+def entropies_of(model: DPAR, head: EntropyHead, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Entropy of each token given those before it, nats; the first, which has none, gets that of a uniform guess."""
+    found = head(model.token_states(tokens[:, :-1]))
+    first = torch.full_like(found[:, :1], math.log(model.config.codebook_size))
+    return torch.cat([first, found], dim=1)

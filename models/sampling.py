@@ -10,7 +10,6 @@ each patch is projected for the decoder once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,6 @@ from models.dpar import DPAR
 from models.gpt import GPT
 from models.guidance import Schedule, guidance_scale
 from models.kv_cache import KVCache
-from models.layers import Attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +109,6 @@ class DPARDecoding:
         self._encoded: list[Tensor] = []  # per encoder layer (B, T, D): what the pooling reads
         self._token_rope = model.token_rope(device)
         self._projections: Tensor | None = None  # (decoder layers, B or 2 B, D): of the open patch's context
-        self._guess: Tensor | None = None  # logits of both halves if the open patch goes on, where a source asks
         boundaries.begin(batch, num_tokens)
 
     def step(self, previous: Int[Tensor, " B"] | None) -> Float[Tensor, "B V"]:
@@ -121,37 +118,31 @@ class DPARDecoding:
             self._global_step(self.model.cls_embedding(self.labels), images)
             state = self.model.decoder_start_embedding.weight.expand(len(self.starts), -1)
             self.starts[:, 0] = True
+            logits = None
         else:
             state = self._encode(previous)
-            images = self._open_patches(previous, state)
+            logits = self._decide(previous, state)
         self.open_lengths = self.open_lengths + 1
-        logits = self._decode(state) if self._guess is None else self._decode_again(self._guess, state, images)
-        logits = _guide(logits, self.options, self.position, self.model.config.num_tokens)
-        self.position, self._guess = self.position + 1, None
-        return logits
+        if logits is None:
+            logits = self._decode(state)
+        self.position += 1
+        return _guide(logits, self.options, self.position - 1, self.model.config.num_tokens)
 
-    def _open_patches(self, previous: Int[Tensor, " B"], state: Float[Tensor, "B D"]) -> Int[Tensor, " R"]:
-        """Ask where the token at `position` opens a patch, and close the open patch there. The images of these."""
+    def _decide(self, previous: Int[Tensor, " B"], state: Float[Tensor, "B D"]) -> Float[Tensor, "B2 V"] | None:
+        """Open patches where the boundaries want it. The token's logits, if they were asked for and still hold."""
+        asked: list[Tensor] = []
 
-        def guess() -> Float[Tensor, "B V"]:
-            if self._guess is None:
-                self._guess = self._decode(state)
-            return self._guess[: len(state)]
+        def open_logits() -> Tensor:
+            asked.append(self._decode(state))
+            return asked[0][: len(previous)]
 
-        opened = self.boundaries.opens(
-            NextToken(
-                position=self.position,
-                previous=previous,
-                state=state,
-                open_lengths=self.open_lengths,
-                logits_if_it_goes_on=guess,
-            )
-        )
+        token = NextToken(self.position, previous, state, self.open_lengths, open_logits)
+        opened = self.boundaries.opens(token)
         self.starts[:, self.position] = opened
         images = opened.nonzero()[:, 0]
         self._close_patches(images)
         self.open_lengths = torch.where(opened, 0, self.open_lengths)
-        return images
+        return None if len(images) or not asked else asked[0]
 
     def _encode(self, previous: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """Encoder state of the token at position - 1."""
@@ -200,29 +191,9 @@ class DPARDecoding:
     def _decode(self, state: Float[Tensor, "B D"]) -> Float[Tensor, "B2 V"]:
         """Logits of both halves for the token at `position`."""
         assert self._projections is not None
+        hidden = _twice(state, self.options)
         attends = self._decoder_cache.step(self.position)
-        return self._logits(_twice(state, self.options), self._projections, attends)
-
-    def _decode_again(
-        self, guess: Float[Tensor, "B2 V"], state: Float[Tensor, "B D"], images: Int[Tensor, " R"]
-    ) -> Float[Tensor, "B2 V"]:
-        """The logits of `guess`, with those of the given images made anew: their patch did not go on.
-
-        The step is taken over: the decoder's cache keeps keys and values of the new one only.
-        """
-        assert self._projections is not None
-        if not len(images):
-            return guess
-        rows = _halves(images, len(state), self.options)
-        attends = self._decoder_cache.ragged_step(rows, rows.new_full((len(guess),), self.position))
-        logits = self._logits(_twice(state, self.options)[rows], self._projections[:, rows], attends)
-        return guess.index_copy(0, rows, logits)
-
-    def _logits(
-        self, hidden: Float[Tensor, "R D"], projections: Float[Tensor, "C R D"], attends: Iterator[Attend]
-    ) -> Float[Tensor, "R V"]:
-        """Through the decoder, which has a projection of the global context for each of its C layers."""
-        for layer, projection, attend in zip(self.model.local_decoder.layers, projections, attends, strict=True):
+        for layer, projection, attend in zip(self.model.local_decoder.layers, self._projections, attends, strict=True):
             hidden = layer(hidden + projection, self._token_rope[self.position], attend)
         return self.model.output(self.model.norm(hidden)).float()
 

@@ -64,7 +64,7 @@ def flops(
         typer.Option(
             "--model",
             metavar="NAME",
-            help="As dpar-L; can be given again.",
+            help="As dpar-L, llamagen-L or npp-L; can be given again.",
             default_factory=list,
             show_default=False,
         ),

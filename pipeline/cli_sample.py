@@ -33,9 +33,7 @@ def sample(
     count: Annotated[int, typer.Option("--n", min=1, max=MOST, help="Images to draw.")] = 16,
     seed: Annotated[int | None, typer.Option(metavar="SEED", help="As sample.seed.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(metavar="SCALE", help="As sample.cfg_scale.")] = None,
-    boundaries: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="What opens patches, as sample.boundaries.")
-    ] = None,
+    boundaries: Annotated[str | None, typer.Option(metavar="SOURCE", help="As sample.boundaries.")] = None,
     patches: Annotated[bool, typer.Option("--patches", help="Outline the patches.")] = False,
     init: Annotated[Path | None, typer.Option(metavar="IMAGE", help="Continue this image.")] = None,
     keep_rows: Annotated[

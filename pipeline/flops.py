@@ -1,20 +1,25 @@
-"""What the paper's models cost, beside what the paper says. torch is imported only to count."""
+"""What the paper's models and their rivals cost, beside what the paper says. torch is imported only to count."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
+from conf.schema import BoundarySource
+from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig, NextPatchSchedule
 from stages.errors import InputError
 
 if TYPE_CHECKING:
-    from models.flops import Cost, Macs
+    from models.flops import Cost, DPARCost, Macs, Sampling
 
 CODEBOOK, CLASSES, PIXELS = 16384, 1000, 16  # of LlamaGen's tokenizer, of ImageNet, of a token's side
-MODELS = (*(f"llamagen-{name}" for name in GPT_SIZES), *(f"dpar-{name}" for name in DPAR_SIZES))
+EPOCHS = 300  # of NPP's training: its levels end with whole ones
+MODELS = (
+    *(f"{family}-{name}" for family in ("llamagen", "npp") for name in GPT_SIZES),
+    *(f"dpar-{name}" for name in DPAR_SIZES),
+)
 ENTROPY_MODELS = ("B", "T")
 PAPER_LENGTHS = {256: 1.81, 384: 2.06}
 EXTRAPOLATED_LENGTHS = {128: 1.38, 512: 2.24}  # by a straight line through the paper's over the logarithm of the size
@@ -46,14 +51,12 @@ class PatchCost:
     Attributes:
         mean_length: Tokens a patch.
         length_source: Whose number that is.
-        entropy_model: Cost of the model that decides while sampling where patches start.
-        llamagen: Cost of LlamaGen of the same size at the same image size.
+        boundaries: What each way to decide where patches start adds to the model's own sampling.
     """
 
     mean_length: float
     length_source: LengthSource
-    entropy_model: Cost
-    llamagen: Cost
+    boundaries: Mapping[BoundarySource, Sampling]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +67,15 @@ class CostRow:
         model: As in `MODELS`.
         image_size: Pixels of a side.
         cost: Of the model.
-        patches: None for LlamaGen.
+        llamagen: Cost of LlamaGen of the same size at the same image size; None for LlamaGen itself.
+        patches: None for a model on tokens.
         paper_gmacs: The paper's number for the linear layers of a forward; None where it has none.
     """
 
     model: str
     image_size: int
     cost: Cost
+    llamagen: Cost | None
     patches: PatchCost | None
     paper_gmacs: float | None
 
@@ -82,7 +87,7 @@ class CostRow:
     @property
     def saved_percent(self) -> float | None:
         """Linear MACs of a forward that LlamaGen needs more, of LlamaGen's; None for LlamaGen itself."""
-        return None if self.patches is None else _saved_percent(self.cost.forward, self.patches.llamagen.forward)
+        return None if self.llamagen is None else _saved_percent(self.cost.forward, self.llamagen.forward)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +95,13 @@ class SamplingCost:
     """What it costs to draw one image with caches.
 
     Attributes:
-        with_entropy_model: Whether the entropy model's cost is in it. Static patches need none.
+        boundaries: What decides where patches start; static: nothing must be computed. None for a model on tokens.
         plain: Without guidance.
         guided: With classifier-free guidance.
         saved_percent: Linear MACs that LlamaGen needs more, both guided, of LlamaGen's; None for LlamaGen itself.
     """
 
-    with_entropy_model: bool
+    boundaries: BoundarySource | None
     plain: Macs
     guided: Macs
     saved_percent: float | None
@@ -134,19 +139,11 @@ def measure(
 
 
 def sampling_costs(row: CostRow) -> list[SamplingCost]:
-    """Sampling without and, of a model on patches, with the entropy model."""
-    plain, guided = row.cost.sampling(guided=False), row.cost.sampling(guided=True)
+    """Sampling; of a model on patches, by each way to decide where they start."""
+    drawn = row.cost.sampling
     if row.patches is None:
-        return [SamplingCost(with_entropy_model=False, plain=plain, guided=guided, saved_percent=None)]
-    entropy_model, llamagen = row.patches.entropy_model, row.patches.llamagen.sampling(guided=True)
-    both = (
-        (False, plain, guided),
-        (True, plain + entropy_model.sampling(guided=False), guided + entropy_model.sampling(guided=True)),
-    )
-    return [
-        SamplingCost(with_entropy_model=with_it, plain=p, guided=g, saved_percent=_saved_percent(g, llamagen))
-        for with_it, p, g in both
-    ]
+        return [_sampling_cost(row, None, drawn)]
+    return [_sampling_cost(row, source, drawn + added) for source, added in row.patches.boundaries.items()]
 
 
 def as_json(row: CostRow) -> dict[str, Any]:
@@ -167,6 +164,16 @@ def as_json(row: CostRow) -> dict[str, Any]:
     }
 
 
+def _sampling_cost(row: CostRow, boundaries: BoundarySource | None, sampling: Sampling) -> SamplingCost:
+    guided, llamagen = sampling.macs(guided=True), row.llamagen
+    return SamplingCost(
+        boundaries=boundaries,
+        plain=sampling.macs(guided=False),
+        guided=guided,
+        saved_percent=None if llamagen is None else _saved_percent(guided, llamagen.sampling.macs(guided=True)),
+    )
+
+
 def _saved_percent(macs: Macs, of: Macs) -> float:
     return 100 * (1 - macs.linear / of.linear)
 
@@ -174,21 +181,34 @@ def _saved_percent(macs: Macs, of: Macs) -> float:
 def _row(name: str, size: int, mean_length: float | None, entropy_model: str) -> CostRow:
     family, _, kind = name.partition("-")
     num_tokens = (size // PIXELS) ** 2
+    llamagen = _gpt(kind.partition("-")[0], num_tokens, CLASSES)
+    paper = PAPER_GMACS.get((name, size))
     if family == "llamagen":
-        cost = _gpt(kind, num_tokens, CLASSES)
-        return CostRow(model=name, image_size=size, cost=cost, patches=None, paper_gmacs=PAPER_GMACS.get((name, size)))
+        return CostRow(model=name, image_size=size, cost=llamagen, llamagen=None, patches=None, paper_gmacs=paper)
+    if family == "npp":
+        cost = _npp(kind, size)
+        return CostRow(model=name, image_size=size, cost=cost, llamagen=llamagen, patches=None, paper_gmacs=paper)
     length, source = _length(size, mean_length)
+    dpar = _dpar(kind, num_tokens, length)
     patches = PatchCost(
         mean_length=length,
         length_source=source,
-        entropy_model=_gpt(entropy_model, num_tokens, None),
-        llamagen=_gpt(kind.partition("-")[0], num_tokens, CLASSES),
+        boundaries=_boundaries(dpar, _dpar_config(kind, num_tokens), _gpt(entropy_model, num_tokens, None)),
     )
-    # The paper's number is one at the paper's patch length.
-    paper = PAPER_GMACS.get((name, size)) if length == PAPER_LENGTHS.get(size) else None
-    return CostRow(
-        model=name, image_size=size, cost=_dpar(kind, num_tokens, length), patches=patches, paper_gmacs=paper
-    )
+    if length != PAPER_LENGTHS.get(size):
+        paper = None  # it is one at the paper's patch length
+    return CostRow(model=name, image_size=size, cost=dpar, llamagen=llamagen, patches=patches, paper_gmacs=paper)
+
+
+def _boundaries(dpar: DPARCost, config: DPARConfig, entropy_model: Cost) -> dict[BoundarySource, Sampling]:
+    from models.flops import Sampling, head_sampling
+
+    return {
+        "static": Sampling(),
+        "entropy_head": head_sampling(config),
+        "entropy_model": entropy_model.sampling,
+        "own_entropy": dpar.own_entropy,
+    }
 
 
 def _length(size: int, given: float | None) -> tuple[float, LengthSource]:
@@ -205,16 +225,35 @@ def _length(size: int, given: float | None) -> tuple[float, LengthSource]:
 def _gpt(kind: str, num_tokens: int, num_classes: int | None) -> Cost:
     from models.flops import gpt_cost
 
+    return gpt_cost(_gpt_config(kind, num_tokens, num_classes))
+
+
+def _npp(kind: str, image_size: int) -> Cost:
+    from models.flops import npp_cost
+
+    schedule = NextPatchSchedule()
+    block = schedule.sides[0] * PIXELS
+    if image_size % block:
+        raise InputError(
+            f"image size is {image_size}, expected a multiple of {block} pixels for NPP, the side of its largest blocks"
+        )
+    return npp_cost(_gpt_config(kind, (image_size // PIXELS) ** 2, CLASSES), schedule, EPOCHS)
+
+
+def _gpt_config(kind: str, num_tokens: int, num_classes: int | None) -> GPTConfig:
     size = asdict(GPT_SIZES[kind])
-    return gpt_cost(GPTConfig(**size, codebook_size=CODEBOOK, num_tokens=num_tokens, num_classes=num_classes))
+    return GPTConfig(**size, codebook_size=CODEBOOK, num_tokens=num_tokens, num_classes=num_classes)
 
 
-def _dpar(kind: str, num_tokens: int, mean_length: float) -> Cost:
+def _dpar_config(kind: str, num_tokens: int) -> DPARConfig:
+    size = asdict(DPAR_SIZES[kind])
+    return DPARConfig(**size, codebook_size=CODEBOOK, num_tokens=num_tokens, num_classes=CLASSES)
+
+
+def _dpar(kind: str, num_tokens: int, mean_length: float) -> DPARCost:
     from models.flops import dpar_cost
 
-    size = asdict(DPAR_SIZES[kind])
-    config = DPARConfig(**size, codebook_size=CODEBOOK, num_tokens=num_tokens, num_classes=CLASSES)
     try:
-        return dpar_cost(config, mean_length)
+        return dpar_cost(_dpar_config(kind, num_tokens), mean_length)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -65,16 +65,12 @@ STAGES: dict[str, Stage] = {
             packages=(),
         ),
         Stage(
-            name="train",
-            inputs=("tokenize", "entropy_map", "patch_index"),
-            summary="class-conditional model",
-            external="checkpoint",
+            name="train", inputs=("tokenize", "patch_index"), summary="class-conditional model", external="checkpoint"
         ),
         Stage(
             name="entropy_head",
             inputs=("tokenizer", "tokenize", "entropy_map", "patch_index", "train"),
             summary="boundaries without the entropy model",
-            packages=("torch", "pillow"),
         ),
         Stage(
             name="sample",
@@ -94,7 +90,16 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="evaluate",
-            inputs=("dataset", "tokenizer", "tokenize", "entropy_model", "patch_index", "train", "sample"),
+            inputs=(
+                "dataset",
+                "tokenizer",
+                "tokenize",
+                "entropy_model",
+                "patch_index",
+                "train",
+                "entropy_head",
+                "sample",
+            ),
             summary="scores against the training images",
             reads_images=True,
             packages=("torch", "pillow", "numpy"),

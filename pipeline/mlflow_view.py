@@ -35,7 +35,7 @@ EXPERIMENT = "dpar"
 _BATCH, _PARAMS = 1000, 100  # metrics and params that MLflow takes at once
 _LONGEST = 6000  # characters of a param's value
 _DIGEST = 36  # characters of a dataset's digest
-_PICTURES = ("grid.png", "patches.png")
+_PICTURES = ("grid.png", "patches.png", "sources.png")
 
 
 class MlflowView:

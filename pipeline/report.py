@@ -35,13 +35,19 @@ MEANINGS = {
     "train_unigram_loss": "nats a token, by counting alone",
     "patch_index_mean_length": "tokens a patch, in training images",
     "patch_index_patches_per_image": "positions of the global stack",
+    "entropy_head_correlation": "of the head's entropies with the entropy model's, held-out images",
+    "entropy_head_agreement": "share of tokens for which it opens a patch alike",
+    "own_entropy_correlation": "the same of DPAR's own entropy",
+    "own_entropy_agreement": "the same of DPAR's own entropy",
     "sample_mean_patch_length": "tokens a patch, in samples",
-    "boundary_correlation": "of the entropies that open patches with the entropy model's, on held-out images",
-    "boundary_agreement": "of the places where patches open with the patch index's, on held-out images",
     "threshold": "nats; a token of a greater entropy opens a patch",
     "share_above_threshold": "of the tokens of training images",
 }
-PICTURES = (("sample", "grid.png", "samples, one row a class"), ("sample", "patches.png", "images cut into patches"))
+PICTURES = (
+    ("sample", "grid.png", "samples, one row a class"),
+    ("sample", "patches.png", "images cut into patches"),
+    ("entropy_head", "sources.png", "the same images as each source of boundaries cuts them"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,125 +1,128 @@
-"""What opens patches while a finished model draws: chosen by the settings, loaded from the artifacts that it needs."""
+"""Which source decides where patches open while drawing, at which threshold, and the entropies it was calibrated on."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from conf.schema import BoundarySource, SampleConfig
-from models.boundaries import (
-    Boundaries,
-    EntropyBoundaries,
-    EntropyHeadBoundaries,
-    GivenBoundaries,
-    OwnEntropyBoundaries,
-)
+from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
+from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
 from models.patching import PatchRule, static_patch_starts
 from stages.artifact import read_json
-from stages.calibration import ENTROPIES, HEAD, OWN, THRESHOLDS
-from stages.errors import InputError
+from stages.errors import ArtifactError, InputError
 from stages.job import Inputs
-from stages.readiness import ready_to_draw, require_fit
 from stages.stores.entropies import EntropyStore
 from stages.stores.tokens import TokenStore
 from stages.thresholds import EntropySample
-from stages.weights import load_entropy_head, load_gpt
+from stages.weights import load_gpt, load_head
+
+THRESHOLDS = "thresholds.json"
+SAMPLES = "entropies.npz"
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """A source of boundaries.
-
-    Attributes:
-        source: Its name.
-        boundaries: What the sampler asks.
-        rule: None where no rule opens patches.
-        sample: Entropies of training images as the source finds them; None with the rule.
-    """
-
-    source: BoundarySource
-    boundaries: Boundaries
-    rule: PatchRule | None = None
-    sample: EntropySample | None = None
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """For people and other programs."""
-        return {"source": self.source, "rule": None if self.rule is None else asdict(self.rule)}
-
-
-def choose_boundaries(config: SampleConfig, inputs: Inputs, store: TokenStore, device: torch.device) -> Chosen:
-    """What opens patches while a DPAR draws. Nothing is read of a source that was not chosen.
+def chosen_source(config: SampleConfig, inputs: Inputs) -> BoundarySource:
+    """The source that the settings name; of its own accord the head where there is one.
 
     Raises:
-        InputError: The settings ask for what the patch index, the model or its entropies cannot give.
-        ArtifactError: An artifact is damaged, or the entropy model is not of these tokens.
+        InputError: This model has no such source.
     """
-    saved = read_json(inputs["patch_index"] / "rule.json")
-    if saved["mode"] == "static" or config.boundaries == "static":
-        return _static(config, saved, store, device)
-    if config.boundaries in ("auto", HEAD):
-        head = load_entropy_head(inputs["entropy_head"], device)
-        if head is not None:
-            ready_to_draw(head, config.precision)
-            rule, sample = _own_rule(config, saved, inputs, HEAD, store)
-            return Chosen(HEAD, EntropyHeadBoundaries(head, rule), rule, sample)
-        if config.boundaries == HEAD:
-            raise InputError(
-                f"sample.boundaries is {HEAD} and {inputs['entropy_head']} holds none, expected a model with a head: "
-                "set train.entropy_head.kind, or entropy_head.source to train"
-            )
-    if config.boundaries == OWN:
-        rule, sample = _own_rule(config, saved, inputs, OWN, store)
-        return Chosen(OWN, OwnEntropyBoundaries(rule), rule, sample)
-    return _by_entropy_model(config, saved, inputs, store, device)
-
-
-def _static(config: SampleConfig, saved: dict[str, Any], store: TokenStore, device: torch.device) -> Chosen:
-    """The patch index's static patches, or ones of the mean length of its patches by entropy."""
-    if saved["mode"] == "static" and (config.own_rule or config.boundaries not in ("auto", "static")):
-        asked = next(iter(config.own_rule), "boundaries")
+    if read_json(inputs["patch_index"] / "rule.json")["mode"] == "static":
+        wanted, known = config.boundaries or "static", ["static"]
+    else:
+        own = list(read_json(inputs["entropy_head"] / THRESHOLDS))
+        known = [*own, "entropy_model", "static"]
+        wanted = config.boundaries or ("entropy_head" if "entropy_head" in own else "entropy_model")
+    if wanted not in known:
         raise InputError(
-            f"sample.{asked} is set and the patch index has static patches, expected one by entropy: its model was "
-            "trained on patches that no entropy decides"
+            f"sample.boundaries is {wanted}, expected {' or '.join(known)}: nothing else can decide for this model, "
+            "see patch_index.mode and entropy_head.kind"
         )
-    length = saved["static_length"] if saved["mode"] == "static" else saved["mean_length"]
-    return Chosen("static", GivenBoundaries(static_patch_starts(length, store.num_tokens).to(device)))
+    return wanted
 
 
-def _by_entropy_model(
-    config: SampleConfig, saved: dict[str, Any], inputs: Inputs, store: TokenStore, device: torch.device
-) -> Chosen:
+def load_boundaries(
+    config: SampleConfig, inputs: Inputs, store: TokenStore, device: torch.device
+) -> tuple[Boundaries, nn.Module | None]:
+    """What decides, and the network it decides with. A network of another source is not read.
+
+    Raises:
+        ArtifactError: An artifact is damaged or of other tokens.
+        InputError: The settings ask for boundaries that these artifacts cannot give.
+    """
+    source, saved = chosen_source(config, inputs), read_json(inputs["patch_index"] / "rule.json")
+    if source == "static":
+        return GivenBoundaries(_static(config, saved, store).to(device)), None
+    rule = _rule(config, source, saved, inputs, store)
+    if source == "own_entropy":
+        return OwnEntropyBoundaries(rule), None
+    if source == "entropy_head":
+        head = load_head(inputs["entropy_head"], device)
+        require_fit("entropy head", head.config, inputs["entropy_head"], store)
+        return HeadBoundaries(head, rule), head
     model = load_gpt(inputs["entropy_model"], device)
-    ready_to_draw(model, config.precision)
     require_fit("entropy model", model.config, inputs["entropy_model"], store)
-    sample = EntropySample.of(EntropyStore.open(inputs["entropy_map"] / "entropies.zarr"))
-    rule = _rule(config, saved, saved["threshold"], sample, store)
-    return Chosen("entropy_model", EntropyBoundaries(model, rule), rule, sample)
+    return EntropyBoundaries(model, rule), model
 
 
-def _own_rule(
-    config: SampleConfig, saved: dict[str, Any], inputs: Inputs, source: str, store: TokenStore
-) -> tuple[PatchRule, EntropySample]:
-    """Of a source that the model has of its own, with the threshold that was found for it."""
-    artifact = inputs["entropy_head"]
-    with np.load(artifact / ENTROPIES) as entropies:
-        sample = EntropySample.of_rows(entropies[source], store.codebook_size)
-    return _rule(config, saved, read_json(artifact / THRESHOLDS)[source], sample, store), sample
+def require_fit(
+    name: str, config: GPTConfig | DPARConfig | EntropyHeadConfig, artifact: Path, store: TokenStore
+) -> None:
+    """Refuse a network of other tokens: it would draw, or judge, codes that mean something else."""
+    wanted = {"num_tokens": store.num_tokens, "codebook_size": store.codebook_size}
+    if not isinstance(config, EntropyHeadConfig) and config.num_classes is not None:
+        wanted["num_classes"] = store.num_classes
+    for field, value in wanted.items():
+        if getattr(config, field) != value:
+            raise ArtifactError(
+                f"the {name} in {artifact} has {field} {getattr(config, field)}, expected {value} as {store.location}: "
+                "use one that was trained on these tokens"
+            )
+
+
+def entropy_sample(source: BoundarySource, inputs: Inputs) -> EntropySample:
+    """What the source says of training images: what its threshold is chosen by."""
+    if source == "entropy_model":
+        return EntropySample.of(EntropyStore.open(inputs["entropy_map"] / "entropies.zarr"))
+    store = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
+    with np.load(inputs["entropy_head"] / SAMPLES) as saved:
+        return EntropySample.of_array(saved[source], store.codebook_size)
+
+
+def patch_rule(saved: dict[str, Any], grid: int) -> PatchRule:
+    """The rule of a patch index by entropy, as its `rule.json` has it."""
+    return PatchRule(
+        threshold=saved["threshold"], max_length=saved["max_length"], row_boundary=saved["row_boundary"], grid=grid
+    )
 
 
 def _rule(
-    config: SampleConfig, saved: dict[str, Any], threshold: float, sample: EntropySample, store: TokenStore
+    config: SampleConfig, source: BoundarySource, saved: dict[str, Any], inputs: Inputs, store: TokenStore
 ) -> PatchRule:
-    """The patch index's with the source's `threshold`, changed as the settings ask."""
-    rule = PatchRule(
-        threshold=threshold if config.threshold is None else config.threshold,
-        max_length=saved["max_length"] if config.max_length is None else config.max_length,
-        row_boundary=saved["row_boundary"],
-        grid=store.grid,
-    )
+    """The patch index's rule at the source's threshold, with what the settings change."""
+    rule = patch_rule(saved, store.grid)
+    if source != "entropy_model":
+        rule = replace(rule, threshold=read_json(inputs["entropy_head"] / THRESHOLDS)[source])
+    if config.max_length is not None:
+        rule = replace(rule, max_length=config.max_length)
+    if config.threshold is not None:
+        return replace(rule, threshold=config.threshold)
     if config.target_mean_length is None:
         return rule
-    return replace(rule, threshold=sample.find_threshold(config.target_mean_length, rule, "sample"))
+    found = entropy_sample(source, inputs).find_threshold(config.target_mean_length, rule, "sample")
+    return replace(rule, threshold=found)
+
+
+def _static(config: SampleConfig, saved: dict[str, Any], store: TokenStore) -> torch.Tensor:
+    """Patches of one length: the patch index's own, or its mean where it has others."""
+    if config.own_rule:
+        raise InputError(
+            f"sample.{next(iter(config.own_rule))} is set and patches are static, expected boundaries by entropy: "
+            "here none decides"
+        )
+    return static_patch_starts(saved["static_length"] or saved["mean_length"], store.num_tokens)

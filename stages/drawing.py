@@ -15,22 +15,19 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.schema import SampleConfig
+from models.boundaries import Boundaries
 from models.dpar import DPAR
 from models.gpt import GPT
-from models.sampling import (
-    SamplingOptions,
-    sample_dpar,
-    sample_gpt,
-)
+from models.packed_linear import pack_linear_layers
+from models.sampling import SamplingOptions, sample_dpar, sample_gpt
 from models.vq import VQModel
-from stages.boundaries import Chosen, choose_boundaries
+from stages.boundaries import load_boundaries, require_fit
 from stages.errors import ArtifactError
 from stages.images import Pixels, float_to_pixels, pixels_to_float
 from stages.job import Inputs
-from stages.readiness import ready_to_draw, require_fit
 from stages.stores.tokens import TokenStore
 from stages.weights import load_model, load_vq
 
@@ -49,32 +46,36 @@ class Drawn(TypedDict):
 
 @dataclass(frozen=True)
 class Drawer:
-    """Everything a batch of samples is drawn with. `chosen` is None for a model without patches."""
+    """Everything a batch of samples is drawn with. `boundaries` are None for a model without patches."""
 
     config: SampleConfig
     model: GPT | DPAR
     vq: VQModel
-    chosen: Chosen | None
+    boundaries: Boundaries | None
     device: torch.device
 
     @classmethod
     def load(cls, config: SampleConfig, inputs: Inputs, store: TokenStore, device: torch.device) -> Drawer:
-        """Load the finished models that `inputs` names; the entropy model only where it decides boundaries.
+        """Load the finished models that `inputs` names; of those that can decide boundaries only the one that does.
 
         Raises:
             ArtifactError: An artifact is damaged, or a model is not of these tokens.
             InputError: The settings ask for boundaries that the patch index or the entropies cannot give.
         """
         model, vq = load_model(inputs["train"], device), load_vq(inputs["tokenizer"], device)
-        ready_to_draw(model, config.precision)
+        ready_to_draw(model, config)
         require_fit("model", model.config, inputs["train"], store)
         if vq.config.codebook_size != store.codebook_size:
             raise ArtifactError(
                 f"the tokenizer in {inputs['tokenizer']} has a codebook of {vq.config.codebook_size}, {store.location} "
                 f"{store.codebook_size}: use the tokenizer that made these tokens"
             )
-        chosen = choose_boundaries(config, inputs, store, device) if isinstance(model, DPAR) else None
-        return cls(config, model, vq, chosen, device)
+        if isinstance(model, GPT):
+            return cls(config, model, vq, None, device)
+        boundaries, network = load_boundaries(config, inputs, store, device)
+        if network is not None:
+            ready_to_draw(network, config)
+        return cls(config, model, vq, boundaries, device)
 
     @torch.inference_mode()
     def draw(
@@ -98,8 +99,8 @@ class Drawer:
             tokens = sample_gpt(self.model, classes, uniforms, options, prefix)
             starts = torch.ones_like(tokens, dtype=torch.bool)
         else:
-            assert self.chosen is not None  # `load` makes it for every DPAR
-            tokens, starts = sample_dpar(self.model, classes, uniforms, options, self.chosen.boundaries, prefix)
+            assert self.boundaries is not None  # `load` makes them for every DPAR
+            tokens, starts = sample_dpar(self.model, classes, uniforms, options, self.boundaries, prefix)
         return {
             "images": self.decode(tokens),
             "labels": labels.astype(np.uint16),
@@ -122,6 +123,13 @@ class Drawer:
         num_tokens = self.model.config.num_tokens
         rows = [stream(self.config.seed, TOKEN_STREAM, int(number)).random(num_tokens) for number in numbers]
         return torch.from_numpy(np.stack(rows).astype(np.float32)).clamp_(max=1 - 2**-24)
+
+
+def ready_to_draw(model: nn.Module, config: SampleConfig) -> None:
+    """Bring weights into the type and order that make steps fast. Logits are float32 whatever the type."""
+    if config.precision == "bfloat16":
+        model.bfloat16()
+    pack_linear_layers(model)
 
 
 def stream(seed: int, purpose: int, number: int) -> np.random.Generator:

@@ -1,127 +1,242 @@
-"""Stage `entropy_head`: a DPAR's own sources of boundaries made ready, so that no entropy model is needed to draw.
+"""Stage `entropy_head`: what decides where patches start without the entropy model.
 
-A head tells the entropy model's entropies, but less spread out, as every regression does: its values need a threshold
-of their own. So do the entropies of the model's own predictions. Each is chosen on training images to give the mean
-patch length of the patch index.
+A head is trained to read the stored entropies off the encoder of the finished model, which is not changed by it. The
+model's own uncertainty is another source. Each gets the threshold that gives the patch index's mean length on training
+images: regression shrinks towards the mean, so the entropy model's threshold does not carry over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from torch import Tensor
 
 from conf.schema import EntropyHeadConfig, RuntimeConfig
+from models.boundaries import GivenBoundaries, NextToken
+from models.config import EntropyHeadConfig as HeadShape
 from models.dpar import DPAR
-from models.entropy_head import EntropyHead
+from models.entropy_head import EntropyHead, entropies_of
+from models.gpt import token_entropy
+from models.packed_linear import pack_linear_layers
+from models.patch_tables import PatchTables, unpack_bits
+from models.patching import PatchRule
+from models.sampling import SamplingOptions, sample_dpar
 from models.vq import VQModel
 from stages.artifact import read_json, write_atomic, write_json
-from stages.calibration import ENTROPIES, HEAD, OWN, THRESHOLDS, Calibration, Source
+from stages.boundaries import SAMPLES, THRESHOLDS, patch_rule
 from stages.distributed import World, process_group
 from stages.images import float_to_pixels
 from stages.job import Inputs, main
-from stages.own_entropies import StoredTokens
 from stages.pictures import captioned_grid, patches_outlined
-from stages.readiness import ready_to_draw
+from stages.stores.blocks import Integers
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
-from stages.training.entropy_head import EntropyData, FrozenObjective, predict_with
+from stages.thresholds import EntropySample
+from stages.training.entropies import EntropyData, HeadObjective
 from stages.training.loop import Training, train_model
 from stages.training.stream import SampleStream
-from stages.weights import load_model, load_vq, save_entropy_head
+from stages.weights import load_model, load_vq, save_head
 
-_SHOWN = 6  # images in patches.png
+Entropies = NDArray[np.float32]
+Starts = NDArray[np.bool_]
+_SHOWN = 6  # held-out images in the picture
+_HELDOUT = 4096  # held-out images that sources are judged by, at most
 
 
 def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write the head, `thresholds.json` and the `entropies.npz` that they were chosen on, numbers and `patches.png`.
+    """Write the head's weights, `thresholds.json` with the threshold of each source, and `sources.png`.
 
-    On held-out images, `metrics.json` holds how each source's entropies correlate with those of the entropy model, and
-    the share of tokens at which both open a patch or neither does. A model without patches, or with static ones, has
-    no source: the files say so.
+    `entropies.npz` has what each source says of some training views, from which other thresholds can be found, and
+    `metrics.json` how near it comes to the entropy model on held-out images. A rival, or a model on static patches, has
+    no such source: then there is no threshold.
     """
     with process_group(runtime) as world:
         model = load_model(inputs["train"], world.device)
-        rule = read_json(inputs["patch_index"] / "rule.json")
-        if not isinstance(model, DPAR) or rule["mode"] == "static":
+        if not isinstance(model, DPAR) or read_json(inputs["patch_index"] / "rule.json")["mode"] == "static":
             if world.is_main:
-                save_entropy_head(output, None)
                 write_json(output / THRESHOLDS, {})
                 write_json(output / "metrics.json", {})
             return
-        data = _data(inputs)
-        head = _train(config, model, data, output, world) if config.source == "train" else model.entropy_head
+        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+        entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
+        head = None if config.kind == "none" else _train(config, model, EntropyData(store, entropies), output, world)
         if world.is_main:
-            save_entropy_head(output, head)
-            ready_to_draw(model, config.precision)
-            calibration = Calibration(
-                StoredTokens(model, data.store, config.batch_size), data, rule, config.calibration_images
-            )
-            sources = {OWN: calibration.of_predictions()}
             if head is not None:
-                ready_to_draw(head, config.precision)
-                sources = {HEAD: calibration.of_head(head)} | sources
-            _write(output, sources, calibration)
-            picture = _picture(sources, calibration, load_vq(inputs["tokenizer"], world.device))
-            write_atomic(output / "patches.png", lambda file: picture.save(file, "PNG"))
-
-
-def _data(inputs: Inputs) -> EntropyData:
-    store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
-    entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
-    index.require_entropies(entropies.digest)
-    return EntropyData(store, index, entropies)
+                save_head(output, head)
+            _calibrate(Sources.of(config, inputs, store, model, head, world.device), config, output)
 
 
 def _train(config: EntropyHeadConfig, model: DPAR, data: EntropyData, output: Path, world: World) -> EntropyHead:
-    """A head of its own on the finished model, which stays as it is."""
+    assert config.kind != "none"
     torch.manual_seed(config.seed)
-    head = EntropyHead(config.kind, model.config.dim, model.config.codebook_size)
+    head = EntropyHead(HeadShape.of(model.config, config.kind))
+    objective = HeadObjective(model, head)
     stream = SampleStream(data.store.num_train, config.training.global_batch_size, config.seed)
     run = Training(
         model=head,
-        objective=FrozenObjective(model, head),
+        objective=objective,
         batch=lambda step: data.training_batch(stream, step, world),
         data_state=lambda steps: stream.state(steps) | data.digests,
-        validate=lambda: data.heldout_fit(predict_with(head, model), world),
+        validate=lambda: data.heldout_loss(objective, world),
         config=config.training,
         seed=config.seed,
     )
     train_model(run, output, world)
-    model.eval()
     return head.eval()
 
 
-def _write(output: Path, sources: Mapping[str, Source], calibration: Calibration) -> None:
-    write_json(output / THRESHOLDS, {name: source.threshold for name, source in sources.items()})
-    entropies = {name: source.calibration for name, source in sources.items()}
-    write_atomic(output / ENTROPIES, lambda file: np.savez(file, allow_pickle=False, **entropies))
-    numbers: dict[str, float] = {}
-    for name, source in sources.items():
-        numbers |= calibration.numbers(name, source)
-    write_json(output / "metrics.json", numbers)
+@dataclass(frozen=True)
+class Sources:
+    """The model's own sources of boundaries, and the images they are asked about."""
+
+    model: DPAR
+    head: EntropyHead | None
+    store: TokenStore
+    entropies: EntropyStore
+    index: PatchIndex
+    rule: PatchRule
+    mean_length: float
+    """Of the patch index, on training images: what every source is brought to."""
+    batch_size: int
+    device: torch.device
+    vq: VQModel
+
+    @classmethod
+    def of(
+        cls,
+        config: EntropyHeadConfig,
+        inputs: Inputs,
+        store: TokenStore,
+        model: DPAR,
+        head: EntropyHead | None,
+        device: torch.device,
+    ) -> Sources:
+        """From finished artifacts."""
+        saved = read_json(inputs["patch_index"] / "rule.json")
+        return cls(
+            model=model,
+            head=head,
+            store=store,
+            entropies=EntropyStore.open(inputs["entropy_map"] / "entropies.zarr"),
+            index=PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest),
+            rule=patch_rule(saved, store.grid),
+            mean_length=saved["mean_length"],
+            batch_size=config.batch_size,
+            device=device,
+            vq=load_vq(inputs["tokenizer"], device),
+        )
+
+    @torch.inference_mode()
+    def ask(self, source: str, images: Integers, views: Integers) -> Entropies:
+        """Entropies (n, T) of the given images and views, nats."""
+        parts = []
+        for first in range(0, len(images), self.batch_size):
+            rows, of_view = images[first : first + self.batch_size], views[first : first + self.batch_size]
+            tokens = torch.from_numpy(self.store.fetch(rows, of_view).astype(np.int64)).to(self.device)
+            if source == "entropy_head":
+                assert self.head is not None
+                found = entropies_of(self.model, self.head, tokens)
+            else:
+                labels = torch.from_numpy(self.store.labels[rows].astype(np.int64)).to(self.device)
+                found = own_entropies(self.model, tokens, labels, torch.from_numpy(self.index.starts(rows, of_view)))
+            parts.append(found.cpu().numpy())
+        return np.concatenate(parts)
+
+    def starts(self, entropies: Entropies, threshold: float) -> Starts:
+        """Where the rule opens patches at a threshold."""
+        tables = PatchTables.of(replace(self.rule, threshold=threshold), self.store.num_tokens)
+        return unpack_bits(tables.packed_starts(entropies), self.store.num_tokens)
 
 
-@torch.inference_mode()
-def _picture(sources: Mapping[str, Source], calibration: Calibration, vq: VQModel) -> Image.Image:
-    """A row for each source, of the entropy model first: the patches it draws on the same images."""
-    chosen = np.linspace(0, len(calibration.heldout) - 1, min(len(calibration.heldout), _SHOWN)).astype(np.int64)
-    store, rows = calibration.data.store, calibration.heldout[chosen]
-    tokens = torch.from_numpy(store.fetch(rows, np.zeros_like(rows)).astype(np.int64))
-    images = float_to_pixels(vq.decode(tokens.to(next(vq.parameters()).device)))
-    drawn = {"entropy_model": calibration.index_starts}
-    drawn |= {name: source.heldout_starts for name, source in sources.items()}
+class _Recorded:
+    """Given boundaries, while the model's own entropies are written down."""
+
+    def __init__(self, starts: Tensor) -> None:
+        self._given, self.entropies = GivenBoundaries(starts), list[Tensor]()
+
+    def begin(self, batch: int, num_tokens: int) -> None:
+        """Start a batch of images."""
+        self._given.begin(batch, num_tokens)
+
+    def opens(self, token: NextToken) -> Tensor:
+        """The given answer."""
+        self.entropies.append(token_entropy(token.open_logits()))
+        return self._given.opens(token)
+
+
+def own_entropies(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor) -> Tensor:
+    """Entropies (B, T) of the model's own predictions of known tokens, each as if it opened no patch, nats."""
+    recorded = _Recorded(starts.to(tokens.device))
+    uniforms = torch.zeros(tokens.shape, device=tokens.device)
+    sample_dpar(model, labels, uniforms, SamplingOptions(), recorded, prefix=tokens)
+    first = torch.full_like(recorded.entropies[0], math.log(model.config.codebook_size))
+    return torch.stack([first, *recorded.entropies], dim=1)
+
+
+def _calibrate(sources: Sources, config: EntropyHeadConfig, output: Path) -> None:
+    """Find each source's threshold on training views, and hold it against the entropy model on held-out images."""
+    limits = {"own_entropy": config.own_entropy_on}
+    if sources.head is not None:
+        limits = {"entropy_head": config.calibrated_on, **limits}
+    pack_linear_layers(sources.model)
+    store, thresholds, asked = sources.store, dict[str, float](), dict[str, Entropies]()
+    shown = {"entropy model": sources.index.starts(*_shown_images(store))}
+    metrics: dict[str, float] = {}
+    for source, limit in limits.items():
+        total = store.num_train * store.num_views
+        rows = np.linspace(0, total - 1, min(total, limit)).astype(np.int64)
+        asked[source] = sources.ask(source, rows % store.num_train, rows // store.num_train)
+        sample = EntropySample.of_array(asked[source], store.codebook_size)
+        thresholds[source] = sample.find_threshold(sources.mean_length, sources.rule, "patch_index")
+        metrics |= {
+            f"{source}_threshold": thresholds[source],
+            f"{source}_mean_length": sample.mean_length(replace(sources.rule, threshold=thresholds[source])),
+            **_nearness(sources, source, thresholds[source], limit),
+        }
+        shown[source.replace("_", " ")] = sources.starts(sources.ask(source, *_shown_images(store)), thresholds[source])
+    write_atomic(output / SAMPLES, lambda file: np.savez(file, allow_pickle=False, **asked))
+    write_json(output / THRESHOLDS, thresholds)
+    write_json(output / "metrics.json", metrics)
+    _draw(sources, shown, output / "sources.png")
+
+
+def _nearness(sources: Sources, source: str, threshold: float, limit: int) -> dict[str, float]:
+    """Correlation with the entropy model's entropies on held-out images, and share of tokens with the same answer."""
+    store = sources.store
+    images = np.arange(store.num_train, len(store))[: min(limit, _HELDOUT)]
+    if not len(images):
+        return {}
+    views = np.zeros_like(images)
+    found, wanted = sources.ask(source, images, views), sources.entropies.fetch(images, views)
+    same = sources.starts(found, threshold) == sources.index.starts(images, views)
+    correlation = np.corrcoef(found[:, 1:].ravel(), wanted[:, 1:].ravel())[0, 1]
+    return {f"{source}_correlation": float(correlation), f"{source}_agreement": float(same.mean())}
+
+
+def _shown_images(store: TokenStore) -> tuple[Integers, Integers]:
+    """The last images, held out where any are, in their first view."""
+    images = np.arange(len(store))[-_SHOWN:]
+    return images, np.zeros_like(images)
+
+
+def _draw(sources: Sources, shown: dict[str, Starts], path: Path) -> None:
+    """A row of the same images for each source, cut as it cuts them."""
+    tokens = torch.from_numpy(sources.store.fetch(*_shown_images(sources.store)).astype(np.int64))
+    with torch.inference_mode():
+        images = float_to_pixels(sources.vq.decode(tokens.to(sources.device)))
     pictures, captions = [], []
-    for name, starts in drawn.items():
-        for image, place in zip(images, chosen, strict=True):
-            pictures.append(patches_outlined(image, starts[place], store.grid))
-            captions.append(f"{name}: {starts[place].sum()} patches")
-    return captioned_grid(pictures, captions, columns=len(chosen))
+    for source, starts in shown.items():
+        for image, here in zip(images, starts, strict=True):
+            pictures.append(patches_outlined(image, here, sources.store.grid))
+            captions.append(f"{source}: {int(here.sum())} patches")
+    picture = captioned_grid(pictures, captions, len(images))
+    write_atomic(path, lambda file: picture.save(file, "PNG"))
 
 
 if __name__ == "__main__":

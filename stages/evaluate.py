@@ -37,6 +37,7 @@ Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 Features = npt.NDArray[np.float32]
 RUNGS = ("heldout", "reconstruction", "samples", "marginals", "random")
+_SOURCES = ("entropy_head", "own_entropy")
 _SPLITS = 10
 _UNIT = 512  # images whose features are one file, the unit of work and of resume
 
@@ -271,10 +272,11 @@ def _from_inputs(inputs: Inputs) -> dict[str, float]:
         ("entropy_model", ("heldout_loss", "unigram_loss")),
         ("train", ("heldout_loss", "unigram_loss")),
         ("patch_index", ("mean_length", "patches_per_image")),
-        ("sample", ("sample_mean_patch_length", "boundary_correlation", "boundary_agreement")),
+        ("entropy_head", tuple(f"{source}_{name}" for source in _SOURCES for name in ("correlation", "agreement"))),
+        ("sample", ("sample_mean_patch_length",)),
     ):
         metrics = read_json(inputs[stage] / "metrics.json")
-        prefix = "" if stage == "sample" else f"{stage}_"
+        prefix = "" if stage in ("entropy_head", "sample") else f"{stage}_"
         numbers |= {f"{prefix}{field}": metrics[field] for field in fields if field in metrics}
     return numbers
 

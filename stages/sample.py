@@ -14,7 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from conf.schema import RuntimeConfig, SampleConfig
-from stages.artifact import read_json, write_json
+from models.boundaries import EntropyBoundaries, HeadBoundaries, OwnEntropyBoundaries
+from stages.artifact import write_json
+from stages.boundaries import chosen_source, entropy_sample
 from stages.distributed import barrier, process_group
 from stages.drawing import LABEL_STREAM, Drawer, stream
 from stages.images import center_crop, decode
@@ -61,7 +63,6 @@ def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeC
             writer.finish()
             _draw_pictures(config, inputs, output, store)
             write_json(output / "metrics.json", _numbers(drawer, inputs, output, store))
-            write_json(output / "boundaries.json", None if drawer.chosen is None else drawer.chosen.described)
 
 
 def draw_labels(
@@ -103,9 +104,7 @@ def _draw_pictures(config: SampleConfig, inputs: Inputs, output: Path, store: To
 
 
 def _numbers(drawer: Drawer, inputs: Inputs, output: Path, store: TokenStore) -> dict[str, float]:
-    """What a person compares: the samples' mean patch length, and what made it.
-
-    Of a source that is not the entropy model itself: how near it comes to that on held-out images.
+    """What a person compares: the samples' mean patch length, and the threshold that made it.
 
     A threshold that no entropy or every entropy exceeds is allowed, at the ends of an ablation, and said.
     """
@@ -114,15 +113,9 @@ def _numbers(drawer: Drawer, inputs: Inputs, output: Path, store: TokenStore) ->
         "num_samples": len(samples),
         "sample_mean_patch_length": store.num_tokens / samples.patch_starts.sum(axis=1).mean(),
     }
-    if drawer.chosen is None:
-        return numbers
-    near = read_json(inputs["entropy_head"] / "metrics.json")
-    for name in ("correlation", "agreement"):
-        if f"{drawer.chosen.source}_{name}" in near:
-            numbers[f"boundary_{name}"] = near[f"{drawer.chosen.source}_{name}"]
-    if drawer.chosen.rule is not None and drawer.chosen.sample is not None:
-        threshold = drawer.chosen.rule.threshold
-        share = drawer.chosen.sample.share_above(threshold)
+    if isinstance(drawer.boundaries, EntropyBoundaries | HeadBoundaries | OwnEntropyBoundaries):
+        threshold = drawer.boundaries.rule.threshold
+        share = entropy_sample(chosen_source(drawer.config, inputs), inputs).share_above(threshold)
         if share in (0.0, 1.0):
             logger.warning(
                 "the threshold %.6g is exceeded by %s entropy of the training images: patches are %s",

@@ -32,12 +32,11 @@ class EntropySample:
         """Read them from a store."""
         total = store.num_train * store.num_views
         rows = np.linspace(0, total - 1, min(total, SAMPLE_ROWS)).astype(np.int64)
-        entropies = store.fetch(rows % store.num_train, rows // store.num_train)
-        return cls.of_rows(entropies, store.codebook_size)
+        return cls.of_array(store.fetch(rows % store.num_train, rows // store.num_train), store.codebook_size)
 
     @classmethod
-    def of_rows(cls, entropies: Entropies, codebook_size: int) -> EntropySample:
-        """Take them from an array (rows, T)."""
+    def of_array(cls, entropies: Entropies, codebook_size: int) -> EntropySample:
+        """Entropies (rows, T) of training images."""
         blocks = np.split(entropies, range(SAMPLE_BLOCK, len(entropies), SAMPLE_BLOCK))
         return cls(blocks, entropies.shape[1], codebook_size)
 
@@ -69,7 +68,9 @@ class EntropySample:
         def mean_length(threshold: float) -> float:
             return self.mean_length(replace(rule, threshold=threshold))
 
-        low, high = 0.0, float(np.float32(math.log(self.codebook_size)))
+        # Entropies lie between these; what predicts them may leave the range.
+        low = min(0.0, *(float(block[:, 1:].min()) for block in self.blocks))
+        high = max(float(np.float32(math.log(self.codebook_size))), *(float(block.max()) for block in self.blocks))
         shortest, longest = mean_length(low), mean_length(high)
         if not shortest <= target <= longest:
             raise InputError(

@@ -5,28 +5,24 @@ A rival's weights can be imported instead: LlamaGen's were released.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from conf.schema import EntropyHeadSettings, RuntimeConfig, TrainConfig
+from conf.schema import RuntimeConfig, TrainConfig
 from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
-from stages.artifact import read_json
 from stages.distributed import World, process_group
 from stages.foreign_weights import read_gpt_checkpoint, write_source
 from stages.job import Inputs, main
-from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
 from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
-from stages.training.entropy_head import EntropyData, JointObjective, predict_with
 from stages.training.loop import Training, train_model
 from stages.training.next_patch import NextPatchData, NextPatchObjective
 from stages.training.patched import DPARObjective, PatchedData
@@ -75,40 +71,25 @@ def _train(
 ) -> tuple[GPT | DPAR, dict[str, float]]:
     """A model trained from the start, or from where a killed run was, and its held-out loss."""
     torch.manual_seed(config.seed)
-    family = _family(config, store, inputs)
-    model, data = family.model, family.data
+    model, objective, data = _family(config, store, inputs)
     if compiled:
         compile_blocks(model)
     stream = SampleStream(store.num_train, config.training.global_batch_size, config.seed)
     run = Training(
         model=model,
-        objective=family.objective,
+        objective=objective,
         batch=lambda step: data.training_batch(stream, step, world),
         data_state=lambda steps: stream.state(steps) | data.digests,
-        validate=lambda: family.validate(world),
+        validate=lambda: data.heldout_loss(objective, world),
         config=config.training,
         seed=config.seed,
         restarts=config.restarts,
-        clipped_apart=model.entropy_head if isinstance(model, DPAR) else None,
     )
     return model, train_model(run, output, world)
 
 
-@dataclass(frozen=True)
-class _Family:
-    """A fresh model, its loss, the batches it reads, and what is said of it on held-out images."""
-
-    model: GPT | DPAR
-    objective: nn.Module
-    data: TokenData
-    validate: Callable[[World], dict[str, float]]
-
-    @classmethod
-    def plain(cls, model: GPT | DPAR, objective: nn.Module, data: TokenData) -> _Family:
-        return cls(model, objective, data, lambda world: data.heldout_loss(objective, world))
-
-
-def _family(config: TrainConfig, store: TokenStore, inputs: Inputs) -> _Family:
+def _family(config: TrainConfig, store: TokenStore, inputs: Inputs) -> tuple[GPT | DPAR, nn.Module, TokenData]:
+    """A fresh model, its loss, and the batches it reads."""
     size = asdict(config.model)
     common: dict[str, Any] = {
         "codebook_size": store.codebook_size,
@@ -118,34 +99,13 @@ def _family(config: TrainConfig, store: TokenStore, inputs: Inputs) -> _Family:
         "class_dropout_prob": config.class_dropout_prob,
     }
     if config.family == "dpar":
-        shape = DPARConfig(**size, **common, position_embedding=config.position_embedding)
-        return _dpar(shape, config.entropy_head, store, inputs)
+        dpar = DPAR(DPARConfig(**size, **common, position_embedding=config.position_embedding))
+        index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
+        return dpar, DPARObjective(dpar), PatchedData(store, index)
     gpt = GPT(GPTConfig(**size, **common))
     if config.family == "npp":
-        data = NextPatchData(store, config.npp, config.training.steps)
-        return _Family.plain(gpt, NextPatchObjective(gpt), data)
-    return _Family.plain(gpt, GPTObjective(gpt), TokenData(store))
-
-
-def _dpar(shape: DPARConfig, head: EntropyHeadSettings, store: TokenStore, inputs: Inputs) -> _Family:
-    """With a head, entropies are read too; the held-out loss stays that of the tokens.
-
-    Static patches need none: no entropy opens them.
-    """
-    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
-    static = read_json(inputs["patch_index"] / "rule.json")["mode"] == "static"
-    model = DPAR(replace(shape, entropy_head="none" if static else head.kind))
-    tokens_alone = DPARObjective(model)
-    if model.entropy_head is None:
-        return _Family.plain(model, tokens_alone, PatchedData(store, index))
-    entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
-    index.require_entropies(entropies.digest)
-    data, predict = EntropyData(store, index, entropies), predict_with(model.entropy_head, model)
-
-    def validate(world: World) -> dict[str, float]:
-        return data.heldout_loss(tokens_alone, world) | data.heldout_fit(predict, world)
-
-    return _Family(model, JointObjective(model, head.encoder_gradient), data, validate)
+        return gpt, NextPatchObjective(gpt), NextPatchData(store, config.npp, config.training.steps)
+    return gpt, GPTObjective(gpt), TokenData(store)
 
 
 if __name__ == "__main__":

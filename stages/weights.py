@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.config import DPARConfig, GPTConfig, VQConfig
+from models.config import DPARConfig, EntropyHeadConfig, GPTConfig, VQConfig
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead
 from models.gpt import GPT
@@ -22,8 +22,8 @@ from stages.errors import ArtifactError
 
 VQ_FILE = "vq.safetensors"
 MODEL_FILE = "model.safetensors"
-HEAD_FILE = "entropy_head.safetensors"
 CONFIG_FILE = "config.json"
+HEAD_FILE, HEAD_CONFIG_FILE = "entropy_head.safetensors", "entropy_head.json"
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -70,17 +70,20 @@ def load_gpt(artifact: Path, device: torch.device | str = "cpu") -> GPT:
     return _fill(GPT(GPTConfig(**config)), artifact / MODEL_FILE).to(device).eval()
 
 
-def save_entropy_head(artifact: Path, head: EntropyHead | None) -> None:
-    """Write a head's weights (float32) and shape; where there is none, just that."""
-    if head is not None:
-        _save(artifact / HEAD_FILE, head)
-    write_json(artifact / CONFIG_FILE, None if head is None else head.shape)
+def save_head(artifact: Path, head: EntropyHead) -> None:
+    """Write an entropy head's weights (float32) and config."""
+    _save(artifact / HEAD_FILE, head)
+    write_json(artifact / HEAD_CONFIG_FILE, asdict(head.config))
 
 
-def load_entropy_head(artifact: Path, device: torch.device | str = "cpu") -> EntropyHead | None:
-    """The head of a finished `entropy_head` artifact, in evaluation mode; None if it has none."""
-    shape = read_json(artifact / CONFIG_FILE)
-    return None if shape is None else _fill(EntropyHead(**shape), artifact / HEAD_FILE).to(device).eval()
+def load_head(artifact: Path, device: torch.device | str = "cpu") -> EntropyHead:
+    """The entropy head of a finished artifact, in evaluation mode.
+
+    Raises:
+        ArtifactError: It is damaged.
+    """
+    head = EntropyHead(EntropyHeadConfig(**read_json(artifact / HEAD_CONFIG_FILE)))
+    return _fill(head, artifact / HEAD_FILE).to(device).eval()
 
 
 def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:

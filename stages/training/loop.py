@@ -56,8 +56,6 @@ class Training(Generic[Batch]):
         restarts: Steps at which the learning rate's schedule begins anew.
         adversary: Weights in `objective` that are trained against `model`, with an optimiser and a gradient norm of
             their own. Each needs a gradient in every step, a zero one if need be. They are in checkpoints only.
-        clipped_apart: Part of `model` whose gradient is clipped by a norm of its own, so that its size does not decide
-            how far the rest moves.
     """
 
     model: nn.Module
@@ -69,7 +67,6 @@ class Training(Generic[Batch]):
     seed: int
     restarts: tuple[int, ...] = ()
     adversary: nn.Module | None = None
-    clipped_apart: nn.Module | None = None
 
 
 def train_model(run: Training[Any], output: Path, world: World) -> dict[str, float]:
@@ -78,7 +75,7 @@ def train_model(run: Training[Any], output: Path, world: World) -> dict[str, flo
     With an `ema_decay`, held-out metrics are of the averaged weights, and `run.model` holds these in the end.
     """
     run.objective.to(world.device)
-    state = TrainingState(run.model, run.adversary, run.config, run.clipped_apart)
+    state = TrainingState(run.model, run.adversary, run.config)
     first = _resume(run, state, output, world)
     objective = DistributedDataParallel(run.objective) if world.size > 1 else run.objective
     log = MetricLog(output, first, enabled=world.is_main)

@@ -14,13 +14,10 @@ from stages.training.optim import make_optimizer
 
 
 class Learner:
-    """Weights with an optimiser of their own. Gradients of the part `apart` are clipped by a norm of their own."""
+    """Weights with an optimiser of their own."""
 
-    def __init__(self, module: nn.Module, config: TrainingConfig, apart: nn.Module | None = None) -> None:
+    def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
         self._module, self._grad_clip = module, config.grad_clip
-        self._apart = [] if apart is None else list(apart.parameters())
-        kept_apart = set(self._apart)
-        self._together = [weight for weight in module.parameters() if weight not in kept_apart]
         self._optimizer = make_optimizer(module, config)
 
     def zero_grad(self) -> None:
@@ -28,11 +25,10 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
 
     def step(self, rate: float) -> Tensor:
-        """Clip the gradients and take a step of learning rate `rate`. The norm before, of all but what is apart."""
+        """Clip the gradients and take a step of learning rate `rate`. The norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        norm = clip_grad_norm_(self._together, self._grad_clip)
-        clip_grad_norm_(self._apart, self._grad_clip)
+        norm = clip_grad_norm_(self._module.parameters(), self._grad_clip)
         self._optimizer.step()
         return norm
 
@@ -49,14 +45,8 @@ class Learner:
 class TrainingState:
     """The model, its adversary where there is one, and the model's average where the settings ask for it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adversary: nn.Module | None,
-        config: TrainingConfig,
-        clipped_apart: nn.Module | None = None,
-    ) -> None:
-        self._model = Learner(model, config, clipped_apart)
+    def __init__(self, model: nn.Module, adversary: nn.Module | None, config: TrainingConfig) -> None:
+        self._model = Learner(model, config)
         self._adversary = None if adversary is None else Learner(adversary, config)
         self._average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
 

@@ -18,6 +18,7 @@ from samplers import (
     Watched,
     dpar,
     dpar_decoder,
+    entropy_head,
     entropy_model,
     gpt,
     llamagen_decoder,
@@ -71,7 +72,8 @@ def parts(size: str, pixels: int) -> dict[str, float]:
     grid = GRIDS[pixels]
     model, starts = packed(dpar(size, grid)), ragged_starts(BATCH, grid)
     watch = watched(model)
-    sources = Watched(starts, {f"entropy model {name}": entropy_model(name, grid) for name in ENTROPY_MODELS})
+    models = {f"entropy model {name}": entropy_model(name, grid) for name in ENTROPY_MODELS}
+    sources = Watched(starts, {"entropy head": entropy_head(model), **models})
     decoder, rival = dpar_decoder(model, sources), llamagen_decoder(packed(gpt(size, grid)), BATCH)
 
     def readings() -> Counter[str]:
@@ -89,24 +91,26 @@ def parts(size: str, pixels: int) -> dict[str, float]:
 
 
 def totals(spent: dict[str, float]) -> dict[str, float]:
-    """The parts, what is in none of them, and the sums with either entropy model and without one."""
+    """The parts, what is in none of them, and the sums with each source of boundaries and without one."""
     whole, rival = spent.pop("whole"), spent.pop("LlamaGen")
-    models = {name: seconds for name, seconds in spent.items() if name.startswith("entropy model")}
-    without = whole - sum(models.values())
+    deciding = {name: seconds for name, seconds in spent.items() if name.startswith("entropy")}
+    without = whole - sum(deciding.values())
     rest = whole - sum(spent.values())
-    sums = {f"in all, {name}": without + seconds for name, seconds in models.items()}
+    sums = {f"in all, {name}": without + seconds for name, seconds in deciding.items()}
     return spent | {"the rest": rest, "in all, boundaries given": without, **sums, "LlamaGen": rival}
 
 
 def by_batch(size: str) -> dict[str, dict[str, float]]:
     """Seconds an image of LlamaGen and DPAR at each batch."""
     llamagen, model, entropies = packed(gpt(size)), packed(dpar(size)), entropy_model("B")
+    head = entropy_head(model)
     found: dict[str, dict[str, float]] = {}
     for batch in BATCHES:
         starts = ragged_starts(batch)
         decoders = {
             f"LlamaGen-{size}": llamagen_decoder(llamagen, batch),
             f"DPAR-{size}, boundaries given": dpar_decoder(model, Watched(starts)),
+            f"DPAR-{size}, entropy head": dpar_decoder(model, Watched(starts, {"head": head})),
             f"DPAR-{size}, entropy model B": dpar_decoder(model, Watched(starts, {"entropies": entropies})),
         }
         for name, seconds in seconds_an_image(decoders, GRIDS[256].num_tokens).items():
@@ -123,6 +127,8 @@ def draw_curve(found: dict[str, dict[str, float]], path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:g}")
     axes.set(xlabel="images drawn together", ylabel="seconds an image", title="Sampling at 256 px, guided, bfloat16")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()

@@ -15,6 +15,7 @@ from samplers import (
     Watched,
     dpar,
     dpar_decoder,
+    entropy_head,
     entropy_model,
     gpt,
     llamagen_decoder,
@@ -35,8 +36,11 @@ from pipeline.bench import Figures, Gate, gate
 TOKENS = GRIDS[256].num_tokens
 BATCHES = (1, 4, 16)
 EXACT_BOUND, LOOP_BOUND, LINEAR_BOUND, CACHE_BOUND = 1e-4, 25.0, 1.4, 0.05
-RIVAL_BOUNDS = {"B": 1.1, "T": 1.25}  # by entropy model, DPAR-L over LlamaGen-L
-RIVAL_BATCH = 64
+RIVAL_BOUNDS = {  # of images a second, DPAR over LlamaGen, by size, batch and source of boundaries
+    ("L", 64): {"entropy model B": 1.1, "entropy model T": 1.25, "entropy head": 1.25},
+    ("B", 16): {"entropy head": 1.1},
+    ("B", 64): {"entropy head": 1.1},
+}
 EVERY = 16  # prefix lengths of the published loop that are timed
 
 
@@ -122,12 +126,15 @@ def over_linear_layers(make: Callable[[Any], Decoder], plain: nn.Module, fast: n
 
 
 def against_llamagen(size: str, batch: int) -> dict[str, float]:
-    """Seconds an image of LlamaGen and of DPAR with each entropy model, in turns."""
+    """Seconds an image of LlamaGen and of DPAR with each source of boundaries, in turns."""
     model, starts = packed(dpar(size)), ragged_starts(batch)
-    rivals = {"LlamaGen": llamagen_decoder(packed(gpt(size)), batch), "DPAR": dpar_decoder(model, Watched(starts))}
-    for name in RIVAL_BOUNDS:
-        boundaries = Watched(starts, {name: entropy_model(name)})
-        rivals[f"DPAR, entropy model {name}"] = dpar_decoder(model, boundaries)
+    rivals = {
+        "LlamaGen": llamagen_decoder(packed(gpt(size)), batch),
+        "boundaries given": dpar_decoder(model, Watched(starts)),
+        "entropy head": dpar_decoder(model, Watched(starts, {"head": entropy_head(model)})),
+    }
+    for name in ("B", "T"):
+        rivals[f"entropy model {name}"] = dpar_decoder(model, Watched(starts, {name: entropy_model(name)}))
     return seconds_an_image(rivals, TOKENS)
 
 
@@ -161,20 +168,21 @@ def linear_gates(figures: Figures) -> list[Gate]:
 
 
 def rival_gates(figures: Figures) -> list[Gate]:
-    """DPAR-L against LlamaGen-L: gates at the largest batch, figures at all."""
-    for batch in (*BATCHES, RIVAL_BATCH):
-        found = against_llamagen("L", batch)
-        column = figures.setdefault(f"L, batch {batch}", {})
-        column |= {f"{name}, s an image": seconds for name, seconds in found.items()}
-    return [
-        gate(
-            f"DPAR-L with entropy model {name} / LlamaGen-L, images a second, batch {RIVAL_BATCH}",
-            found["LlamaGen"] / found[f"DPAR, entropy model {name}"],
-            ">",
-            bound,
-        )
-        for name, bound in RIVAL_BOUNDS.items()
-    ]
+    """DPAR against LlamaGen of the same size: gates at some batches, figures at all."""
+    gates = []
+    for size, batch in [(size, batch) for size in ("B", "L") for batch in (*BATCHES, 64)]:
+        found = against_llamagen(size, batch)
+        figures[f"{size}, batch {batch}, s an image"] = found
+        gates += [
+            gate(
+                f"DPAR-{size}, {source} / LlamaGen-{size}, images a second, batch {batch}",
+                found["LlamaGen"] / found[source],
+                ">",
+                bound,
+            )
+            for source, bound in RIVAL_BOUNDS.get((size, batch), {}).items()
+        ]
+    return gates
 
 
 @torch.inference_mode()

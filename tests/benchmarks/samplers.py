@@ -14,9 +14,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, NextToken
-from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
+from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, HeadBoundaries, NextToken
+from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, EntropyHeadConfig, GPTConfig
 from models.dpar import DPAR
+from models.entropy_head import EntropyHead
 from models.gpt import GPT
 from models.packed_linear import pack_linear_layers
 from models.patching import PatchRule, patch_starts
@@ -106,6 +107,14 @@ class Watched:
 def entropy_model(size: str, grid: Grid = GRIDS[256]) -> EntropyBoundaries:
     """An entropy model as a source of boundaries."""
     return EntropyBoundaries(packed(gpt(size, grid, conditional=False)), PatchRule(0.5, 4, True, grid.side))
+
+
+def entropy_head(model: DPAR) -> HeadBoundaries:
+    """An entropy head on the model's encoder as a source of boundaries."""
+    torch.manual_seed(0)
+    head = EntropyHead(EntropyHeadConfig.of(model.config, "block")).bfloat16().eval()
+    pack_linear_layers(head)
+    return HeadBoundaries(head, PatchRule(0.5, 4, True, model.config.grid))
 
 
 class Decoder:

@@ -1,4 +1,4 @@
-"""Does the memory of a stage grow with the data set? Peaks of all ten, each a process, over N and 10 N tiny images."""
+"""Does the memory of a stage grow with the data set? Peaks of all, each a process, over N and 10 N tiny images."""
 
 from __future__ import annotations
 

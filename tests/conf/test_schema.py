@@ -50,10 +50,6 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (TrainingConfig, {"steps": 10, "ema_decay": 1.0}, "less than 1"),
         (DatasetConfig, {"source": "twemoji", "root": "here"}, "finds its images itself"),
         (EvaluateConfig, {"extractor": "inception"}, "weights file with inception"),
-        (SampleConfig, {"boundaries": "static", "max_length": 6}, "max_length is set and sample.boundaries static"),
-        (SampleConfig, {"boundaries": "guess"}, "Input should be"),
-        (TrainConfig, {"entropy_head": {"kind": "deep"}}, "Input should be"),
-        (TrainConfig, {"entropy_head": {"encoder_gradient": -1}}, "greater than or equal to 0"),
         (TrainConfig, {"model": "Z"}, "expected one of B, L"),
         (TrainConfig, {"family": "dpar", "model": GPT_SIZES["B"]}, "GPTSize and train.family dpar"),
         (TrainConfig, {"model": {**DPAR_B, "num_heads": 32}}, "head width 24 .*multiple of 16 for dynamic position"),
@@ -83,17 +79,7 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (
             Settings,
             {"sample": {"threshold": 7.0}, "patch_index": {"mode": "static", "static_length": 1.8}},
-            r"sample\.threshold is set, .* patch_index\.mode static, expected family dpar and mode entropy",
-        ),
-        (
-            Settings,
-            {"sample": {"boundaries": "own_entropy"}, "train": {"family": "npp"}},
-            r"sample\.boundaries is own_entropy, train\.family npp .*expected family dpar and mode entropy",
-        ),
-        (
-            Settings,
-            {"sample": {"boundaries": "entropy_head"}, "train": {"entropy_head": {"kind": "none"}}},
-            r"boundaries is entropy_head, train\.entropy_head\.kind none and .* expected a head",
+            r"sample\.threshold is set, .* patch_index\.mode static and .* expected family dpar, mode entropy",
         ),
         (
             Settings,
@@ -134,11 +120,9 @@ def test_a_familys_key_holds_what_it_reads_and_no_more() -> None:
 
     assert key(npp={"levels": 3}) == key()
     assert key(position_embedding="patch_index_1d") != key()
-    assert key(entropy_head={"kind": "none"}) != key()
     assert key(family="npp", npp={"levels": 3}) != key(family="npp")
     for family in ("llamagen", "npp"):
         assert key(family=family, position_embedding="patch_index_1d") == key(family=family)
-        assert key(family=family, entropy_head={"kind": "none"}) == key(family=family)
     assert key(family="llamagen", npp={"levels": 3}) == key(family="llamagen")
 
 

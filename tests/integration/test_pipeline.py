@@ -1,4 +1,4 @@
-"""All ten stages from a folder of images to a score, as a person runs them, and again."""
+"""All stages from a folder of images to a score, as a person runs them, and again."""
 
 from __future__ import annotations
 
@@ -54,7 +54,6 @@ def test_a_setting_makes_stale_what_depends_on_it_and_nothing_else(home: Path, i
     assert {name for name, state in after.items() if state != "cached"} == {
         "patch_index",
         "train",
-        "entropy_head",
         "sample",
         "evaluate",
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.boundaries import EntropyBoundaries, GivenBoundaries
-from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
+from models.boundaries import EntropyBoundaries, GivenBoundaries, HeadBoundaries
+from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, EntropyHeadConfig, GPTConfig, NextPatchSchedule
 from models.dpar import DPAR, pack_patches
-from models.flops import dpar_cost, gpt_cost
+from models.entropy_head import EntropyHead
+from models.flops import dpar_cost, gpt_cost, head_sampling, npp_cost
 from models.gpt import GPT
+from models.npp import next_patch_loss
 from models.patching import PatchRule, patch_starts
-from models.sampling import SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import DPARDecoding, SamplingOptions, sample_dpar, sample_gpt
 
 CODES = 16384
 IMAGES, GRID, TOKENS = 8, 3, 9
@@ -34,9 +37,9 @@ def dpar_config(name: str, num_tokens: int) -> DPARConfig:
     return DPARConfig(**asdict(DPAR_SIZES[name]), codebook_size=CODES, num_tokens=num_tokens, num_classes=1000)
 
 
-def small_gpt(num_classes: int | None) -> GPTConfig:
+def small_gpt(num_classes: int | None, num_tokens: int = TOKENS) -> GPTConfig:
     size = {"dim": 64, "num_layers": 2, "num_heads": 4}
-    return GPTConfig(**size, codebook_size=40, num_tokens=TOKENS, num_classes=num_classes)
+    return GPTConfig(**size, codebook_size=40, num_tokens=num_tokens, num_classes=num_classes)
 
 
 def small_dpar() -> DPARConfig:
@@ -59,9 +62,15 @@ def dpar_linear(c: DPARConfig, patches: float) -> tuple[float, float]:
     return encoder, stack + decoder + c.codebook_size * c.dim * c.num_tokens
 
 
+def weighted_rows(table: torch.Size, rows: torch.Size, *_: object, **__: object) -> int:
+    """Floating-point operations of sums of weighted rows: on a CPU samplers attend by them."""
+    return 2 * rows.numel() * table[1]
+
+
 def counted(call: Callable[[], Any]) -> tuple[int, int]:
     """Linear and attention MACs of anything, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
+    bags = dict.fromkeys((torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only), weighted_rows)
+    with FlopCounterMode(display=False, custom_mapping=bags) as counter:
         call()
     by_op = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     linear = sum(flops for op, flops in by_op.items() if op in ("aten.mm", "aten.addmm"))
@@ -77,10 +86,10 @@ def test_a_gpt_costs_what_the_formula_says(name: str, num_tokens: int, num_class
     layers = config.num_layers
     assert cost.forward.linear == positions * (layers * block(config.dim) + CODES * config.dim)
     assert cost.forward.attention == 2 * layers * config.dim * positions**2
-    drawn = cost.sampling(guided=False)
+    drawn = cost.sampling.macs(guided=False)
     assert drawn.linear == cost.forward.linear
     assert drawn.attention == 2 * layers * config.dim * sum(range(positions + 1))
-    guided = cost.sampling(guided=True)
+    guided = cost.sampling.macs(guided=True)
     assert guided == (drawn if num_classes is None else drawn * 2)
 
 
@@ -99,8 +108,31 @@ def test_dpar_costs_what_the_formula_says(name: str, num_tokens: int, patches: i
     )
     assert round(cost.forward.attention) == 2 * config.dim * squares
     unclassed, classed = dpar_linear(config, num_tokens / length - 1)
-    assert cost.sampling(guided=False).linear == pytest.approx(unclassed + classed, rel=1e-12)
-    assert cost.sampling(guided=True).linear == pytest.approx(unclassed + 2 * classed, rel=1e-12)
+    assert cost.sampling.macs(guided=False).linear == pytest.approx(unclassed + classed, rel=1e-12)
+    assert cost.sampling.macs(guided=True).linear == pytest.approx(unclassed + 2 * classed, rel=1e-12)
+
+
+@pytest.mark.parametrize("num_tokens", [64, 256])
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [(NextPatchSchedule(), 300), (NextPatchSchedule(levels=3, rate=0.4), 7), (NextPatchSchedule(levels=1), 5)],
+)
+def test_next_patch_prediction_costs_the_mean_of_its_steps(
+    num_tokens: int, schedule: NextPatchSchedule, steps: int
+) -> None:
+    config = gpt_config("T", num_tokens)
+    cost, llamagen = npp_cost(config, schedule, steps), gpt_cost(config)
+    positions = [num_tokens // schedule.side(step, steps) ** 2 for step in range(steps)]
+    one = config.num_layers * block(config.dim) + CODES * config.dim
+    assert cost.forward.linear == pytest.approx(sum(positions) * one / steps, rel=1e-12)
+    squares = sum(rows**2 for rows in positions)
+    assert cost.forward.attention == pytest.approx(2 * config.num_layers * config.dim * squares / steps, rel=1e-12)
+    assert (cost.parameters, cost.sampling) == (llamagen.parameters, llamagen.sampling)
+
+
+def test_a_grid_without_blocks_of_the_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="a side that divides the grid of 3 x 3"):
+        npp_cost(small_gpt(5), NextPatchSchedule(), 300)
 
 
 def test_parameters_are_those_of_the_published_sizes() -> None:
@@ -132,10 +164,28 @@ def test_training_costs_what_its_backward_pass_really_multiplies() -> None:
     assert found == (expected.linear, expected.attention)
 
 
+def test_training_by_next_patch_prediction_costs_what_its_steps_really_multiply() -> None:
+    schedule, steps = NextPatchSchedule(levels=2, rate=0.3), 10
+    config = small_gpt(5, 16)
+    meta = torch.device("meta")
+    tokens, labels = torch.empty(1, 16, dtype=torch.int64, device=meta), torch.empty(1, dtype=torch.int64).to(meta)
+    with meta:
+        model = GPT(config)
+
+    def train(side: int) -> None:
+        next_patch_loss(model, tokens, labels, side).backward()
+
+    found = [counted(partial(train, schedule.side(step, steps))) for step in range(steps)]
+    assert len(set(found)) == 2, "both levels"
+    expected = npp_cost(config, schedule, steps).training
+    linear, attention = (sum(counts) / steps for counts in zip(*found, strict=True))
+    assert (expected.linear, expected.attention) == (pytest.approx(linear), pytest.approx(attention))
+
+
 @pytest.fixture(autouse=True)
 def caches_that_grow_by_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samplers attend over whole blocks of their caches: what is counted here is what is needed."""
-    monkeypatch.setattr("models.attention._BLOCK", 1)
+    monkeypatch.setattr("models.kv_cache._BLOCK", 1)
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +212,7 @@ def drawn_dpar(starts: Tensor, options: SamplingOptions) -> float:
             made += len(closing) * int((position - torch.where(closing, torch.arange(position), 0).amax(1)).max())
     pooling = 2 * config.encoder_layers * config.dim**2 * (made - batch * (TOKENS - 1))
     cost = dpar_cost(config, batch * TOKENS / int(starts.sum()))
-    return batch * cost.sampling(guided=options.guided).linear + pooling
+    return batch * cost.sampling.macs(guided=options.guided).linear + pooling
 
 
 @pytest.mark.parametrize("options", [PLAIN, GUIDED])
@@ -171,7 +221,7 @@ def test_sampling_llamagen_costs_what_the_sampler_really_multiplies(options: Sam
     labels, uniforms, _ = batch()
     model = GPT(small_gpt(5)).eval()
     linear, attention = counted(lambda: sample_gpt(model, labels, uniforms, options))
-    expected = gpt_cost(small_gpt(5)).sampling(guided=options.guided) * IMAGES
+    expected = gpt_cost(small_gpt(5)).sampling.macs(guided=options.guided) * IMAGES
     assert (linear, attention) == (expected.linear, expected.attention)
 
 
@@ -192,7 +242,7 @@ def test_attention_of_a_drawn_image_meets_only_what_came_before(options: Samplin
     labels, uniforms, starts = (rows[image : image + 1] for rows in batch())
     model = DPAR(small_dpar()).eval()
     _, attention = counted(lambda: sample_dpar(model, labels, uniforms, options, GivenBoundaries(starts)))
-    expected = dpar_cost(small_dpar(), TOKENS / int(starts.sum())).sampling(guided=options.guided)
+    expected = dpar_cost(small_dpar(), TOKENS / int(starts.sum())).sampling.macs(guided=options.guided)
     assert attention == round(expected.attention)
 
 
@@ -208,8 +258,50 @@ def test_an_entropy_model_that_decides_boundaries_runs_once_an_image(options: Sa
     starts: list[Tensor] = []
     linear, _ = counted(lambda: starts.append(sample_dpar(model, labels, uniforms, options, boundaries)[1]))
     assert len(set(starts[0].sum(1).tolist())) > 1, "the batch must be ragged"
-    entropy_model_cost = gpt_cost(small_gpt(None)).sampling(guided=options.guided)
+    entropy_model_cost = gpt_cost(small_gpt(None)).sampling.macs(guided=options.guided)
     assert linear == round(drawn_dpar(starts[0], options) + IMAGES * entropy_model_cost.linear)
+
+
+@pytest.mark.parametrize("options", [PLAIN, GUIDED])
+@pytest.mark.parametrize("opening", [(1, 8), (3, 6), (2, 4, 5, 7), range(1, TOKENS)])  # mirrored, so spread evenly
+@torch.no_grad()
+def test_own_entropy_costs_a_prediction_more_where_a_patch_closes(
+    options: SamplingOptions, opening: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, uniforms = (rows[:1] for rows in batch()[:2])
+    starts = torch.zeros(1, TOKENS, dtype=torch.bool)
+    starts[0, [0, *opening]] = True
+    model = DPAR(small_dpar()).eval()
+
+    def drawn() -> tuple[int, int]:
+        return counted(lambda: sample_dpar(model, labels, uniforms, options, GivenBoundaries(starts)))
+
+    def predict_then_close(decoding: DPARDecoding, images: Tensor) -> None:
+        if len(images):
+            decoding._decode(torch.zeros(1, model.config.dim))
+        close(decoding, images)
+
+    known, close = drawn(), DPARDecoding._close_patches
+    monkeypatch.setattr(DPARDecoding, "_close_patches", predict_then_close)
+    found = drawn()
+    own = dpar_cost(model.config, TOKENS / int(starts.sum())).own_entropy.macs(guided=options.guided)
+    more = found[0] - known[0], found[1] - known[1]
+    assert more == (pytest.approx(own.linear, rel=1e-12), pytest.approx(own.attention, rel=1e-12))
+
+
+@torch.no_grad()
+def test_an_entropy_head_costs_its_narrow_block_once_a_token() -> None:
+    labels, uniforms, _ = batch()
+    torch.manual_seed(0)
+    model = DPAR(small_dpar()).eval()
+    head = EntropyHead(EntropyHeadConfig.of(model.config, "block")).eval()
+    torch.nn.init.normal_(head.output.weight, std=0.3)
+    boundaries = HeadBoundaries(head, PatchRule(1.8, 4, True, GRID))
+    starts: list[Tensor] = []
+    linear, _ = counted(lambda: starts.append(sample_dpar(model, labels, uniforms, GUIDED, boundaries)[1]))
+    of_head = linear - round(drawn_dpar(starts[0], GUIDED))
+    assert of_head == IMAGES * head_sampling(model.config).macs(guided=True).linear
+    assert of_head == IMAGES * (TOKENS - 1) * (64 * 64 + block(64) + 64)
 
 
 @pytest.mark.parametrize("length", [0.99, 4.6, float("nan")])

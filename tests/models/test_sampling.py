@@ -13,14 +13,7 @@ from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR, pack_patches
 from models.gpt import GPT
 from models.patching import PatchRule, patch_starts, static_patch_starts
-from models.sampling import (
-    DPARDecoding,
-    SamplingOptions,
-    draw,
-    filter_logits,
-    sample_dpar,
-    sample_gpt,
-)
+from models.sampling import DPARDecoding, SamplingOptions, draw, filter_logits, sample_dpar, sample_gpt
 
 GRID, TOKENS, CODES, CLASSES = 4, 16, 40, 5
 PLAIN, GUIDED = SamplingOptions(), SamplingOptions(cfg_scale=2.5)

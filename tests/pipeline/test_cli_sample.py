@@ -38,7 +38,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     ("command", "missing"),
     [
-        (["sample"], "dataset, tokenizer, tokenize, entropy_model, entropy_map, patch_index, train, entropy_head"),
+        (["sample"], "dataset, tokenizer, tokenize, entropy_model, entropy_map, patch_index, train"),
         (["export", "--npz", "a.npz"], "sample"),
     ],
 )
@@ -53,25 +53,11 @@ def test_stages_that_are_not_made_are_named(
 def test_a_look_gets_what_the_options_say(
     cached: Path, looks: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [
-        "--classes",
-        "cat, 5",
-        "--n",
-        "4",
-        "--seed",
-        "9",
-        "--cfg-scale",
-        "1.25",
-        "--boundaries",
-        "static",
-        "--patches",
-        "--out",
-        "a.png",
-    ]
+    options = ["--classes", "cat, 5", "--n", "4", "--seed", "9", "--cfg-scale", "1.25", "--patches", "--out", "a.png"]
     assert run_command(["sample", "--set", "sample.top_k=50", *options]) == 0
     name, config, inputs, runtime, wish, _ = looks[0]
     assert name == "look"
-    assert config == SampleConfig(seed=9, cfg_scale=1.25, top_k=50, boundaries="static")
+    assert config == SampleConfig(seed=9, cfg_scale=1.25, top_k=50)
     assert inputs == {stage: cached / stage for stage in STAGES["sample"].inputs}
     assert isinstance(runtime, RuntimeConfig)
     assert wish == Wish(classes=["cat", "5"], count=4, patches=True, output=Path("a.png"))
@@ -97,7 +83,6 @@ def test_an_image_is_continued_and_told_in_json(
         (["sample", "--out", "a.jpg"], "--out is a.jpg, expected the name of a PNG file"),
         (["sample", "--n", "0"], "greater than or equal to 1"),
         (["sample", "--cfg-scale", "0.5"], "sample.cfg_scale"),
-        (["sample", "--boundaries", "guesses"], "sample.boundaries"),
         (["export"], "nothing to export to: give --npz PATH, --png FOLDER or both"),
     ],
 )

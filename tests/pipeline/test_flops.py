@@ -19,6 +19,8 @@ REDUCTION = {
     ("dpar-XXL", 384): 42.4,
 }
 """The paper's last column, percent."""
+SAVED_B = {"static": 27.7, "entropy_head": 27.2, "entropy_model": -22.1, "own_entropy": 8.7}
+SAVED_XL = {"static": 36.7, "entropy_head": 36.6, "entropy_model": 30.2, "own_entropy": 27.7}
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +47,27 @@ def test_what_dpar_saves_is_what_the_paper_says(paper_rows: Rows, name: str, siz
     assert paper_rows[name, size].saved_percent == pytest.approx(REDUCTION[name, size], abs=bound)
 
 
-def test_the_entropy_model_eats_what_the_smallest_dpar_saves_in_sampling(paper_rows: Rows) -> None:
+def test_only_the_entropy_model_eats_what_the_smallest_dpar_saves_in_sampling(paper_rows: Rows) -> None:
     saved = {
-        pair: [cost.saved_percent for cost in sampling_costs(paper_rows[pair])]
+        pair: {cost.boundaries: cost.saved_percent for cost in sampling_costs(paper_rows[pair])}
         for pair in (("dpar-B", 256), ("dpar-XL", 256))
     }
-    assert saved["dpar-B", 256] == [pytest.approx(27.7, abs=0.1), pytest.approx(-22.1, abs=0.1)]
-    assert saved["dpar-XL", 256] == [pytest.approx(36.7, abs=0.1), pytest.approx(30.2, abs=0.1)]
+    smallest, larger = (pytest.approx(figures, abs=0.1) for figures in (SAVED_B, SAVED_XL))
+    assert saved == {("dpar-B", 256): smallest, ("dpar-XL", 256): larger}
+
+
+@pytest.mark.parametrize("size", [256, 384])
+def test_next_patch_prediction_saves_three_eighths_of_llamagens_training_and_no_sampling(size: int) -> None:
+    (row,) = measure(["npp-B"], [size])
+    assert row.saved_percent == pytest.approx(37.5)
+    assert (row.paper_gmacs, row.patches) == (None, None)
+    (sampling,) = sampling_costs(row)
+    assert (sampling.boundaries, sampling.saved_percent) == (None, 0.0)
+
+
+def test_next_patch_prediction_needs_whole_blocks() -> None:
+    with pytest.raises(InputError, match="image size is 48, expected a multiple of 32 pixels for NPP"):
+        measure(["npp-T"], [48])
 
 
 def test_the_papers_number_stands_only_beside_its_own_patch_length() -> None:
@@ -76,8 +92,8 @@ def test_a_model_alone_is_counted_at_the_papers_sizes() -> None:
 def test_variants_are_held_against_llamagen_of_their_size(name: str) -> None:
     assert name in MODELS
     (row,) = measure([name], [128])
-    assert row.patches is not None
-    assert row.patches.llamagen.parameters == 342_910_976
+    assert row.llamagen is not None
+    assert row.llamagen.parameters == 342_910_976
 
 
 def test_an_image_size_without_a_known_patch_length_needs_one_for_dpar_alone() -> None:

@@ -41,11 +41,6 @@ def changed(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]])
         ("patch_index.target_mean_length=2.7", {"patch_index"}),
         ("train.training.learning_rate=0.01", {"train"}),
         ("sample.seed=7", {"sample"}),
-        ("sample.boundaries=own_entropy", {"sample"}),
-        ("train.entropy_head.kind=none", {"train"}),
-        ("entropy_head.source=train", {"entropy_head"}),
-        ("entropy_head.training.steps=9", set()),
-        ("entropy_head.seed=9", set()),
         ("tokenize.views=center", {"tokenize"}),
     ],
 )
@@ -101,7 +96,6 @@ def test_changes_are_told_by_name_with_both_values(images: Path) -> None:
     assert changes(old, new) == [
         f"setting dropout: {dropout} -> 0.25",
         f"setting training.steps: {steps} -> 7",
-        "input entropy_map has other contents",
         "input patch_index has other contents",
         "input tokenize has other contents",
         "code models.dpar:DPAR was edited",

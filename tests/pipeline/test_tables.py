@@ -8,20 +8,29 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from models.flops import Cost, Macs
+from conf.schema import BoundarySource
+from models.flops import Cost, Macs, Sampling
 from pipeline import tables
 from pipeline.bench import Gate
 from pipeline.flops import CostRow, LengthSource, PatchCost
 
 LARGE = Macs(linear=25594.5e9, attention=1554.6e9)
-COST = Cost(parameters=1_434_579_456, forward=LARGE, unclassed=LARGE * 0, classed=LARGE)
-LLAMAGEN = CostRow(model="llamagen-XXL", image_size=1024, cost=COST, patches=None, paper_gmacs=None)
+DRAWN = Sampling(classed=LARGE)
+COST = Cost(parameters=1_434_579_456, forward=LARGE, sampling=DRAWN)
+LLAMAGEN = CostRow(model="llamagen-XXL", image_size=1024, cost=COST, llamagen=None, patches=None, paper_gmacs=None)
+NPP = replace(LLAMAGEN, model="npp-XXL", llamagen=COST)
 
 
 def dpar(source: LengthSource) -> CostRow:
-    patches = PatchCost(mean_length=2.24, length_source=source, entropy_model=COST, llamagen=COST)
+    boundaries: dict[BoundarySource, Sampling] = {
+        "static": Sampling(),
+        "entropy_head": DRAWN,
+        "entropy_model": DRAWN,
+        "own_entropy": DRAWN,
+    }
+    patches = PatchCost(mean_length=2.24, length_source=source, boundaries=boundaries)
     half = replace(COST, forward=Macs(linear=LARGE.linear / 2, attention=77.312e9))
-    return CostRow(model="dpar-L-E2D3", image_size=512, cost=half, patches=patches, paper_gmacs=None)
+    return CostRow(model="dpar-L-E2D3", image_size=512, cost=half, llamagen=COST, patches=patches, paper_gmacs=None)
 
 
 def shown(*rows: CostRow) -> list[str]:
@@ -32,11 +41,21 @@ def shown(*rows: CostRow) -> list[str]:
 
 
 def test_a_row_is_one_line_of_80_columns() -> None:
-    lines = shown(LLAMAGEN, dpar("extrapolated"))
+    lines = shown(LLAMAGEN, NPP, dpar("extrapolated"))
     assert max(map(len, lines)) <= 80
-    assert sum(line.startswith("llamagen-XXL") for line in lines) == 2
-    assert sum(line.startswith("dpar-L-E2D3") for line in lines) == 2
-    assert sum(line.startswith("  + entropy model B") for line in lines) == 1
+    assert sum(line.startswith("llamagen-XXL ") for line in lines) == 2
+    assert sum(line.startswith("npp-XXL ") for line in lines) == 2
+    assert sum(line.startswith("dpar-L-E2D3 ") for line in lines) == 2
+    assert [line.split("  ")[0] for line in lines if line.startswith("dpar-L-E2D3 s")] == ["dpar-L-E2D3 static"]
+    sources = ("entropy head", "entropy model B", "own entropy")
+    assert [sum(line.startswith(f"  {source} ") for line in lines) for source in sources] == [1, 1, 1]
+
+
+def test_notes_are_of_the_models_that_are_shown() -> None:
+    for rows in ([LLAMAGEN], [LLAMAGEN, NPP], [dpar("paper")]):
+        text = "\n".join(shown(*rows))
+        assert ("npp:" in text) == (NPP in rows)
+        assert ("own entropy:" in text) == (LLAMAGEN not in rows)
 
 
 def test_numbers_of_a_row_stand_under_their_names() -> None:

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import SampleConfig, Settings
-from models.boundaries import EntropyBoundaries
+from conf.schema import BoundarySource, SampleConfig, Settings
+from models.boundaries import EntropyBoundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
 from models.config import DPARConfig, GPTConfig, VQConfig
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.patching import PatchRule
 from models.vq import VQModel
-from stages.boundaries import Chosen
+from stages.artifact import read_json, write_json
+from stages.boundaries import entropy_sample
 from stages.drawing import Drawer, resize
-from stages.errors import ArtifactError
+from stages.errors import ArtifactError, InputError
 from stages.stores.tokens import TokenStore
 from stages.weights import load_gpt, save_model
 
@@ -43,11 +44,9 @@ def random_drawer() -> Callable[..., Drawer]:
     )
     rule = PatchRule(threshold=3.85, max_length=4, row_boundary=True, grid=8)
 
-    chosen = Chosen("entropy_model", EntropyBoundaries(entropy_model, rule), rule)
-
     def make(**settings: object) -> Drawer:
         config = SampleConfig(**{"image_size": 32, "precision": "float32"} | settings)
-        return Drawer(config, model, vq.eval(), chosen, CPU)
+        return Drawer(config, model, vq.eval(), EntropyBoundaries(entropy_model, rule), CPU)
 
     return make
 
@@ -108,6 +107,47 @@ def load(inputs: dict[str, Path], config: SampleConfig) -> Drawer:
 
 
 @pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("entropy_head", HeadBoundaries),
+        ("entropy_model", EntropyBoundaries),
+        ("own_entropy", OwnEntropyBoundaries),
+    ],
+)
+def test_the_rule_is_the_sources_unless_the_settings_name_another(
+    tiny_artifacts: dict[str, Path], tiny_settings: Settings, source: BoundarySource, kind: type
+) -> None:
+    def rule(**changes: object) -> PatchRule:
+        config = tiny_settings.sample.model_copy(update={"boundaries": source} | changes)
+        boundaries = load(tiny_artifacts, config).boundaries
+        assert isinstance(boundaries, kind)
+        found: PatchRule = boundaries.rule
+        return found
+
+    thresholds = read_json(tiny_artifacts["entropy_head"] / "thresholds.json")
+    thresholds["entropy_model"] = read_json(tiny_artifacts["patch_index"] / "rule.json")["threshold"]
+    assert rule() == PatchRule(thresholds[source], 4, True, 8)
+    assert rule(threshold=1.25, max_length=6) == PatchRule(1.25, 6, True, 8)
+    wanted = rule(target_mean_length=2.5, max_length=6)
+    sample = entropy_sample(source, tiny_artifacts)
+    assert wanted.max_length == 6
+    assert sample.mean_length(wanted) == pytest.approx(2.5, abs=0.01)
+    with pytest.raises(InputError, match=r"sample\.target_mean_length is 4\.5, expected 1\.0+ to 3\.\d+"):
+        rule(target_mean_length=4.5)
+
+
+def test_static_patches_take_no_threshold(
+    tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "rule.json", {"mode": "static", "static_length": 2.0})
+    inputs = tiny_artifacts | {"patch_index": tmp_path}
+    assert load(inputs, tiny_settings.sample).boundaries is not None
+    for name, value in {"threshold": 1.0, "max_length": 4, "target_mean_length": 2.0}.items():
+        with pytest.raises(InputError, match=rf"sample\.{name} is set and patches are static"):
+            load(inputs, tiny_settings.sample.model_copy(update={name: value}))
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [({"codebook_size": 128}, "codebook_size 128, expected 64"), ({"num_tokens": 16}, "num_tokens 16, expected 64")],
 )
@@ -125,6 +165,39 @@ def test_an_entropy_model_of_another_tokenizer_is_refused(
             tiny_artifacts | {"entropy_model": tmp_path},
             tiny_settings.sample.model_copy(update={"boundaries": "entropy_model"}),
         )
+
+
+def test_with_a_head_the_entropy_model_is_not_read(
+    tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path
+) -> None:
+    without = tiny_artifacts | {"entropy_model": tmp_path / "none"}
+    drawer = load(without, tiny_settings.sample)
+    assert isinstance(drawer.boundaries, HeadBoundaries), "of its own accord"
+    drawn = drawer.draw(np.arange(2), np.array([0, 2]))
+    assert np.array_equal(
+        drawn["tokens"], load(tiny_artifacts, tiny_settings.sample).draw(np.arange(2), np.array([0, 2]))["tokens"]
+    )
+
+
+def test_a_source_that_the_model_lacks_is_refused(
+    tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "thresholds.json", {"own_entropy": 1.0})
+    without = tiny_artifacts | {"entropy_head": tmp_path}
+    assert isinstance(load(without, tiny_settings.sample).boundaries, EntropyBoundaries)
+    with pytest.raises(
+        InputError, match=r"sample\.boundaries is entropy_head, expected own_entropy or entropy_model or st"
+    ):
+        load(without, tiny_settings.sample.model_copy(update={"boundaries": "entropy_head"}))
+
+
+def test_static_patches_of_a_model_by_entropy_have_its_mean_length(
+    tiny_artifacts: dict[str, Path], tiny_settings: Settings
+) -> None:
+    drawer = load(tiny_artifacts, tiny_settings.sample.model_copy(update={"boundaries": "static"}))
+    assert isinstance(drawer.boundaries, GivenBoundaries)
+    wanted = read_json(tiny_artifacts["patch_index"] / "rule.json")["mean_length"]
+    assert 64 / int(drawer.boundaries.starts.sum()) == pytest.approx(wanted, rel=0.03)
 
 
 def test_a_model_of_other_classes_and_a_tokenizer_of_another_codebook_are_refused(
@@ -149,7 +222,7 @@ def test_a_model_without_patches_needs_no_entropy_model(
     config = GPTConfig(dim=32, num_layers=1, num_heads=2, num_classes=3, **SHAPE)
     save_model(tmp_path, "llamagen", GPT(config), config)
     drawer = load(tiny_artifacts | {"train": tmp_path, "entropy_model": tmp_path / "none"}, tiny_settings.sample)
-    assert drawer.chosen is None
+    assert drawer.boundaries is None
     assert drawer.draw(np.arange(2), np.array([0, 2]))["patch_starts"].all()
     with pytest.raises(ArtifactError, match="holds a model of family llamagen, expected gpt"):
         load_gpt(tmp_path)

@@ -34,7 +34,7 @@ def config(settings: Settings, family: str, **changes: Any) -> TrainConfig:
 
 
 def train_inputs(artifacts: dict[str, Path]) -> dict[str, Path]:
-    return {name: artifacts[name] for name in ("tokenize", "entropy_map", "patch_index")}
+    return {name: artifacts[name] for name in ("tokenize", "patch_index")}
 
 
 def lines(artifact: Path) -> list[dict[str, float]]:
