@@ -220,8 +220,9 @@ def _nearness(sources: Sources, source: str, threshold: float, limit: int) -> di
 
 
 def _shown_images(store: TokenStore) -> tuple[Integers, Integers]:
-    """The last images, held out where any are, in their first view."""
-    images = np.arange(len(store))[-_SHOWN:]
+    """Evenly spread images, held-out ones where there are any, in their first view."""
+    first = store.num_train if store.num_train < len(store) else 0
+    images = np.unique(np.linspace(first, len(store) - 1, _SHOWN).astype(np.int64))
     return images, np.zeros_like(images)
 
 
