@@ -10,6 +10,7 @@ each patch is projected for the decoder once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from models.dpar import DPAR
 from models.gpt import GPT
 from models.guidance import Schedule, guidance_scale
 from models.kv_cache import KVCache
+from models.layers import Attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +131,12 @@ class DPARDecoding:
         return _guide(logits, self.options, self.position - 1, self.model.config.num_tokens)
 
     def _decide(self, previous: Int[Tensor, " B"], state: Float[Tensor, "B D"]) -> Float[Tensor, "B2 V"] | None:
-        """Open patches where the boundaries want it. The token's logits, if they were asked for and still hold."""
+        """Open patches where the boundaries want it. The token's logits, if the boundaries asked for them before."""
         asked: list[Tensor] = []
 
         def open_logits() -> Tensor:
-            asked.append(self._decode(state))
+            if not asked:
+                asked.append(self._decode(state))
             return asked[0][: len(previous)]
 
         token = NextToken(self.position, previous, state, self.open_lengths, open_logits)
@@ -142,7 +145,7 @@ class DPARDecoding:
         images = opened.nonzero()[:, 0]
         self._close_patches(images)
         self.open_lengths = torch.where(opened, 0, self.open_lengths)
-        return None if len(images) or not asked else asked[0]
+        return self._decode_again(asked[0], state, images) if asked else None
 
     def _encode(self, previous: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """Encoder state of the token at position - 1."""
@@ -191,9 +194,25 @@ class DPARDecoding:
     def _decode(self, state: Float[Tensor, "B D"]) -> Float[Tensor, "B2 V"]:
         """Logits of both halves for the token at `position`."""
         assert self._projections is not None
-        hidden = _twice(state, self.options)
-        attends = self._decoder_cache.step(self.position)
-        for layer, projection, attend in zip(self.model.local_decoder.layers, self._projections, attends, strict=True):
+        return self._logits(_twice(state, self.options), self._projections, self._decoder_cache.step(self.position))
+
+    def _decode_again(
+        self, logits: Float[Tensor, "B2 V"], state: Float[Tensor, "B D"], images: Int[Tensor, " R"]
+    ) -> Float[Tensor, "B2 V"]:
+        """The same after the patch of some images has closed: theirs anew, over the keys and values of before."""
+        assert self._projections is not None
+        if not len(images):
+            return logits
+        rows = _halves(images, len(state), self.options)
+        attends = self._decoder_cache.ragged_step(rows, rows.new_full((len(logits),), self.position))
+        anew = self._logits(_twice(state, self.options)[rows], self._projections[:, rows], attends)
+        return logits.index_copy(0, rows, anew)
+
+    def _logits(
+        self, hidden: Float[Tensor, "R D"], projections: Float[Tensor, "C R D"], attends: Iterable[Attend]
+    ) -> Float[Tensor, "R V"]:
+        """Through the decoder, to each of whose C layers the global context has a projection."""
+        for layer, projection, attend in zip(self.model.local_decoder.layers, projections, attends, strict=True):
             hidden = layer(hidden + projection, self._token_rope[self.position], attend)
         return self.model.output(self.model.norm(hidden)).float()
 

@@ -30,8 +30,7 @@ Of DPAR guidance runs only the global stack, the decoder and the head twice. Its
 rows: what decides where patches start, at one mean length. static: known before,
 DPAR alone. entropy head: a narrow block on DPAR's encoder. entropy model: DPAR
 and that model. own entropy: of DPAR's prediction with the open patch; where the
-patch closes, decoder and head run again. This is for a batch of one: in a larger
-one they run again for all, when any closes one."""
+patch closes, decoder and head run again."""
 EXTRAPOLATED_NOTE = """\
 ~ The paper has no mean length for this image size: extrapolated from its 1.81
 at 256 px and 2.06 at 384 px."""

@@ -53,6 +53,12 @@ class HeadObjective(nn.Module):
         super().__init__()
         self.model, self.head = model.requires_grad_(requires_grad=False), head
 
+    def train(self, mode: bool = True) -> Self:
+        """Only the head learns: the model drops nothing out, now or when it is asked afterwards."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
     def forward(self, batch: EntropyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, and nothing else to log."""
         here = batch.to(next(self.head.parameters()).device)

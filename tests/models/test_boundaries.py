@@ -118,6 +118,18 @@ def test_a_step_that_was_taken_again_gives_the_logits_of_the_full_forward() -> N
     torch.testing.assert_close(torch.stack(cached, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [SamplingOptions(), GUIDED])
+def test_a_step_is_taken_again_for_the_images_whose_patch_closed_and_for_no_others(options: SamplingOptions) -> None:
+    model, (labels, uniforms) = dpar(), batch()
+    rows: list[int] = []
+    model.output.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    source = OwnEntropyBoundaries(PatchRule(3.3, 3, True, GRID))
+    _, starts = sample_dpar(model, labels, uniforms, options, source)
+    assert len(set(starts.sum(1).tolist())) > 1
+    closed = int(starts[:, 1:].sum())
+    assert sum(rows) == (2 if options.guided else 1) * (IMAGES * TOKENS + closed)
+
+
 def test_a_head_of_other_images_is_refused() -> None:
     model, (labels, uniforms) = dpar(), batch()
     other = EntropyHeadConfig(kind="linear", dim=64, num_heads=4, width=64, codebook_size=CODES, num_tokens=9)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from conf.schema import Section, Settings
+from conf.schema import RuntimeConfig, Section, Settings
 from models.config import EntropyHeadConfig
 from models.dpar import DPAR, pack_patches
 from models.entropy_head import EntropyHead, entropies_of
 from models.gpt import token_entropy
 from models.patching import PatchRule, patch_starts
+from pipeline.graph import STAGES
 from stages.artifact import read_json
-from stages.entropy_head import own_entropies
+from stages.entropy_head import entropy_head, own_entropies
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
@@ -100,6 +102,54 @@ def test_own_entropies_are_of_forwards_in_which_no_patch_opens(tiny_artifacts: d
             open_on[:, position:] = False
             expected = token_entropy(model(tokens, labels, pack_patches(open_on))[:, position])
             torch.testing.assert_close(found[:, position], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_models_own_entropies_do_not_depend_on_a_head_that_was_trained(
+    tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
+) -> None:
+    config = tiny_settings.entropy_head.model_copy(update={"kind": "none"})
+    artifacts = (tiny_artifacts["entropy_head"], run_in_process("entropy_head", config, tiny_artifacts))
+    thresholds = [read_json(artifact / "thresholds.json")["own_entropy"] for artifact in artifacts]
+    assert thresholds[0] == thresholds[1]
+    saved = []
+    for artifact in artifacts:
+        with np.load(artifact / "entropies.npz") as entropies:
+            saved.append(entropies["own_entropy"])
+    assert np.array_equal(*saved), "the model drops nothing out"
+
+
+@pytest.mark.parametrize("killed_at", [6, None])
+def test_interrupted_in_training_or_after_it_ends_the_same_bit_for_bit(
+    tiny_settings: Settings,
+    tiny_artifacts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed_at: int | None,
+) -> None:
+    whole = EntropyData.training_batch
+
+    def breaks(self: EntropyData, stream: Any, step: int, world: Any) -> Any:
+        if step == killed_at:
+            raise KeyboardInterrupt
+        return whole(self, stream, step, world)
+
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    inputs = {name: tiny_artifacts[name] for name in STAGES["entropy_head"].inputs}
+    given = (tiny_settings.entropy_head, inputs, tmp_path, RuntimeConfig(device="cpu", threads=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(EntropyData, "training_batch", breaks)
+        if killed_at is None:
+            patch.setattr("stages.entropy_head._calibrate", stops)
+        with pytest.raises(KeyboardInterrupt):
+            entropy_head(*given)
+    torch.manual_seed(99)
+    entropy_head(*given)
+    made = [path for path in tiny_artifacts["entropy_head"].iterdir() if path.is_file()]
+    assert len(made) == 6
+    for path in made:
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_head_learns_and_the_model_stays(tiny_artifacts: dict[str, Path]) -> None:
