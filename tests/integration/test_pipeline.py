@@ -54,6 +54,7 @@ def test_a_setting_makes_stale_what_depends_on_it_and_nothing_else(home: Path, i
     assert {name for name, state in after.items() if state != "cached"} == {
         "patch_index",
         "train",
+        "entropy_head",
         "sample",
         "evaluate",
     }

@@ -91,8 +91,9 @@ def test_costs_as_json_are_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert llamagen["forward"]["linear"] == 64 * (6 * (4 * 512**2 + 3 * 512 * 1536) + 16384 * 512)
     assert (dpar["mean_length"], dpar["mean_length_source"], dpar["paper_gmacs"]) == (1.38, "extrapolated", None)
     assert [sampling["boundaries"] for sampling in llamagen["sampling"]] == [None]
-    assert [sampling["boundaries"] for sampling in dpar["sampling"]] == ["static", "entropy_model", "own_entropy"]
-    alone, with_entropy_model = dpar["sampling"][:2]
+    sources = [sampling["boundaries"] for sampling in dpar["sampling"]]
+    assert sources == ["static", "entropy_head", "entropy_model", "own_entropy"]
+    alone, _, with_entropy_model = dpar["sampling"][:3]
     added = with_entropy_model["guided"]["linear"] - alone["guided"]["linear"]
     assert added == pytest.approx(llamagen["forward"]["linear"] * 63 / 64), "the entropy model reads no class"
 

@@ -38,7 +38,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     ("command", "missing"),
     [
-        (["sample"], "dataset, tokenizer, tokenize, entropy_model, entropy_map, patch_index, train"),
+        (["sample"], "dataset, tokenizer, tokenize, entropy_model, entropy_map, patch_index, train, entropy_head"),
         (["export", "--npz", "a.npz"], "sample"),
     ],
 )
