@@ -40,6 +40,7 @@ NOT_IN_KEY: dict[str, Any] = {"in_key": False}
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["float32", "bfloat16"]
+HeadChoice = Literal["none", "linear", "mlp", "block"]
 BoundarySource = Literal["entropy_head", "entropy_model", "own_entropy", "static"]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="Seed of every random number of this stage.")]
 
@@ -48,6 +49,11 @@ class Section(BaseModel):
     """Base of all sections: unknown settings are errors, values cannot be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @property
+    def unread_inputs(self) -> frozenset[str]:
+        """Stages among the inputs that these settings leave unread."""
+        return frozenset()
 
     def key_fields(self) -> dict[str, Any]:
         """The settings that decide what the stage makes, ready for canonical JSON."""
@@ -220,6 +226,20 @@ class PatchIndexConfig(Section):
         return self
 
 
+class JointHeadConfig(Section):
+    """An entropy head that learns together with the model. Without one, stage `entropy_head` trains it afterwards."""
+
+    kind: HeadChoice = Field("none", description="As of entropy_head.kind.")
+    weight: float = Field(1.0, gt=0, description="Of its squared error beside the tokens' cross-entropy.")
+    stop_gradient: bool = Field(
+        True, description="The encoder does not learn from the head: the model is the same as without one, bit for bit."
+    )
+
+    def key_fields(self) -> dict[str, Any]:
+        """Without a head nothing else matters."""
+        return {"kind": "none"} if self.kind == "none" else super().key_fields()
+
+
 class TrainConfig(Section):
     """The class-conditional model."""
 
@@ -238,6 +258,7 @@ class TrainConfig(Section):
     )
     position_embedding: PositionEmbedding = Field("dynamic", description="Of the global stack (paper, section 3.3).")
     npp: NextPatchSchedule = Field(default_factory=NextPatchSchedule, description="From blocks of tokens to tokens.")
+    entropy_head: JointHeadConfig = Field(default_factory=JointHeadConfig)
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=1_500_000))
     dropout: Probability = 0.1
     class_dropout_prob: Probability = Field(0.1, description="Share of samples trained without their class, for CFG.")
@@ -270,6 +291,16 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _head_has_its_encoder(self) -> Self:
+        if self.entropy_head.kind != "none" and self.training.ema_decay is not None:
+            raise ValueError(
+                f"train.entropy_head.kind is {self.entropy_head.kind} and train.training.ema_decay "
+                f"{self.training.ema_decay}, expected none of the two: the head would learn from an encoder that is "
+                "not the one kept; leave it to stage entropy_head"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits_levels(self) -> Self:
         ends = [0, *self.restarts, self.training.steps]
         shortest = min(end - first for first, end in pairwise(ends))
@@ -285,21 +316,30 @@ class TrainConfig(Section):
         """Steps at which a level of NPP begins, the first left out; none of another family."""
         return self.npp.ends(self.training.steps)[:-1] if self.family == "npp" else ()
 
+    @property
+    def unread_inputs(self) -> frozenset[str]:
+        """A rival knows no patches; without a head of its own DPAR reads no entropies."""
+        if self.family != "dpar":
+            return frozenset({"entropy_map", "patch_index"})
+        return frozenset({"entropy_map"}) if self.entropy_head.kind == "none" else frozenset()
+
     def key_fields(self) -> dict[str, Any]:
         """Another family's settings are in no key. Importing depends on the weights (by digest) and their shape."""
         fields = super().key_fields()
         if self.source == "checkpoint":
             return {name: fields[name] for name in ("source", "family", "model")}
-        unread = {"dpar": {"npp"}, "llamagen": {"npp", "position_embedding"}, "npp": {"position_embedding"}}
+        of_dpar = {"position_embedding", "entropy_head"}
+        unread = {"dpar": {"npp"}, "llamagen": {"npp", *of_dpar}, "npp": of_dpar}
         return {name: value for name, value in fields.items() if name not in unread[self.family]}
 
 
 class EntropyHeadConfig(Section):
     """What reads entropies off the encoder of the finished model, so that sampling needs no entropy model."""
 
-    kind: Literal["none", "linear", "mlp", "block"] = Field(
+    kind: HeadChoice = Field(
         "block",
-        description="A linear layer, a hidden layer before it, or a narrow causal block of its own.",
+        description="A linear layer, a hidden layer before it, or a narrow causal block of its own. A head that was "
+        "trained with the model, see train.entropy_head, is taken as it is.",
     )
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=20_000, learning_rate=1e-3))
     calibrated_on: PositiveInt = Field(4096, description="Training views that thresholds are chosen by, at most.")

@@ -142,6 +142,12 @@ class DPAR(nn.Module):
         self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
     ) -> Float[Tensor, "B T D"]:
         """What the head makes the logits from."""
+        return self.features_and_states(tokens, labels, patches)[0]
+
+    def features_and_states(
+        self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"]]:
+        """The features, and the encoder's states of all tokens but the last, as `token_states` gives them."""
         if tokens.shape != patches.target_rows.shape or tokens.shape[1] != self.config.num_tokens:
             raise ValueError(
                 f"tokens are {tuple(tokens.shape)} and patches are of {tuple(patches.target_rows.shape)}, "
@@ -152,14 +158,20 @@ class DPAR(nn.Module):
         states, pooled = self.local_encoder(embedded, patches, self.token_rope(tokens.device)[1:-1])
         context = self.global_context(pooled, labels, patches)
         start = self.decoder_start_embedding.weight.expand(len(tokens), 1, -1)
-        states = torch.cat([start.type_as(states), states], dim=1)  # (B, T, D): row j knows x_0 .. x_{j-1}
-        hidden = self.local_decoder(states, context, patches.target_rows, self.token_rope(tokens.device)[:-1])
-        return self.norm(hidden)
+        known = torch.cat([start.type_as(states), states], dim=1)  # (B, T, D): row j knows x_0 .. x_{j-1}
+        hidden = self.local_decoder(known, context, patches.target_rows, self.token_rope(tokens.device)[:-1])
+        return self.norm(hidden), states
 
     def loss(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches) -> Float[Tensor, ""]:
         """Mean cross-entropy of all tokens, nats."""
-        features = self.features(tokens, labels, patches).flatten(0, 1)
-        return head_cross_entropy(features, self.output.weight, tokens.reshape(-1, 1))
+        return self.loss_and_states(tokens, labels, patches)[0]
+
+    def loss_and_states(
+        self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "B S D"]]:
+        """The loss, and the encoder's states of all tokens but the last, from the same pass."""
+        features, states = self.features_and_states(tokens, labels, patches)
+        return head_cross_entropy(features.flatten(0, 1), self.output.weight, tokens.reshape(-1, 1)), states
 
     def token_states(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
         """What the encoder makes of each token and those before it; patches and class have no part in it."""

@@ -65,7 +65,10 @@ STAGES: dict[str, Stage] = {
             packages=(),
         ),
         Stage(
-            name="train", inputs=("tokenize", "patch_index"), summary="class-conditional model", external="checkpoint"
+            name="train",
+            inputs=("tokenize", "entropy_map", "patch_index"),
+            summary="class-conditional model",
+            external="checkpoint",
         ),
         Stage(
             name="entropy_head",

@@ -10,7 +10,7 @@ from typing import Literal
 from conf.schema import RuntimeConfig, Settings
 from pipeline.cache import Cache, Manifest
 from pipeline.graph import Stage
-from pipeline.keys import Parts, changes, key_of, key_parts
+from pipeline.keys import Parts, changes, inputs_read, key_of, key_parts
 from pipeline.project import DPAR, Project
 from stages.errors import InputError
 
@@ -38,12 +38,13 @@ def plan(settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) ->
     digests: dict[str, str] = {}
     statuses = []
     for stage in project.graph.values():
-        waits = next((name for name in stage.inputs if name not in digests), None)
+        inputs = inputs_read(stage, settings)
+        waits = next((name for name in inputs if name not in digests), None)
         if waits is not None:
             state: State = "stale" if cache.manifests(stage.name) else "missing"
             statuses.append(StageStatus(stage.name, state, f"waits for {waits}", None, None))
             continue
-        parts = key_parts(project, stage, settings, cache.home, {name: digests[name] for name in stage.inputs})
+        parts = key_parts(project, stage, settings, cache.home, {name: digests[name] for name in inputs})
         status, manifest = _status(cache, stage, parts)
         statuses.append(status)
         if manifest is not None:
@@ -74,7 +75,7 @@ def current_parts(stage: Stage, settings: Settings, runtime: RuntimeConfig, proj
     cache = Cache(runtime.home)
     by_name = {status.stage: status for status in plan(settings, runtime, project)}
     digests = {}
-    for name in stage.inputs:
+    for name in inputs_read(stage, settings):
         key = by_name[name].key
         manifest = cache.lookup(key) if key is not None else None
         if manifest is None:

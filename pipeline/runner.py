@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from conf.schema import RuntimeConfig, Settings
 from pipeline.cache import Cache, Manifest
 from pipeline.graph import Stage
-from pipeline.keys import Parts, key_of, key_parts
+from pipeline.keys import Parts, inputs_read, key_of, key_parts
 from pipeline.launch import launch
 from pipeline.plan import StageStatus, plan
 from pipeline.project import DPAR, Project
@@ -166,9 +166,10 @@ class _Run:
 def _finished_inputs(
     stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project, cache: Cache
 ) -> dict[str, Manifest]:
-    statuses = {status.stage: status for status in plan(settings, runtime, project)} if stage.inputs else {}
+    names = inputs_read(stage, settings)
+    statuses = {status.stage: status for status in plan(settings, runtime, project)} if names else {}
     found = {}
-    for name in stage.inputs:
+    for name in names:
         key = statuses[name].key
         manifest = cache.lookup(key) if key is not None else None
         if manifest is None:

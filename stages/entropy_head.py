@@ -1,8 +1,9 @@
 """Stage `entropy_head`: what decides where patches start without the entropy model.
 
-A head is trained to read the stored entropies off the encoder of the finished model, which is not changed by it. The
-model's own uncertainty is another source. Each gets the threshold that gives the patch index's mean length on training
-images: regression shrinks towards the mean, so the entropy model's threshold does not carry over.
+A head is trained to read the stored entropies off the encoder of the finished model, which is not changed by it, unless
+one was trained with the model. The model's own uncertainty is another source. Each gets the threshold that gives the
+patch index's mean length on training images: regression shrinks towards the mean, so the entropy model's threshold does
+not carry over.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from stages.thresholds import EntropySample
 from stages.training.entropies import EntropyData, HeadObjective
 from stages.training.loop import Training, train_model
 from stages.training.stream import SampleStream
-from stages.weights import load_model, load_vq, save_head
+from stages.weights import HEAD_FILE, load_head, load_model, load_vq, save_head
 
 Entropies = NDArray[np.float32]
 Starts = NDArray[np.bool_]
@@ -63,13 +64,23 @@ def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtim
                 write_json(output / THRESHOLDS, {})
                 write_json(output / "metrics.json", {})
             return
-        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-        entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
-        head = None if config.kind == "none" else _train(config, model, EntropyData(store, entropies), output, world)
+        head = _head(config, inputs, model, output, world)
         if world.is_main:
             if head is not None:
                 save_head(output, head)
-            _calibrate(Sources.of(config, inputs, store, model, head, world.device), config, output)
+            _calibrate(Sources.of(config, inputs, model, head, world.device), config, output)
+
+
+def _head(config: EntropyHeadConfig, inputs: Inputs, model: DPAR, output: Path, world: World) -> EntropyHead | None:
+    """The head that was trained with the model, or else a new one, or none."""
+    if (inputs["train"] / HEAD_FILE).exists():
+        return load_head(inputs["train"], world.device)
+    if config.kind == "none":
+        return None
+    store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
+    entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
+    return _train(config, model, EntropyData(store, index, entropies), output, world)
 
 
 def _train(config: EntropyHeadConfig, model: DPAR, data: EntropyData, output: Path, world: World) -> EntropyHead:
@@ -112,13 +123,13 @@ class Sources:
         cls,
         config: EntropyHeadConfig,
         inputs: Inputs,
-        store: TokenStore,
         model: DPAR,
         head: EntropyHead | None,
         device: torch.device,
     ) -> Sources:
         """From finished artifacts."""
         saved = read_json(inputs["patch_index"] / "rule.json")
+        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
         return cls(
             model=model,
             head=head,

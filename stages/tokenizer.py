@@ -92,7 +92,7 @@ def _train(
         validate=lambda: reconstruction_scores(model, images, world),
         config=config.training,
         seed=config.seed,
-        adversary=discriminator,
+        companions={} if discriminator is None else {"discriminator": discriminator},
     )
     metrics = train_model(run, output, world)
     return model.eval(), metrics

@@ -5,37 +5,41 @@ A rival's weights can be imported instead: LlamaGen's were released.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from conf.schema import RuntimeConfig, TrainConfig
-from models.config import DPARConfig, GPTConfig
+from conf.schema import JointHeadConfig, RuntimeConfig, TrainConfig
+from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
 from models.dpar import DPAR
+from models.entropy_head import EntropyHead
 from models.gpt import GPT
+from stages.artifact import read_json
 from stages.distributed import World, process_group
 from stages.foreign_weights import read_gpt_checkpoint, write_source
 from stages.job import Inputs, main
+from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
 from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
+from stages.training.entropies import EntropyData, JointObjective
 from stages.training.loop import Training, train_model
 from stages.training.next_patch import NextPatchData, NextPatchObjective
 from stages.training.patched import DPARObjective, PatchedData
 from stages.training.stream import SampleStream
 from stages.training.token_scores import write_scores
-from stages.weights import save_model
+from stages.weights import save_head, save_model
 
 
 def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `model.safetensors`, its config and the held-out loss beside that of the best unigram model.
 
-    The held-out loss is the mean over all T positions, with each image's own class. Of imported weights,
-    `source.json` holds the SHA-256 of the file that they came from.
+    The held-out loss is the mean over all T positions, with each image's own class. An entropy head that was trained
+    with the model lies beside it. Of imported weights, `source.json` holds the SHA-256 of the file that they came from.
     """
     with process_group(runtime) as world:
         store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
@@ -45,7 +49,9 @@ def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeCon
             if world.is_main:
                 write_source(output, config.checkpoint)
         else:
-            model, metrics = _train(config, store, inputs, output, world, compiled=runtime.compile)
+            model, head, metrics = _train(config, store, inputs, output, world, compiled=runtime.compile)
+            if head is not None and world.is_main:
+                save_head(output, head)
         if world.is_main:
             save_model(output, config.family, model, model.config)
             write_scores(output, metrics, TokenData(store), first_position=0)
@@ -68,28 +74,39 @@ def _import(
 
 def _train(
     config: TrainConfig, store: TokenStore, inputs: Inputs, output: Path, world: World, *, compiled: bool
-) -> tuple[GPT | DPAR, dict[str, float]]:
-    """A model trained from the start, or from where a killed run was, and its held-out loss."""
+) -> tuple[GPT | DPAR, EntropyHead | None, dict[str, float]]:
+    """A model trained from the start, or from where a killed run was, the head beside it, and its held-out loss."""
     torch.manual_seed(config.seed)
-    model, objective, data = _family(config, store, inputs)
+    job = _job(config, store, inputs)
     if compiled:
-        compile_blocks(model)
+        compile_blocks(job.model)
     stream = SampleStream(store.num_train, config.training.global_batch_size, config.seed)
     run = Training(
-        model=model,
-        objective=objective,
-        batch=lambda step: data.training_batch(stream, step, world),
-        data_state=lambda steps: stream.state(steps) | data.digests,
-        validate=lambda: data.heldout_loss(objective, world),
+        model=job.model,
+        objective=job.objective,
+        batch=lambda step: job.data.training_batch(stream, step, world),
+        data_state=lambda steps: stream.state(steps) | job.data.digests,
+        validate=lambda: job.data.heldout_loss(job.objective, world),
         config=config.training,
         seed=config.seed,
         restarts=config.restarts,
+        companions={} if job.head is None else {"entropy_head": job.head},
     )
-    return model, train_model(run, output, world)
+    metrics = train_model(run, output, world)
+    return job.model, job.head, metrics
 
 
-def _family(config: TrainConfig, store: TokenStore, inputs: Inputs) -> tuple[GPT | DPAR, nn.Module, TokenData]:
-    """A fresh model, its loss, and the batches it reads."""
+@dataclass(frozen=True)
+class _Job:
+    """A fresh model, its loss, the batches it reads, and the head that learns beside it."""
+
+    model: GPT | DPAR
+    objective: nn.Module
+    data: TokenData
+    head: EntropyHead | None = None
+
+
+def _job(config: TrainConfig, store: TokenStore, inputs: Inputs) -> _Job:
     size = asdict(config.model)
     common: dict[str, Any] = {
         "codebook_size": store.codebook_size,
@@ -99,13 +116,24 @@ def _family(config: TrainConfig, store: TokenStore, inputs: Inputs) -> tuple[GPT
         "class_dropout_prob": config.class_dropout_prob,
     }
     if config.family == "dpar":
-        dpar = DPAR(DPARConfig(**size, **common, position_embedding=config.position_embedding))
-        index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
-        return dpar, DPARObjective(dpar), PatchedData(store, index)
+        shape = DPARConfig(**size, **common, position_embedding=config.position_embedding)
+        return _dpar_job(shape, config.entropy_head, store, inputs)
     gpt = GPT(GPTConfig(**size, **common))
     if config.family == "npp":
-        return gpt, NextPatchObjective(gpt), NextPatchData(store, config.npp, config.training.steps)
-    return gpt, GPTObjective(gpt), TokenData(store)
+        return _Job(gpt, NextPatchObjective(gpt), NextPatchData(store, config.npp, config.training.steps))
+    return _Job(gpt, GPTObjective(gpt), TokenData(store))
+
+
+def _dpar_job(shape: DPARConfig, joint: JointHeadConfig, store: TokenStore, inputs: Inputs) -> _Job:
+    """With a head, entropies are read too. No entropy opens static patches: beside them a head has nothing to say."""
+    model = DPAR(shape)
+    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
+    if joint.kind == "none" or read_json(inputs["patch_index"] / "rule.json")["mode"] == "static":
+        return _Job(model, DPARObjective(model), PatchedData(store, index))
+    entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
+    head = EntropyHead(EntropyHeadConfig.of(shape, joint.kind))  # after the model, whose first weights it leaves alone
+    objective = JointObjective(model, head, joint.weight, stop_gradient=joint.stop_gradient)
+    return _Job(model, objective, EntropyData(store, index, entropies), head)
 
 
 if __name__ == "__main__":

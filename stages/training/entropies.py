@@ -1,4 +1,4 @@
-"""Batches of tokens with their entropies, and the loss of a head that reads these off a finished model's encoder."""
+"""Batches of tokens with their entropies, and the loss of a head that reads these off a model's encoder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead
 from stages.stores.entropies import EntropyStore
-from stages.training.data import TokenBatch, TokenData
+from stages.training.patched import PatchedBatch, PatchedData
 from stages.training.stream import Integers
 
 
 @dataclass(frozen=True)
-class EntropyBatch(TokenBatch):
-    """A batch with the entropy of each token given those before it, nats."""
+class EntropyBatch(PatchedBatch):
+    """A batch with its patches and the entropy of each token given those before it, nats."""
 
     entropies: Float[Tensor, "B T"]
 
@@ -30,8 +30,8 @@ class EntropyBatch(TokenBatch):
 
 
 @dataclass(frozen=True)
-class EntropyData(TokenData):
-    """Tokens beside the entropies of the same store."""
+class EntropyData(PatchedData):
+    """Tokens beside a patch index and the entropies of the same store."""
 
     entropies: EntropyStore
 
@@ -41,9 +41,10 @@ class EntropyData(TokenData):
         return super().digests | {"entropies": self.entropies.digest}
 
     def batch(self, images: Integers, views: Integers) -> EntropyBatch:
-        """Tokens, labels and entropies of the given images and views."""
+        """Tokens, labels, patches and entropies of the given images and views."""
         plain = super().batch(images, views)
-        return EntropyBatch(plain.tokens, plain.labels, torch.from_numpy(self.entropies.fetch(images, views)))
+        entropies = torch.from_numpy(self.entropies.fetch(images, views))
+        return EntropyBatch(plain.tokens, plain.labels, plain.patches, entropies)
 
 
 class HeadObjective(nn.Module):
@@ -65,3 +66,24 @@ class HeadObjective(nn.Module):
         with torch.no_grad():
             states = self.model.token_states(here.tokens[:, :-1])
         return F.mse_loss(self.head(states), here.entropies[:, 1:]), {}
+
+
+class JointObjective(nn.Module):
+    """Cross-entropy of a batch, and a head's weighted mean squared error on the states of the same pass.
+
+    With `stop_gradient` the head learns from the encoder and the encoder not from the head. In evaluation it is the
+    cross-entropy alone: held-out losses are those of a model without a head.
+    """
+
+    def __init__(self, model: DPAR, head: EntropyHead, weight: float, *, stop_gradient: bool) -> None:
+        super().__init__()
+        self.model, self.head, self.weight, self.stop_gradient = model, head, weight, stop_gradient
+
+    def forward(self, batch: EntropyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, and both parts of it."""
+        here = batch.to(next(self.model.parameters()).device)
+        token_loss, states = self.model.loss_and_states(here.tokens, here.labels, here.patches)
+        found = self.head(states.detach() if self.stop_gradient else states)
+        error = F.mse_loss(found, here.entropies[:, 1:])
+        loss = token_loss + self.weight * error if self.training else token_loss
+        return loss, {"token_loss": token_loss.detach(), "entropy_error": error.detach()}

@@ -3,9 +3,10 @@
 Randomness of step s on rank r is seeded from (seed, s, r), so weights, optimisers and step number are the whole state:
 a run that was killed goes on from its last checkpoint to the same weights, bit for bit on CPU.
 
-An adversary learns in the same step as the model. Its objective adds both losses, each cut off from the other's
-weights, so that one backward pass gives both gradients, and then both optimisers take their step. As long as the
-adversary judges what the model made before its step, this equals training them in turn, as GANs usually are.
+A companion learns in the same step as the model: a discriminator, or a head that must not change how the model is
+trained. The objective adds all losses, so that one backward pass gives every gradient, and then each optimiser takes
+its step. A discriminator's loss and the model's are cut off from each other's weights; as it judges what the model made
+before its step, this equals training them in turn, as GANs usually are.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -54,8 +55,8 @@ class Training(Generic[Batch]):
         config: Steps, batch, optimiser.
         seed: Of dropout and everything else random in the forward pass.
         restarts: Steps at which the learning rate's schedule begins anew.
-        adversary: Weights in `objective` that are trained against `model`, with an optimiser and a gradient norm of
-            their own. Each needs a gradient in every step, a zero one if need be. They are in checkpoints only.
+        companions: Weights in `objective` beside those of `model`, by name, each with an optimiser and a gradient norm
+            of its own. Each weight needs a gradient in every step, a zero one if need be. They are not averaged.
     """
 
     model: nn.Module
@@ -66,7 +67,7 @@ class Training(Generic[Batch]):
     config: TrainingConfig
     seed: int
     restarts: tuple[int, ...] = ()
-    adversary: nn.Module | None = None
+    companions: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def train_model(run: Training[Any], output: Path, world: World) -> dict[str, float]:
@@ -75,7 +76,7 @@ def train_model(run: Training[Any], output: Path, world: World) -> dict[str, flo
     With an `ema_decay`, held-out metrics are of the averaged weights, and `run.model` holds these in the end.
     """
     run.objective.to(world.device)
-    state = TrainingState(run.model, run.adversary, run.config)
+    state = TrainingState(run.model, run.companions, run.config)
     first = _resume(run, state, output, world)
     objective = DistributedDataParallel(run.objective) if world.size > 1 else run.objective
     log = MetricLog(output, first, enabled=world.is_main)

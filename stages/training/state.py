@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -43,18 +44,17 @@ class Learner:
 
 
 class TrainingState:
-    """The model, its adversary where there is one, and the model's average where the settings ask for it."""
+    """The model, its companions by name, and the model's average where the settings ask for it."""
 
-    def __init__(self, model: nn.Module, adversary: nn.Module | None, config: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, companions: Mapping[str, nn.Module], config: TrainingConfig) -> None:
         self._model = Learner(model, config)
-        self._adversary = None if adversary is None else Learner(adversary, config)
+        self._companions = {name: Learner(companion, config) for name, companion in companions.items()}
         self._average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
 
     def step(self, loss: Tensor, rate: float) -> dict[str, Tensor]:
         """Go down the gradient of `loss` with learning rate `rate`. The gradient norms, by name."""
         learners = {"grad_norm": self._model}
-        if self._adversary is not None:
-            learners["adversary_grad_norm"] = self._adversary
+        learners |= {f"{name}_grad_norm": companion for name, companion in self._companions.items()}
         for learner in learners.values():
             learner.zero_grad()
         loss.backward()
@@ -82,5 +82,5 @@ class TrainingState:
             part.load_state_dict(state[name])
 
     def _parts(self) -> dict[str, Learner | WeightAverage]:
-        parts = {"model": self._model, "adversary": self._adversary, "average": self._average}
-        return {name: part for name, part in parts.items() if part is not None}
+        parts: dict[str, Learner | WeightAverage] = {"model": self._model, **self._companions}
+        return parts if self._average is None else parts | {"average": self._average}

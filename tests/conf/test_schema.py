@@ -58,6 +58,12 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (TrainConfig, {"family": "npp", "npp": {"level": 2}}, "Unexpected keyword"),
         (
             TrainConfig,
+            {"entropy_head": {"kind": "linear"}, "training": {"steps": 9, "warmup_steps": 0, "ema_decay": 0.9}},
+            "entropy_head.kind is linear and train.training.ema_decay 0.9, expected none of the two",
+        ),
+        (TrainConfig, {"entropy_head": {"kind": "conv"}}, "'none', 'linear', 'mlp' or 'block'"),
+        (
+            TrainConfig,
             {"family": "npp", "training": {"steps": 100, "warmup_steps": 50}},
             r"warmup_steps is 50, expected fewer than the 50 .*end at steps \[50, 100\]",
         ),
@@ -123,7 +129,10 @@ def test_a_familys_key_holds_what_it_reads_and_no_more() -> None:
     assert key(family="npp", npp={"levels": 3}) != key(family="npp")
     for family in ("llamagen", "npp"):
         assert key(family=family, position_embedding="patch_index_1d") == key(family=family)
+        assert key(family=family, entropy_head={"kind": "block"}) == key(family=family)
     assert key(family="llamagen", npp={"levels": 3}) == key(family="llamagen")
+    assert key(entropy_head={"weight": 2.0}) == key(), "there is no head"
+    assert key(entropy_head={"kind": "block", "weight": 2.0}) != key(entropy_head={"kind": "block"}) != key()
 
 
 def test_an_imported_transformer_does_not_depend_on_how_one_would_train() -> None:

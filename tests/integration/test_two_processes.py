@@ -100,6 +100,6 @@ def test_the_tokenizer_trains_on_two_processes_as_on_one(
 def test_the_discriminator_joins_on_two_processes(run_on_two: Run, tiny_settings: Settings) -> None:
     output = run_on_two("tokenizer", tiny_settings.tokenizer, {})
     lines = [json.loads(line) for line in (output / "record/metrics.jsonl").read_text().splitlines()]
-    norms = [line["adversary_grad_norm"] for line in lines if "loss" in line]
+    norms = [line["discriminator_grad_norm"] for line in lines if "loss" in line]
     assert [norm > 0 for norm in norms] == [False, False, True, True]
     assert "warn" not in (output / "record/log.txt").read_text().lower()

@@ -10,7 +10,7 @@ import pytest
 
 from conf.load import load_settings
 from pipeline.graph import STAGES
-from pipeline.keys import changes, key_of, key_parts
+from pipeline.keys import changes, inputs_read, key_of, key_parts
 from pipeline.project import DPAR
 
 
@@ -26,7 +26,7 @@ def parts_of(images: Path, *overrides: str, inputs: str = "digest") -> dict[str,
     settings, runtime = load_settings("tiny", None, [f"dataset.root={images}", *overrides])
     home = images.parent / runtime.home
     return {
-        name: key_parts(DPAR, stage, settings, home, dict.fromkeys(stage.inputs, inputs))
+        name: key_parts(DPAR, stage, settings, home, dict.fromkeys(inputs_read(stage, settings), inputs))
         for name, stage in STAGES.items()
     }
 
@@ -79,6 +79,19 @@ def test_images_count_by_their_listing_and_not_by_their_place(images: Path) -> N
 
 def test_other_contents_of_an_input_change_every_key_that_has_one(images: Path) -> None:
     assert changed(parts_of(images), parts_of(images, inputs="other")) == {n for n, s in STAGES.items() if s.inputs}
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("train.family=dpar", {"tokenize", "patch_index"}),
+        ("train.entropy_head.kind=block", {"tokenize", "entropy_map", "patch_index"}),
+        ("train.family=llamagen", {"tokenize"}),
+        ("train.family=npp", {"tokenize"}),
+    ],
+)
+def test_what_a_model_does_not_read_is_not_in_its_key(images: Path, override: str, read: set[str]) -> None:
+    assert set(parts_of(images, override)["train"]["inputs"]) == read
 
 
 def test_a_key_does_not_depend_on_the_order_of_its_parts(images: Path) -> None:

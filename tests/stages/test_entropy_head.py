@@ -156,8 +156,10 @@ def test_a_head_learns_and_the_model_stays(tiny_artifacts: dict[str, Path]) -> N
     model = load_model(tiny_artifacts["train"])
     assert isinstance(model, DPAR)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    store = TokenStore.open(tiny_artifacts["tokenize"] / "tokens.zarr")
     data = EntropyData(
-        TokenStore.open(tiny_artifacts["tokenize"] / "tokens.zarr"),
+        store,
+        PatchIndex.open(tiny_artifacts["patch_index"] / "patches.parquet", store.digest),
         EntropyStore.open(tiny_artifacts["entropy_map"] / "entropies.zarr"),
     )
     torch.manual_seed(0)

@@ -124,7 +124,7 @@ def test_the_tiny_preset_plays_against_a_discriminator_from_its_start_on(tiny_ar
     ]
     losses = {line["step"]: line for line in lines if "loss" in line}
     assert [step for step, line in losses.items() if "discriminator_loss" in line] == [6, 8]
-    assert [step for step, line in losses.items() if line["adversary_grad_norm"] > 0] == [6, 8]
+    assert [step for step, line in losses.items() if line["discriminator_grad_norm"] > 0] == [6, 8]
     assert 0 < losses[8]["codebook_usage"] <= 1
 
 

@@ -67,7 +67,7 @@ def training(make_batch: Callable[[int], Batch] = batch, **changes: Any) -> tupl
         validate=dict[str, float],
         config=config,
         seed=5,
-        adversary=game.judge,
+        companions={"judge": game.judge},
     )
 
 
@@ -127,7 +127,7 @@ def test_a_killed_run_ends_the_same_bit_for_bit(tmp_path: Path, ema_decay: float
     assert different(whole, resumed) == []
     assert int(resumed.judge.get_buffer("1.num_batches_tracked")) == 3 * 40
     saved = [load_latest(tmp_path / name / CHECKPOINTS, WORLD.device) for name in ("whole", "broken")]
-    moments = [state["adversary"]["optimizer"]["state"] for state in saved if state is not None]
+    moments = [state["judge"]["optimizer"]["state"] for state in saved if state is not None]
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
 
 
