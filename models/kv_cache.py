@@ -1,14 +1,15 @@
 """Keys and values of positions that are done, and attention of one new position of a sequence to them.
 
 With one query a sequence, attention reads each key and value once and computes next to nothing. Both products are
-weighted sums of rows: of a head's keys, laid out channel by channel, weighted by the query, and of its values, weighted
-by the softmax. On a CPU torch's `embedding_bag` makes such sums as fast as memory is read, three times as fast as its
-matrix products, and of the sequences that are asked for only.
+weighted sums of rows: of a head's keys, laid out channel by channel in blocks of positions, weighted by the query, and
+of its values, weighted by the softmax. On a CPU torch's `embedding_bag` makes such sums as fast as memory is read,
+three times as fast as its matrix products, and of the sequences that are asked for only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
@@ -18,82 +19,87 @@ from torch import Tensor
 
 from models.layers import Attend
 
-_BLOCK = 32  # positions by which caches grow
-_KEPT = 8  # places that are remembered: of keys and values, in this step and the last
+_BLOCK = 64  # positions that lie together in a channel's row of keys: in shorter rows their sums are slower
+_KEPT = 8  # tables of places that are remembered: of keys and values, in this step and the last
 
 
 class KVCache:
     """Keys and values of a stack of layers, for B sequences that grow position by position to at most `capacity`."""
 
     def __init__(self, num_layers: int, capacity: int) -> None:
-        self._capacity, self._size = capacity, 0
-        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self._capacity = capacity
+        self._layers: list[_Layer | None] = [None] * num_layers
 
     def step(self, position: int) -> Iterator[Attend]:
         """For each layer: attention of one new position of every sequence to all up to it."""
-        room = self._room(position + 1)
+        self._check(position)
         for layer in range(len(self._layers)):
-            yield partial(self._step, layer, position, room)
+            yield partial(self._step, layer, position)
 
     def ragged_step(self, rows: Int[Tensor, " R"], last: Int[Tensor, " B"]) -> Iterator[Attend]:
         """For each layer: attention of a new position of some sequences to all up to their own `last`."""
         length = int(last[rows].max()) + 1
+        self._check(length - 1)
         later = torch.arange(length, device=last.device) > last[rows][:, None]  # (R, S)
-        step = partial(self._ragged_step, len(last), self._room(length), _Chosen(rows), last[rows], later)
+        step = partial(self._ragged_step, len(last), _Chosen(rows), last[rows], later[:, None])
         for layer in range(len(self._layers)):
             yield partial(step, layer)
 
     @property
     def num_bytes(self) -> int:
-        """Memory that keys and values take now."""
-        return sum(x.nbytes for pair in self._layers if pair is not None for x in pair)
+        """Memory of the blocks that hold positions."""
+        return sum(layer.num_bytes for layer in self._layers if layer is not None)
 
-    def _step(self, layer: int, position: int, room: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self._storage(layer, k, len(k), room)
-        keys[..., position], values[:, :, position] = k, v
-        return _attend(q, keys, values, _everyone(len(q), q.device), position + 1, None)
+    def _step(self, number: int, position: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layer = self._layer(number, k, len(k), position + 1)
+        block, place = divmod(position, _BLOCK)
+        layer.keys[block, ..., place], layer.values[:, :, position] = k, v
+        return _attend(q, layer, _everyone(len(q), q.device), position + 1, None)
 
     def _ragged_step(
-        self,
-        batch: int,
-        room: int,
-        chosen: _Chosen,
-        last: Tensor,
-        later: Tensor,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        self, batch: int, chosen: _Chosen, last: Tensor, later: Tensor, number: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        keys, values = self._storage(layer, k, batch, room)
-        keys[chosen.rows, :, :, last], values[chosen.rows, :, last] = k, v
-        return _attend(q, keys, values, chosen, later.shape[1], later[:, None])
+        layer = self._layer(number, k, batch, later.shape[-1])
+        layer.keys[last // _BLOCK, chosen.rows, :, :, last % _BLOCK] = k
+        layer.values[chosen.rows, :, last] = v
+        return _attend(q, layer, chosen, later.shape[-1], later)
 
-    def _room(self, filled: int) -> int:
-        """Positions of whole blocks that hold `filled` positions, and all that there were before."""
-        if filled > self._capacity:
-            raise ValueError(
-                f"position {filled - 1} of a cache for {self._capacity} positions, expected one below that"
+    def _check(self, position: int) -> None:
+        if position >= self._capacity:
+            raise ValueError(f"position {position} of a cache for {self._capacity} positions, expected one below that")
+
+    def _layer(self, number: int, like: Tensor, batch: int, filled: int) -> _Layer:
+        """A layer with room for the positions that are filled; its memory is reserved when it is first asked for."""
+        layer = self._layers[number]
+        if layer is None:
+            blocks, (heads, width) = -(-self._capacity // _BLOCK), like.shape[-2:]
+            layer = self._layers[number] = _Layer(
+                keys=like.new_empty(blocks, batch, heads, width, _BLOCK),
+                values=like.new_empty(batch, heads, blocks * _BLOCK, width),
             )
-        self._size = max(self._size, min(self._capacity, -(-filled // _BLOCK) * _BLOCK))
-        return self._size
+        layer.begin(-(-filled // _BLOCK))
+        return layer
 
-    def _storage(self, layer: int, like: Tensor, batch: int, room: int) -> tuple[Tensor, Tensor]:
-        """Keys (B, H, K, S) and values (B, H, S, K) of a layer, with `room` positions.
 
-        Zeros at first: what is masked must be finite. They grow a block at a time, so that a row of keys is as long as
-        what is read of it.
-        """
-        pair = self._layers[layer]
-        heads, width = like.shape[-2:]
-        if pair is None:
-            keys = like.new_zeros(batch, heads, width, room)
-            pair = self._layers[layer] = (keys, like.new_zeros(batch, heads, room, width))
-        elif (missing := room - pair[0].shape[3]) > 0:
-            more = like.new_zeros(batch, heads, width, missing)
-            keys, values = torch.cat([pair[0], more], dim=3), torch.cat([pair[1], more.transpose(2, 3)], dim=2)
-            pair = self._layers[layer] = (keys, values)
-        return pair
+@dataclass
+class _Layer:
+    """Keys and values of one layer. Memory for all positions is reserved, and on a CPU taken when a block begins."""
+
+    keys: Float[Tensor, "N B H K block"]
+    values: Float[Tensor, "B H N*block K"]
+    begun: int = 0
+
+    def begin(self, blocks: int) -> None:
+        """Fill new blocks with zeros: what is masked must be finite."""
+        if blocks > self.begun:
+            self.keys[self.begun : blocks].zero_()
+            self.values[:, :, self.begun * _BLOCK : blocks * _BLOCK].zero_()
+            self.begun = blocks
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the blocks that have begun."""
+        return (self.keys.nbytes + self.values.nbytes) * self.begun // len(self.keys)
 
 
 class _Chosen:
@@ -101,51 +107,83 @@ class _Chosen:
 
     def __init__(self, rows: Int[Tensor, " R"]) -> None:
         self.rows = rows
-        self._places: dict[tuple[int, int, int], Tensor] = {}
+        self._places: dict[tuple[int, ...], Tensor] = {}
+
+    def keys(self, blocks: int, batch: int, heads: int, width: int) -> Int[Tensor, "N*R*H K"]:
+        """Rows of each head's keys in the first blocks, where (N, B, H, K) rows lie behind each other."""
+
+        def find() -> Tensor:
+            heads_before = (torch.arange(blocks)[:, None] * batch + self.rows)[..., None] * heads + torch.arange(heads)
+            return heads_before.view(-1, 1) * width + torch.arange(width)
+
+        return self._remember((blocks, batch, heads, width), find)
+
+    def values(self, heads: int, height: int, count: int) -> Int[Tensor, "R*H N"]:
+        """Rows of each head's first values, where (B, H, height) rows lie behind each other."""
+
+        def find() -> Tensor:
+            heads_before = self.rows[:, None] * heads + torch.arange(heads)
+            return heads_before.view(-1, 1) * height + torch.arange(count)
+
+        return self._remember((heads, height, count), find)
 
     @torch.inference_mode(mode=False)  # found while sampling, they must serve outside too
-    def places(self, heads: int, height: int, count: int) -> Int[Tensor, "R*H N"]:
-        """Of the first `count` rows of each head's table, where tables of `height` rows lie behind each other."""
-        shape = (heads, height, count)
-        if shape not in self._places:
+    def _remember(self, key: tuple[int, ...], find: Callable[[], Tensor]) -> Tensor:
+        if key not in self._places:
             if len(self._places) == _KEPT:
                 self._places.clear()
-            first = (self.rows[:, None] * heads + torch.arange(heads)).view(-1, 1) * height
-            self._places[shape] = (first + torch.arange(count)).int()
-        return self._places[shape]
+            self._places[key] = find().int()
+        return self._places[key]
 
 
 def _attend(
-    q: Float[Tensor, "R H K"],
-    keys: Float[Tensor, "B H K S"],
-    values: Float[Tensor, "B H S K"],
-    chosen: _Chosen,
-    length: int,
-    later: Bool[Tensor, "R 1 L"] | None,
+    q: Float[Tensor, "R H K"], layer: _Layer, chosen: _Chosen, length: int, later: Bool[Tensor, "R 1 L"] | None
 ) -> Float[Tensor, "R H K"]:
     """Attention of one query each to the first `length` positions, float32 softmax; what is `later` is not seen."""
-    add_up = _weighted_rows if q.device.type == "cpu" else _products
-    scores = add_up(q * q.shape[-1] ** -0.5, keys, chosen)[..., :length]  # (R, H, L)
+    blocks = -(-length // _BLOCK)
+    score, mix = (_score_rows, _mix_rows) if q.device.type == "cpu" else (_score_products, _mix_products)
+    scores = score(q * q.shape[-1] ** -0.5, layer.keys, chosen, blocks)  # (N, R, H, block)
+    scores = scores.permute(1, 2, 0, 3).flatten(2)[..., :length]  # (R, H, L)
     if later is not None:
         scores = scores.masked_fill(later, -torch.inf)
-    return add_up(scores.softmax(dim=-1, dtype=torch.float32).type_as(q), values, chosen)
+    return mix(scores.softmax(dim=-1, dtype=torch.float32).type_as(q), layer.values, chosen)
 
 
-def _weighted_rows(
-    weights: Float[Tensor, "R H N"], tables: Float[Tensor, "B H M W"], chosen: _Chosen
-) -> Float[Tensor, "R H W"]:
-    """For each head the sum of the first N rows of its table times their weights, added up in float32."""
-    places = chosen.places(tables.shape[1], tables.shape[2], weights.shape[2])
-    summed = F.embedding_bag(places, tables.flatten(0, 2), mode="sum", per_sample_weights=weights.flatten(0, 1))
+def _score_rows(
+    q: Float[Tensor, "R H K"], keys: Float[Tensor, "N B H K block"], chosen: _Chosen, blocks: int
+) -> Float[Tensor, "N R H block"]:
+    """Products of queries with the keys of the first blocks: each head's channels times the query, added up."""
+    _, batch, heads, width, _ = keys.shape
+    places = chosen.keys(blocks, batch, heads, width)
+    weights = q.expand(blocks, *q.shape).flatten(0, 2)
+    summed = F.embedding_bag(places, keys.flatten(0, 3), mode="sum", per_sample_weights=weights)
+    return summed.view(blocks, *q.shape[:2], _BLOCK)
+
+
+def _mix_rows(
+    weights: Float[Tensor, "R H L"], values: Float[Tensor, "B H P K"], chosen: _Chosen
+) -> Float[Tensor, "R H K"]:
+    """Each head's first L values times their weights, added up in float32."""
+    _, heads, height, _ = values.shape
+    places = chosen.values(heads, height, weights.shape[2])
+    summed = F.embedding_bag(places, values.flatten(0, 2), mode="sum", per_sample_weights=weights.flatten(0, 1))
     return summed.view(*weights.shape[:2], -1)
 
 
-def _products(
-    weights: Float[Tensor, "R H N"], tables: Float[Tensor, "B H M W"], chosen: _Chosen
-) -> Float[Tensor, "R H W"]:
+def _score_products(
+    q: Float[Tensor, "R H K"], keys: Float[Tensor, "N B H K block"], chosen: _Chosen, blocks: int
+) -> Float[Tensor, "N R H block"]:
     """The same by matrix products of all sequences: to choose the tables of some is to copy them."""
-    everyone = weights.new_zeros(len(tables), *weights.shape[1:]).index_copy(0, chosen.rows, weights)
-    return (everyone[:, :, None] @ tables[:, :, : weights.shape[2]])[:, :, 0].index_select(0, chosen.rows)
+    everyone = q.new_zeros(keys.shape[1], *q.shape[1:]).index_copy(0, chosen.rows, q)
+    return (everyone[:, :, None] @ keys[:blocks])[..., 0, :].index_select(1, chosen.rows)
+
+
+def _mix_products(
+    weights: Float[Tensor, "R H L"], values: Float[Tensor, "B H P K"], chosen: _Chosen
+) -> Float[Tensor, "R H K"]:
+    """The same by matrix products of all sequences."""
+    everyone = weights.new_zeros(len(values), *weights.shape[1:]).index_copy(0, chosen.rows, weights)
+    return (everyone[:, :, None] @ values[:, :, : weights.shape[2]])[:, :, 0].index_select(0, chosen.rows)
 
 
 @lru_cache(maxsize=16)

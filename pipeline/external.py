@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Section
+from conf.section import Section
 from pipeline.graph import Stage
 from stages.archives import headers, whole
 from stages.artifact import file_sha256, read_json, write_json

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from conf.schema import BoundarySource
+from conf.model_stages import BoundarySource
 from pipeline.bench import Gate
 from pipeline.display import number, plain_table
 from pipeline.flops import CostRow, sampling_costs

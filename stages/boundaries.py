@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from conf.schema import BoundarySource, SampleConfig
+from conf.model_stages import BoundarySource, SampleConfig
 from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
 from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
 from models.patching import PatchRule, static_patch_starts

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from conf.schema import DatasetConfig, RuntimeConfig
+from conf.image_stages import DatasetConfig
+from conf.schema import RuntimeConfig
 from stages.artifact import RECORD, write_atomic, write_json
 from stages.errors import InputError
 from stages.images import DecodeError, decode

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from conf.schema import SampleConfig
+from conf.model_stages import SampleConfig
 from models.boundaries import Boundaries
 from models.dpar import DPAR
 from models.gpt import GPT

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conf.schema import EntropyHeadConfig, RuntimeConfig
+from conf.model_stages import EntropyHeadConfig
+from conf.schema import RuntimeConfig
 from models.boundaries import GivenBoundaries, NextToken
 from models.config import EntropyHeadConfig as HeadShape
 from models.dpar import DPAR

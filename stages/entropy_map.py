@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from conf.schema import EntropyMapConfig, RuntimeConfig
+from conf.patch_stages import EntropyMapConfig
+from conf.schema import RuntimeConfig
 from models.gpt import GPT
 from stages.artifact import file_sha256, write_json
 from stages.distributed import World, barrier, process_group

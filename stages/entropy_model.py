@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import EntropyModelConfig, RuntimeConfig
+from conf.patch_stages import EntropyModelConfig
+from conf.schema import RuntimeConfig
 from models.config import GPTConfig
 from models.gpt import GPT
 from stages.distributed import process_group

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from conf.schema import EvaluateConfig, RuntimeConfig
+from conf.model_stages import EvaluateConfig
+from conf.schema import RuntimeConfig
 from models.vq import VQModel
 from stages.artifact import RECORD, read_json, write_atomic, write_json
 from stages.distributed import World, barrier, process_group

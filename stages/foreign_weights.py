@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conf.schema import gpt_size_name
+from conf.sizes import gpt_size_name
 from models.config import GPTConfig, VQConfig
 from models.gpt import GPT
 from models.lpips import LPIPS

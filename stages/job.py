@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from conf.schema import RuntimeConfig, Section
+from conf.schema import RuntimeConfig
+from conf.section import Section
 from stages.artifact import RECORD, read_json, write_json
 from stages.errors import InputError
 

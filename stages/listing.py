@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from conf.schema import DatasetConfig
+from conf.image_stages import DatasetConfig
 from stages.errors import InputError
 from stages.sources import ImageFile, find_images
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from conf.schema import PatchIndexConfig, RuntimeConfig
+from conf.patch_stages import PatchIndexConfig
+from conf.schema import RuntimeConfig
 from models.patch_tables import Bytes, PatchTables, pack_bits, unpack_bits
 from models.patching import PatchRule, static_patch_starts
 from stages.artifact import write_json

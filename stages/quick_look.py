@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from conf.schema import RuntimeConfig, SampleConfig
+from conf.model_stages import SampleConfig
+from conf.schema import RuntimeConfig
 from stages.artifact import write_atomic
 from stages.distributed import process_group
 from stages.drawing import Drawer

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from conf.schema import RuntimeConfig, SampleConfig
+from conf.model_stages import SampleConfig
+from conf.schema import RuntimeConfig
 from models.boundaries import EntropyBoundaries, HeadBoundaries, OwnEntropyBoundaries
 from stages.artifact import write_json
 from stages.boundaries import chosen_source, entropy_sample

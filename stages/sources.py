@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.schema import DatasetConfig
+from conf.image_stages import DatasetConfig
 from stages.archives import Span, members, whole
 from stages.errors import InputError
 

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conf.schema import RuntimeConfig, TokenizeConfig
+from conf.image_stages import TokenizeConfig
+from conf.schema import RuntimeConfig
 from models.vq import VQModel
 from stages.artifact import file_sha256, write_json
 from stages.distributed import World, barrier, process_group

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from conf.schema import RuntimeConfig, TokenizerConfig
+from conf.image_stages import TokenizerConfig
+from conf.schema import RuntimeConfig
 from models.discriminator import PatchDiscriminator
 from models.vq import VQModel
 from stages.artifact import write_json

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from conf.schema import JointHeadConfig, RuntimeConfig, TrainConfig
+from conf.model_stages import JointHeadConfig, TrainConfig
+from conf.schema import RuntimeConfig
 from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead

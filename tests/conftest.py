@@ -21,7 +21,8 @@ import pytest
 from PIL import Image
 
 from conf.load import load_settings
-from conf.schema import RuntimeConfig, Section, Settings
+from conf.schema import RuntimeConfig, Settings
+from conf.section import Section
 from pipeline.graph import STAGES
 
 CLASSES = ("discs", "squares", "stripes")

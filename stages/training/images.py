@@ -16,7 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from conf.schema import TokenizerConfig
+from conf.image_stages import TokenizerConfig
 from models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss, judge_frozen
 from models.lpips import LPIPS
 from models.vq import VQModel

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from conf.schema import TrainingConfig
+from conf.section import TrainingConfig
 from stages.artifact import RECORD
 from stages.distributed import World, all_reduce_sum, barrier
 from stages.errors import ArtifactError

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from conf.schema import TrainingConfig
+from conf.section import TrainingConfig
 from stages.training.ema import WeightAverage
 from stages.training.optim import make_optimizer
 

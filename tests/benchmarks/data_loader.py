@@ -18,7 +18,8 @@ from report import report
 from synthetic import CHUNK_ROWS, CODEBOOK, GRID, TOKENS, write_tokens
 from timing import interleaved
 
-from conf.schema import PatchIndexConfig, RuntimeConfig
+from conf.patch_stages import PatchIndexConfig
+from conf.schema import RuntimeConfig
 from models.dpar import pack_patches
 from models.patch_tables import PatchTables
 from models.patching import PatchRule

@@ -23,8 +23,9 @@ from PIL import Image
 from report import report
 from timing import interleaved
 
+from conf.image_stages import DatasetConfig, TokenizeConfig
 from conf.load import load_settings
-from conf.schema import DatasetConfig, RuntimeConfig, TokenizeConfig
+from conf.schema import RuntimeConfig
 from models.config import VQConfig
 from models.vq import VQModel
 from pipeline.bench import Figures, Gate, gate

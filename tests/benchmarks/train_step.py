@@ -18,7 +18,7 @@ import torch
 from report import report
 from timing import interleaved
 
-from conf.schema import TrainingConfig
+from conf.section import TrainingConfig
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
 from models.dpar import DPAR, pack_patches
 from models.flops import dpar_cost, gpt_cost

@@ -8,16 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from conf.schema import (
-    DatasetConfig,
-    EvaluateConfig,
-    PatchIndexConfig,
-    SampleConfig,
-    Settings,
-    TokenizerConfig,
-    TrainConfig,
-    TrainingConfig,
-)
+from conf.image_stages import DatasetConfig, TokenizerConfig
+from conf.model_stages import EvaluateConfig, SampleConfig, TrainConfig
+from conf.patch_stages import PatchIndexConfig
+from conf.schema import Settings
+from conf.section import TrainingConfig
 from models.config import DPAR_SIZES, GPT_SIZES
 
 DPAR_B = asdict(DPAR_SIZES["B"])

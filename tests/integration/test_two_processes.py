@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.schema import RuntimeConfig, Section, Settings
+from conf.schema import RuntimeConfig, Settings
+from conf.section import Section
 from pipeline.graph import STAGES
 from pipeline.launch import launch
 from pipeline.project import DPAR

@@ -14,7 +14,8 @@ from models.kv_cache import KVCache
 def _products_of_either_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every property holds for what CPUs do and for what other devices do, here on the CPU."""
     if request.param == "matrix products":
-        monkeypatch.setattr(kv_cache, "_weighted_rows", kv_cache._products)
+        monkeypatch.setattr(kv_cache, "_score_rows", kv_cache._score_products)
+        monkeypatch.setattr(kv_cache, "_mix_rows", kv_cache._mix_products)
 
 
 def qkv(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -22,7 +23,7 @@ def qkv(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(*shape), torch.randn(*shape), torch.randn(*shape)
 
 
-LENGTH = 70  # more than two blocks of the cache
+LENGTH = 140  # more than two blocks of the cache
 
 
 def test_cached_steps_equal_the_whole_sequence_in_every_layer() -> None:
@@ -51,15 +52,15 @@ def test_ragged_steps_advance_only_their_rows() -> None:
             counts[rows] += 1
 
 
-def test_a_cache_takes_its_capacity_and_no_position_more() -> None:
-    q, k, v = qkv(3, 40, 2, 8)
-    cache = KVCache(num_layers=1, capacity=40)
-    for t in range(40):
+def test_a_cache_takes_blocks_as_it_grows_to_its_capacity_and_no_position_more() -> None:
+    q, k, v = qkv(3, 70, 2, 8)
+    cache = KVCache(num_layers=1, capacity=70)
+    for t in range(70):
         (attend,) = cache.step(t)
         attend(q[:, t], k[:, t], v[:, t])
-    assert cache.num_bytes == 2 * k.nbytes
-    with pytest.raises(ValueError, match="position 40 of a cache for 40 positions"):
-        next(cache.step(40))
+        assert cache.num_bytes == 2 * k[:, 0].nbytes * (64 if t < 64 else 128)
+    with pytest.raises(ValueError, match="position 70 of a cache for 70 positions"):
+        next(cache.step(70))
 
 
 def test_bfloat16_steps_stay_near_float32() -> None:

@@ -33,7 +33,7 @@ def increase(x):
 STAGE = """
 import json, time
 from pathlib import Path
-from conf.schema import Section
+from conf.section import Section
 from stages.errors import InputError
 from stages.job import main
 {imports}
@@ -72,7 +72,8 @@ PROJECT = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from conf.schema import RuntimeConfig, Section
+from conf.schema import RuntimeConfig
+from conf.section import Section
 from pipeline.graph import Stage
 from pipeline.project import Project
 from pipeline.runner import run_stage

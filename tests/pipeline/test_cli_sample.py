@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conf.schema import RuntimeConfig, SampleConfig
+from conf.model_stages import SampleConfig
+from conf.schema import RuntimeConfig
 from pipeline.cli import run_command
 from pipeline.graph import STAGES
 from pipeline.plan import StageStatus

@@ -23,7 +23,7 @@ STAGE = Stage(name="alpha", inputs=(), summary="", spmd=True)
 MODULE = """
 import os, signal, time
 {imports}
-from conf.schema import Section
+from conf.section import Section
 from stages.errors import InputError
 from stages.job import main
 from stages.progress import Progress

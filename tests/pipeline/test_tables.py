@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from conf.schema import BoundarySource
+from conf.model_stages import BoundarySource
 from models.flops import Cost, Macs, Sampling
 from pipeline import tables
 from pipeline.bench import Gate

@@ -13,7 +13,8 @@ from PIL import Image
 
 import stages.dataset
 import stages.stores.files
-from conf.schema import DatasetConfig, RuntimeConfig
+from conf.image_stages import DatasetConfig
+from conf.schema import RuntimeConfig
 from stages.dataset import dataset
 from stages.errors import ArtifactError, InputError
 from stages.listing import Listing

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import BoundarySource, SampleConfig, Settings
+from conf.model_stages import BoundarySource, SampleConfig
+from conf.schema import Settings
 from models.boundaries import EntropyBoundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
 from models.config import DPARConfig, GPTConfig, VQConfig
 from models.dpar import DPAR

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import RuntimeConfig, Section, Settings
+from conf.schema import RuntimeConfig, Settings
+from conf.section import Section
 from models.config import EntropyHeadConfig
 from models.dpar import DPAR, pack_patches
 from models.entropy_head import EntropyHead, entropies_of

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import stages.entropy_map
-from conf.schema import EntropyMapConfig, RuntimeConfig
+from conf.patch_stages import EntropyMapConfig
+from conf.schema import RuntimeConfig
 from models.config import GPTConfig
 from models.gpt import GPT
 from stages.entropy_map import entropy_map

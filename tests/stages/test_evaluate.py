@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import EvaluateConfig, Section, Settings
+from conf.model_stages import EvaluateConfig
+from conf.schema import Settings
+from conf.section import Section
 from pipeline.graph import STAGES
 from stages.artifact import read_json
 from stages.errors import InputError

@@ -16,7 +16,7 @@ from stages.job import Job
 
 BODY = """
 import errno, sys
-from conf.schema import EntropyMapConfig
+from conf.patch_stages import EntropyMapConfig
 from stages.errors import InputError
 from stages.job import main
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from conf.schema import RuntimeConfig, Section, Settings, TrainConfig
+from conf.model_stages import TrainConfig
+from conf.schema import RuntimeConfig, Settings
+from conf.section import Section
 from pipeline.graph import STAGES
 from stages.artifact import read_json
 from stages.train import train

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 import stages.thresholds
-from conf.schema import PatchIndexConfig, RuntimeConfig
+from conf.patch_stages import PatchIndexConfig
+from conf.schema import RuntimeConfig
 from stages.errors import ArtifactError, InputError
 from stages.patch_index import patch_index
 from stages.stores.entropies import EntropyFacts, entropy_writer

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conf.schema import PatchIndexConfig, RuntimeConfig
+from conf.patch_stages import PatchIndexConfig
+from conf.schema import RuntimeConfig
 from stages.errors import ArtifactError
 from stages.images import center_crop, decode
 from stages.patch_index import patch_index

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.schema import RuntimeConfig, SampleConfig, Section, Settings
+from conf.model_stages import SampleConfig
+from conf.schema import RuntimeConfig, Settings
+from conf.section import Section
 from pipeline.graph import STAGES
 from stages.artifact import read_json
 from stages.errors import ArtifactError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import DatasetConfig
+from conf.image_stages import DatasetConfig
 from stages import listing, sources
 from stages.errors import InputError
 from stages.listing import list_images

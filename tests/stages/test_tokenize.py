@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import stages.tokenize
-from conf.schema import DatasetConfig, RuntimeConfig, TokenizeConfig
+from conf.image_stages import DatasetConfig, TokenizeConfig
+from conf.schema import RuntimeConfig
 from models.config import VQConfig
 from models.vq import VQModel
 from stages.dataset import dataset

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import RuntimeConfig, Section, Settings, TokenizerConfig
+from conf.image_stages import TokenizerConfig
+from conf.schema import RuntimeConfig, Settings
+from conf.section import Section
 from models.config import VQConfig
 from models.discriminator import PatchDiscriminator
 from models.lpips import LPIPS

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import RuntimeConfig, Section, Settings, TrainConfig
+from conf.model_stages import TrainConfig
+from conf.schema import RuntimeConfig, Settings
+from conf.section import Section
 from models.gpt import GPT
 from stages.artifact import file_sha256, read_json
 from stages.distributed import World

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import stages
-from conf.schema import TrainingConfig
+from conf.section import TrainingConfig
 from stages.distributed import World
 from stages.training.checkpoint import load_latest
 from stages.training.loop import CHECKPOINTS, Training, train_model

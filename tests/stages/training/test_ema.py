@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from conf.schema import TrainingConfig
+from conf.section import TrainingConfig
 from stages.distributed import World
 from stages.training.checkpoint import load_latest
 from stages.training.ema import WeightAverage

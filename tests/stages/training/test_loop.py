@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conf.schema import TrainingConfig
+from conf.section import TrainingConfig
 from stages.distributed import World
 from stages.errors import ArtifactError
 from stages.training.checkpoint import load_latest, save_checkpoint
