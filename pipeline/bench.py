@@ -39,6 +39,8 @@ BOUNDS: tuple[tuple[str, Relation, float], ...] = (
     ("patch_index_mean_length", ">", 1.5),
     ("patch_index_mean_length", "<", 2.5),
     ("sample_mean_patch_length", ">", 1.5),  # so the global stack sees at most two thirds of the positions
+    ("entropy_head_correlation", ">", 0.9),  # with the entropy model's entropies, on held-out images
+    ("entropy_head_agreement", ">", 0.85),
 )
 
 

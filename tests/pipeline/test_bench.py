@@ -20,6 +20,8 @@ LEARNED = {
     "ratio_to_random": 0.33,
     "patch_index_mean_length": 2.0,
     "sample_mean_patch_length": 1.9,
+    "entropy_head_correlation": 0.94,
+    "entropy_head_agreement": 0.87,
 }
 
 
@@ -42,6 +44,8 @@ def test_models_that_learned_meet_every_gate() -> None:
         ("patch_index_mean_length", 1.4, "patch_index_mean_length > 1.5"),
         ("patch_index_mean_length", 2.6, "patch_index_mean_length < 2.5"),
         ("sample_mean_patch_length", 1.2, "sample_mean_patch_length > 1.5"),
+        ("entropy_head_correlation", 0.7, "entropy_head_correlation > 0.9"),
+        ("entropy_head_agreement", 0.8, "entropy_head_agreement > 0.85"),
     ],
 )
 def test_each_gate_is_missed_by_its_own_number(name: str, value: float, gate: str) -> None:
