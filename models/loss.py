@@ -35,6 +35,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """The loss; where a gradient is wanted, that of the logits of all rows is kept."""
         total = torch.zeros((), device=features.device)
         keep = any(ctx.needs_input_grad)
         kept = features.new_empty(len(features) if keep else 0, len(weight))

@@ -41,8 +41,7 @@ from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
 from stages.thresholds import EntropySample
 from stages.training.entropies import EntropyData, HeadObjective
-from stages.training.loop import Training, train_model
-from stages.training.stream import SampleStream
+from stages.training.loop import train_model
 from stages.weights import HEAD_FILE, load_head, load_model, load_vq, save_head
 
 Entropies = NDArray[np.float32]
@@ -88,18 +87,7 @@ def _train(config: EntropyHeadConfig, model: DPAR, data: EntropyData, output: Pa
     assert config.kind != "none"
     torch.manual_seed(config.seed)
     head = EntropyHead(HeadShape.of(model.config, config.kind))
-    objective = HeadObjective(model, head)
-    stream = SampleStream(data.store.num_train, config.training.global_batch_size, config.seed)
-    run = Training(
-        model=head,
-        objective=objective,
-        batch=lambda step: data.training_batch(stream, step, world),
-        data_state=lambda steps: stream.state(steps) | data.digests,
-        validate=lambda: data.heldout_loss(objective, world),
-        config=config.training,
-        seed=config.seed,
-    )
-    train_model(run, output, world)
+    train_model(data.training(head, HeadObjective(model, head), config.training, config.seed, world), output, world)
     return head.eval()
 
 

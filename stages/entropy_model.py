@@ -19,8 +19,7 @@ from stages.job import Inputs, main
 from stages.stores.tokens import TokenStore
 from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
-from stages.training.loop import Training, train_model
-from stages.training.stream import SampleStream
+from stages.training.loop import train_model
 from stages.training.token_scores import write_scores
 from stages.weights import save_model
 
@@ -39,20 +38,10 @@ def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runt
                 dropout=config.dropout,
             )
         )
-        objective = GPTObjective(model)
         if runtime.compile:
             compile_blocks(model)
-        stream = SampleStream(data.store.num_train, config.training.global_batch_size, config.seed)
-        run = Training(
-            model=model,
-            objective=objective,
-            batch=lambda step: data.training_batch(stream, step, world),
-            data_state=lambda steps: stream.state(steps) | data.digests,
-            validate=lambda: data.heldout_loss(objective, world),
-            config=config.training,
-            seed=config.seed,
-        )
-        metrics = train_model(run, output, world)
+        objective = GPTObjective(model)
+        metrics = train_model(data.training(model, objective, config.training, config.seed, world), output, world)
         if world.is_main:
             save_model(output, "gpt", model, model.config)
             write_scores(output, metrics, data, first_position=1)

@@ -28,10 +28,9 @@ from stages.stores.tokens import TokenStore
 from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
 from stages.training.entropies import EntropyData, JointObjective
-from stages.training.loop import Training, train_model
+from stages.training.loop import train_model
 from stages.training.next_patch import NextPatchData, NextPatchObjective
 from stages.training.patched import DPARObjective, PatchedData
-from stages.training.stream import SampleStream
 from stages.training.token_scores import write_scores
 from stages.weights import save_head, save_model
 
@@ -81,15 +80,12 @@ def _train(
     job = _job(config, store, inputs)
     if compiled:
         compile_blocks(job.model)
-    stream = SampleStream(store.num_train, config.training.global_batch_size, config.seed)
-    run = Training(
-        model=job.model,
-        objective=job.objective,
-        batch=lambda step: job.data.training_batch(stream, step, world),
-        data_state=lambda steps: stream.state(steps) | job.data.digests,
-        validate=lambda: job.data.heldout_loss(job.objective, world),
-        config=config.training,
-        seed=config.seed,
+    run = job.data.training(
+        job.model,
+        job.objective,
+        config.training,
+        config.seed,
+        world,
         restarts=config.restarts,
         companions={} if job.head is None else {"entropy_head": job.head},
     )

@@ -1,8 +1,8 @@
-"""Batches of tokens, and the loss of a GPT on them."""
+"""Batches of tokens, a training on them, and the loss of a GPT."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from conf.section import TrainingConfig
 from models.gpt import GPT
 from stages.distributed import World, all_reduce_sum
 from stages.stores.tokens import TokenStore
+from stages.training.loop import Training
 from stages.training.stream import Integers, SampleStream
 
 
@@ -56,6 +58,31 @@ class TokenData:
     def digests(self) -> dict[str, str]:
         """Digest of each thing that batches are made from."""
         return {"tokens": self.store.digest}
+
+    def training(
+        self,
+        model: nn.Module,
+        objective: nn.Module,
+        config: TrainingConfig,
+        seed: int,
+        world: World,
+        *,
+        restarts: tuple[int, ...] = (),
+        companions: Mapping[str, nn.Module] | None = None,
+    ) -> Training[TokenBatch]:
+        """A training of `model` on these batches, with its loss on the held-out images; see `Training`."""
+        stream = SampleStream(self.store.num_train, config.global_batch_size, seed)
+        return Training(
+            model=model,
+            objective=objective,
+            batch=lambda step: self.training_batch(stream, step, world),
+            data_state=lambda steps: stream.state(steps) | self.digests,
+            validate=lambda: self.heldout_loss(objective, world),
+            config=config,
+            seed=seed,
+            restarts=restarts,
+            companions=companions or {},
+        )
 
     def training_batch(self, stream: SampleStream, step: int, world: World) -> TokenBatch:
         """This process's share of a step, each image in a view of its own; in pinned memory if it goes to a GPU."""

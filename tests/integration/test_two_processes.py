@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conf.model_stages import JointHeadConfig
 from conf.schema import RuntimeConfig, Settings
 from conf.section import Section
 from pipeline.graph import STAGES
@@ -72,14 +73,24 @@ def test_samples_have_the_same_numbers_classes_and_tokens(
     assert scores["num_samples"] == 12
 
 
-@pytest.mark.parametrize("name", ["entropy_model", "train"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("entropy_model", {}),
+        ("train", {"class_dropout_prob": 0.0}),
+        ("train", {"class_dropout_prob": 0.0, "entropy_head": JointHeadConfig(kind="block", stop_gradient=False)}),
+    ],
+)
 def test_training_takes_the_same_steps(
-    run_on_two: Run, run_in_process: Run, tiny_settings: Settings, tiny_artifacts: dict[str, Path], name: str
+    run_on_two: Run,
+    run_in_process: Run,
+    tiny_settings: Settings,
+    tiny_artifacts: dict[str, Path],
+    name: str,
+    changes: dict[str, object],
 ) -> None:
     # Without dropout nothing is random but the order of samples, which does not depend on the processes.
-    config = getattr(tiny_settings, name).model_copy(
-        update={"dropout": 0.0} | ({"class_dropout_prob": 0.0} if name == "train" else {})
-    )
+    config = getattr(tiny_settings, name).model_copy(update={"dropout": 0.0} | changes)
     inputs = {source: tiny_artifacts[source] for source in STAGES[name].inputs}
     alone = read_json(run_in_process(name, config, inputs) / "metrics.json")
     together = read_json(run_on_two(name, config, {}) / "metrics.json")

@@ -143,4 +143,5 @@ def test_the_code_of_the_project_comes_before_any_other_of_its_name(
     (tmp_path / "other/stages/__init__.py").write_text("raise RuntimeError('the wrong stages')")
     (tmp_path / "other/only_here.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "other"), str(ROOT)]))
-    run("pass", imports="import only_here")
+    run("(output / 'from').write_text(sys.modules['stages'].__file__)", imports="import sys, only_here")
+    assert (tmp_path / "work/from").read_text() == str(tmp_path / "stages/__init__.py")
