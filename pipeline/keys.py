@@ -39,7 +39,7 @@ def key_parts(
         "schema": SCHEMA,
         "stage": stage.name,
         "settings": section.key_fields(),
-        "code": project.code.fingerprint(stage.entry).definitions,
+        "code": project.code.fingerprint(stage.entry).digests,
         "inputs": dict(sorted(input_digests.items())),
         "packages": {name: _minor_version(name) for name in stage.packages},
         "external": external_digest(stage, section, home),
@@ -61,9 +61,8 @@ def changes(old: Parts, new: Parts) -> list[str]:
     lines += [f"input {name} has other contents" for name, _, _ in _differences(old["inputs"], new["inputs"])]
     if old["external"] != new["external"]:
         lines.append("the files it reads from outside have changed")
-    for name, before, after in _differences(old["code"], new["code"]):
-        verb = "is new" if before is None else "is no longer used" if after is None else "was edited"
-        lines.append(f"code {name} {verb}")
+    if old["code"] != new["code"]:
+        lines.append("its code was edited")
     lines += [
         f"package {name}: {_show(before)} -> {_show(after)}"
         for name, before, after in _differences(old["packages"], new["packages"])

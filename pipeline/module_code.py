@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,7 +12,8 @@ EVERYTHING = "*"
 AT_IMPORT = "<import>"
 Target = tuple[str, str | None]  # a module and a name in it, or None for the module itself
 Import = ast.Import | ast.ImportFrom
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+FIRST_PARTY = ("pipeline", "stages", "models", "conf")
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 @dataclass(eq=False)
@@ -33,18 +33,10 @@ class Module:
     stars: list[str] = field(default_factory=list)
     at_import: list[ast.stmt] = field(default_factory=list)
     """Statements that run on import and do more than bind names."""
-    _digests: dict[str, str] = field(default_factory=dict)
 
     def nodes(self, name: str) -> list[ast.stmt]:
         """Statements that make up a definition; none for `EVERYTHING`, which is no text of its own."""
         return self.at_import if name == AT_IMPORT else self.definitions.get(name, [])
-
-    def digest(self, name: str) -> str:
-        """Digest of those statements, empty when there are none."""
-        if name not in self._digests:
-            text = "".join(map(_canonical, self.nodes(name)))
-            self._digests[name] = hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
-        return self._digests[name]
 
 
 def load_module(path: Path, name: str) -> Module:
@@ -93,7 +85,7 @@ def _parse(path: Path, name: str, mtime_ns: int, size: int) -> Module:
 def _record(module: Module, node: ast.stmt) -> None:
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         _record_import(module, node)
-    elif isinstance(node, _DEFINITIONS):
+    elif isinstance(node, DEFINITIONS):
         module.definitions.setdefault(node.name, []).append(node)
     elif names := _plainly_assigned(node):
         for name in names:
@@ -120,7 +112,7 @@ def _record_statement(module: Module, node: ast.stmt) -> None:
     for inner in ast.walk(node):
         if isinstance(inner, (ast.Import, ast.ImportFrom)):
             _record_import(module, inner)
-        elif isinstance(inner, _DEFINITIONS):
+        elif isinstance(inner, DEFINITIONS):
             module.definitions.setdefault(inner.name, []).append(node)
         elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
             module.definitions.setdefault(inner.id, []).append(node)
@@ -155,21 +147,22 @@ def _is_guard(test: ast.expr) -> bool:
     return (chain(test) or [""])[-1] in {"TYPE_CHECKING", "__name__"}
 
 
-def _canonical(node: object) -> str:
-    """A text of a syntax tree without places, docstrings and empty fields, so that Python versions agree on it."""
-    if isinstance(node, list):
-        return "[" + ",".join(map(_canonical, node)) + "]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = []
-    for name, value in ast.iter_fields(node):
-        if name == "body" and isinstance(node, _DEFINITIONS):
-            value = _without_docstring(value)
-        if value is not None and value != [] and name not in {"type_comment", "kind", "ctx"}:
-            fields.append(f"{name}={_canonical(value)}")
-    return f"{type(node).__name__}({','.join(fields)})"
+def imports_in(node: ast.stmt) -> Iterator[Import]:
+    """All imports in a statement, those inside functions included. Expressions hold none and are not looked through."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield node
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        inner = getattr(node, name, None)
+        for statement in inner if isinstance(inner, list) else []:
+            yield from imports_in(statement)
 
 
-def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
+def is_first_party(node: Import, package: str) -> bool:
+    """True for an import of first-party modules alone."""
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [_source(node, package)]
+    return all(name.partition(".")[0] in FIRST_PARTY for name in names)
+
+
+def without_docstrings(body: list[ast.stmt]) -> list[ast.stmt]:
     """A body without its docstring and without the strings that document fields."""
     return [node for node in body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]

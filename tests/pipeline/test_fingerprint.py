@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from pipeline.graph import NEUTRAL_MODULES, STAGES
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def all_digests(root: Path) -> dict[str, str]:
+def all_digests(root: Path) -> dict[str, list[str]]:
     code = Code(root, frozenset(NEUTRAL_MODULES))
-    return {stage.name: code.fingerprint(stage.entry).digest for stage in STAGES.values()}
+    return {stage.name: code.fingerprint(stage.entry).digests for stage in STAGES.values()}
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -24,7 +25,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def changed(root: Path, before: dict[str, str]) -> set[str]:
+def changed(root: Path, before: dict[str, list[str]]) -> set[str]:
     return {name for name, digest in all_digests(root).items() if digest != before[name]}
 
 
@@ -100,6 +101,114 @@ def package(tmp_path: Path, **modules: str) -> Code:
 
 def definitions(code: Code) -> set[str]:
     return set(code.fingerprint(("stages.stage", "run")).definitions)
+
+
+def digests(tmp_path: Path, **modules: str) -> list[str]:
+    """Digests of a small tree that holds these modules and no others."""
+    shutil.rmtree(tmp_path / "stages", ignore_errors=True)
+    return package(tmp_path, **modules).fingerprint(("stages.stage", "run")).digests
+
+
+RUN = "\n\ndef run():\n    return f()"
+F, G = "def f():\n    return g() + 1", "def g():\n    return LIMIT\n\nLIMIT = 3"
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        {"stage": f"from stages.renamed import f{RUN}", "renamed": f"{F}\n\n{G}"},
+        {"stage": f"from stages.other import f{RUN}", "other": f"from stages.more import g\n\n{F}", "more": G},
+        {"stage": f"{F}\n\n{G}{RUN}"},
+        {
+            "stage": f"from .other import f{RUN}",
+            "other": f"from . import more\n\n{F.replace('g()', 'more.g()')}",
+            "more": G,
+        },
+        {"stage": f"import stages.other as o{RUN.replace('f()', 'o.f()')}", "other": f"{F}\n\n{G}"},
+        {"stage": f"{RUN.replace('return', 'from stages.late import f; return')}", "late": f"{F}\n\n{G}"},
+        {"stage": f"from stages.other import f{RUN}", "other": f"{F}\n\n{G}\n\ndef unused():\n    return 4"},
+    ],
+    ids=["renamed", "split", "merged", "relative", "through a module", "imported late", "beside something unused"],
+)
+def test_where_a_definition_stands_does_not_count(tmp_path: Path, modules: dict[str, str]) -> None:
+    at_first = digests(tmp_path, stage=f"from stages.other import f{RUN}", other=f"{F}\n\n{G}")
+    assert digests(tmp_path, **modules) == at_first
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            "from stages.one import f\nfrom stages.two import f as g",
+            "from stages.two import f\nfrom stages.one import f as g",
+        ),
+        (
+            "from stages.one import f\nfrom stages.two import f as g",
+            "from stages.one import f\nfrom stages.one import f as g",
+        ),
+        (
+            "from math import floor as f\nfrom stages.two import f as g",
+            "from math import ceil as f\nfrom stages.two import f as g",
+        ),
+        ("import numpy as f\nfrom stages.two import f as g", "import math as f\nfrom stages.two import f as g"),
+    ],
+)
+def test_a_name_bound_to_something_else_counts(tmp_path: Path, before: str, after: str) -> None:
+    use = "\n\ndef run():\n    return f(1), g(2)"
+    deep = {
+        "one": "def f(x):\n    return h(x)\n\ndef h(x):\n    return 1",
+        "two": "def f(x):\n    return h(x)\n\ndef h(x):\n    return 2",
+    }
+    assert digests(tmp_path, stage=before + use, **deep) != digests(tmp_path, stage=after + use, **deep)
+
+
+def test_statements_that_run_on_import_count_one_by_one(tmp_path: Path) -> None:
+    stage = f"import stages.more\nfrom stages.other import f{RUN}"
+    together = digests(tmp_path, stage=stage, other="prepare(1)\nprepare(2)\n\ndef f():\n    return 1", more="")
+    apart = digests(tmp_path, stage=stage, other="prepare(1)\n\ndef f():\n    return 1", more="prepare(2)")
+    fewer = digests(tmp_path, stage=stage, other="prepare(1)\n\ndef f():\n    return 1", more="")
+    assert together == apart != fewer
+
+
+def test_moves_in_the_real_tree_leave_every_stage_cached(code_copy: Path) -> None:
+    """A module renamed, a function moved, a file split, a package around a module: nothing that is computed changes."""
+    before = all_digests(code_copy)
+    rename(code_copy, "stages.training.optim", "stages.training.optimisation")
+    rename(code_copy, "models.layers", "models.blocks.transformer")
+    split(code_copy, "models.patch_tables", "models.bit_packing", ("pack_bits", "unpack_bits"))
+    assert changed(code_copy, before) == set()
+    edit(code_copy / "models/bit_packing.py", "bitorder=", "axis=0, bitorder=")
+    assert changed(code_copy, before) == {"patch_index", "entropy_head", "train", "sample"}
+
+
+def rename(root: Path, old: str, new: str) -> None:
+    """Move a module and mend its importers."""
+    target = root.joinpath(*new.split(".")).with_suffix(".py")
+    target.parent.mkdir(exist_ok=True)
+    (target.parent / "__init__.py").touch()
+    root.joinpath(*old.split(".")).with_suffix(".py").rename(target)
+    for path in root.rglob("*.py"):
+        path.write_text(path.read_text().replace(old, new))
+
+
+def split(root: Path, old: str, new: str, names: tuple[str, ...]) -> None:
+    """Move functions of a module into a new one, which the old one and its importers then import."""
+    source = root.joinpath(*old.split(".")).with_suffix(".py")
+    text, moved = source.read_text(), []
+    for name in names:
+        function = re.search(rf"^def {name}\(.*?(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+        assert function is not None
+        # The parameters of a function may begin at the margin with its closing parenthesis.
+        moved.append(function[0])
+        text = text.replace(function[0], "")
+    head = text[: text.index("\n\n\n")] if "\n\n\n" in text else text
+    imports = [line for line in head.splitlines() if line.startswith(("import ", "from "))]
+    aliases = [line for line in text.splitlines() if re.match(r"\w+ = NDArray", line)]
+    root.joinpath(*new.split(".")).with_suffix(".py").write_text("\n".join([*imports, *aliases, *moved]))
+    lines = text.splitlines()
+    place = max(number for number, line in enumerate(lines) if line.startswith(("import ", "from "))) + 1
+    lines.insert(place, f"from {new} import {', '.join(names)}")
+    source.write_text("\n".join(lines))
 
 
 @pytest.mark.parametrize(
