@@ -12,10 +12,17 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from conf.image_stages import DatasetConfig, TokenizeConfig, TokenizerConfig
-from conf.model_stages import EntropyHeadConfig, EvaluateConfig, SampleConfig, TrainConfig
-from conf.patch_stages import EntropyMapConfig, EntropyModelConfig, PatchIndexConfig
+from conf.dataset import DatasetConfig
+from conf.entropy_head import EntropyHeadConfig
+from conf.entropy_map import EntropyMapConfig
+from conf.entropy_model import EntropyModelConfig
+from conf.evaluate import EvaluateConfig
+from conf.patch_index import PatchIndexConfig
+from conf.sample import SampleConfig
 from conf.section import Section
+from conf.tokenize import TokenizeConfig
+from conf.tokenizer import TokenizerConfig
+from conf.train import TrainConfig
 
 
 class Settings(Section):

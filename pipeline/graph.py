@@ -111,17 +111,13 @@ STAGES: dict[str, Stage] = {
     )
 }
 
-# Modules that cannot change what an artifact holds, left out of the code fingerprint, each with the reason.
-NEUTRAL_MODULES: dict[str, str] = {
-    "stages.job": "how a stage's process starts and ends",
-    "stages.errors": "names of errors",
-    "stages.artifact": "how files are written, not what is in them",
-    "stages.progress": "shown to people only",
-    "stages.memory": "gives free memory back",
-    "stages.prefetch": "when work is done, not what comes out",
-    "stages.distributed": "results do not depend on the number of processes",
+# What cannot change the content of an artifact and is left out of the code fingerprint, each with the reason.
+NEUTRAL: dict[str, str] = {
+    "stages.runtime": "how a stage's process runs, how files are written, what a person is told",
+    "stages.views": "drawn from finished artifacts",
     "stages.training.log": "metrics.jsonl is part of the record, not of the content",
 }
+COUNTED = frozenset({"stages.runtime.randomness"})  # what is drawn at random is a result
 
 
 def order(names: set[str] | None = None) -> list[Stage]:

@@ -22,8 +22,8 @@ from typing import Any
 from conf.schema import RuntimeConfig
 from pipeline.graph import Stage
 from pipeline.processes import parent_death_hook
-from stages.artifact import RECORD, read_json
-from stages.job import ERROR_FILE, Job
+from stages.runtime.artifact import RECORD, read_json
+from stages.runtime.job import ERROR_FILE, Job
 
 OnProgress = Callable[[dict[str, Any]], None]
 GRACE_S = 15.0  # between asking a stage to end and killing it

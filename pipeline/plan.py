@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.cache import Cache, Manifest
+from pipeline.cache.keys import Parts, changes, inputs_read, key_of, key_parts
+from pipeline.cache.store import Cache, Manifest
 from pipeline.graph import Stage
-from pipeline.keys import Parts, changes, inputs_read, key_of, key_parts
 from pipeline.project import DPAR, Project
-from stages.errors import InputError
+from stages.runtime.errors import InputError
 
 State = Literal["cached", "stale", "missing"]
 

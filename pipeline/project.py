@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.fingerprint import Code
-from pipeline.graph import NEUTRAL_MODULES, STAGES, Stage
+from pipeline.cache.fingerprint import Code
+from pipeline.graph import COUNTED, NEUTRAL, STAGES, Stage
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Project:
     code: Code = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "code", Code(self.code_root, frozenset(NEUTRAL_MODULES)))
+        object.__setattr__(self, "code", Code(self.code_root, frozenset(NEUTRAL), COUNTED))
 
 
 DPAR = Project(STAGES, Path(__file__).resolve().parent.parent)

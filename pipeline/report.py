@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.artifact import read_json
-from stages.errors import ArtifactError
+from stages.runtime.artifact import read_json
+from stages.runtime.errors import ArtifactError
 
 DISTANCES = ("fid", "fid_uncertified", "fd_lite0")
 RUNGS = {

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.cache import Cache, Manifest
+from pipeline.cache.keys import Parts, inputs_read, key_of, key_parts
+from pipeline.cache.store import Cache, Manifest
 from pipeline.graph import Stage
-from pipeline.keys import Parts, inputs_read, key_of, key_parts
 from pipeline.launch import launch
 from pipeline.plan import StageStatus, plan
 from pipeline.project import DPAR, Project
-from stages.artifact import read_json, remove_partials
-from stages.errors import InputError
-from stages.job import Job
-from stages.sources import image_root
+from stages.images.sources import image_root
+from stages.runtime.artifact import read_json, remove_partials
+from stages.runtime.errors import InputError
+from stages.runtime.job import Job
 
 __all__ = ["Observer", "StageResult", "StageStatus", "plan", "run_stage"]
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Observer(Protocol):
         """The stage's process is about to start in `work`."""
 
     def stage_progress(self, stage: str, progress: dict[str, Any]) -> None:
-        """The stage has got further; see `stages.progress`."""
+        """The stage has got further; see `stages.runtime.progress`."""
 
     def stage_finished(self, result: StageResult) -> None:
         """The artifact is there: made, found, or waited for."""

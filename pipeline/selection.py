@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pipeline.graph import STAGES, downstream, upstream
 from pipeline.plan import StageStatus
-from stages.errors import InputError
+from stages.runtime.errors import InputError
 
 
 def known_stage(name: str) -> str:

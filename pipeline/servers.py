@@ -17,8 +17,8 @@ from pathlib import Path
 
 from conf.schema import RuntimeConfig
 from pipeline.processes import HOST, Service, answers, fetch, free_port, listener, start, wait_until
-from stages.artifact import read_json, write_json
-from stages.errors import InputError
+from stages.runtime.artifact import read_json, write_json
+from stages.runtime.errors import InputError
 
 DEPLOYMENTS = ("dpar-pipeline/local", "dpar-stage/local")
 _START_TIMEOUT_S = 180.0  # a first start imports from a cold disk and makes its database
@@ -174,7 +174,7 @@ def _start_mlflow(runtime: RuntimeConfig, port: int) -> Service:
 
 
 def _start_runs(runtime: RuntimeConfig, prefect_port: int) -> Service:
-    command = [sys.executable, "-c", "from pipeline.flows import serve; serve()"]
+    command = [sys.executable, "-c", "from pipeline.serving.flows import serve; serve()"]
     variables = {"PREFECT_API_URL": f"http://{HOST}:{prefect_port}/api"} | _as_variables(runtime)
     log = server_folder(runtime) / "runs.log"
     return start("runs", command, environment(runtime) | variables, log, die_with_parent=False)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.cache import MANIFEST, TRASH, WORK, Cache, Manifest
+from pipeline.cache.keys import changes, key_of
+from pipeline.cache.store import MANIFEST, TRASH, WORK, Cache, Manifest
 from pipeline.graph import Stage
-from pipeline.keys import changes, key_of
 from pipeline.plan import current_parts, plan
 from pipeline.project import DPAR, Project
-from stages.errors import InputError
+from stages.runtime.errors import InputError
 
 
 @dataclass(frozen=True)

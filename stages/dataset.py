@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from conf.image_stages import DatasetConfig
+from conf.dataset import DatasetConfig
 from conf.schema import RuntimeConfig
-from stages.artifact import RECORD, write_atomic, write_json
-from stages.errors import InputError
-from stages.images import DecodeError, decode
-from stages.job import Inputs, main
-from stages.listing import Listing, list_images
-from stages.progress import Progress
-from stages.sources import archive_path, read_image
-from stages.stores.files import FACTS, file_digest, write_index
+from stages.images.decode import DecodeError, decode
+from stages.images.listing import Listing, list_images
+from stages.images.sources import archive_path, read_image
+from stages.runtime.artifact import RECORD, write_atomic, write_json
+from stages.runtime.errors import InputError
+from stages.runtime.job import Inputs, main
+from stages.runtime.progress import Progress
+from stages.stores.image_index import FACTS, file_digest, write_index
 
 logger = logging.getLogger(__name__)
 BLOCK = 4096  # images between two marks of progress that outlive a kill
@@ -48,7 +48,8 @@ def dataset(config: DatasetConfig, inputs: Inputs, output: Path, runtime: Runtim
     """Index the images below `inputs["images"]`.
 
     Raises:
-        InputError: No usable source (see `stages.listing`), too many broken images, or a class without a whole one.
+        InputError: No usable source (see `stages.images.listing`), too many broken images, or a class without one that
+            decodes.
     """
     images = list_images(config)
     facts, reasons = _check_all(images, inputs["images"], output, runtime)

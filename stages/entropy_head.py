@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conf.model_stages import EntropyHeadConfig
+from conf.entropy_head import EntropyHeadConfig
 from conf.schema import RuntimeConfig
 from models.boundaries import GivenBoundaries, NextToken
 from models.config import EntropyHeadConfig as HeadShape
@@ -29,20 +29,20 @@ from models.patch_tables import PatchTables, unpack_bits
 from models.patching import PatchRule
 from models.sampling import SamplingOptions, sample_dpar
 from models.vq import VQModel
-from stages.artifact import read_json, write_atomic, write_json
-from stages.boundaries import SAMPLES, THRESHOLDS, patch_rule
-from stages.distributed import World, process_group
-from stages.images import float_to_pixels
-from stages.job import Inputs, main
-from stages.pictures import captioned_grid, patches_outlined
+from stages.images.decode import float_to_pixels
+from stages.patches.boundary_sources import SAMPLES, THRESHOLDS, patch_rule
+from stages.patches.thresholds import EntropySample
+from stages.runtime.artifact import read_json, write_atomic, write_json
+from stages.runtime.distributed import World, process_group
+from stages.runtime.job import Inputs, main
 from stages.stores.blocks import Integers
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
-from stages.thresholds import EntropySample
 from stages.training.entropies import EntropyData, HeadObjective
 from stages.training.loop import train_model
-from stages.weights import HEAD_FILE, load_head, load_model, load_vq, save_head
+from stages.views.pictures import captioned_grid, patches_outlined
+from stages.weights.own import HEAD_FILE, load_head, load_model, load_vq, save_head
 
 Entropies = NDArray[np.float32]
 Starts = NDArray[np.bool_]

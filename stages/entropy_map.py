@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from conf.patch_stages import EntropyMapConfig
+from conf.entropy_map import EntropyMapConfig
 from conf.schema import RuntimeConfig
 from models.gpt import GPT
-from stages.artifact import file_sha256, write_json
-from stages.distributed import World, barrier, process_group
-from stages.errors import ArtifactError
-from stages.job import Inputs, main
-from stages.progress import Progress
+from stages.runtime.artifact import file_sha256, write_json
+from stages.runtime.distributed import World, barrier, process_group
+from stages.runtime.errors import ArtifactError
+from stages.runtime.job import Inputs, main
+from stages.runtime.progress import Progress
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.tokens import TokenStore
-from stages.weights import MODEL_FILE, load_gpt
+from stages.weights.own import MODEL_FILE, load_gpt
 
 STORE = "entropies.zarr"
 

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
-from conf.patch_stages import EntropyModelConfig
+from conf.entropy_model import EntropyModelConfig
 from conf.schema import RuntimeConfig
 from models.config import GPTConfig
 from models.gpt import GPT
-from stages.distributed import process_group
-from stages.job import Inputs, main
+from stages.runtime.distributed import process_group
+from stages.runtime.job import Inputs, main
 from stages.stores.tokens import TokenStore
 from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
 from stages.training.loop import train_model
 from stages.training.token_scores import write_scores
-from stages.weights import save_model
+from stages.weights.own import save_model
 
 
 def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:

@@ -16,23 +16,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from conf.model_stages import EvaluateConfig
+from conf.evaluate import EvaluateConfig
 from conf.schema import RuntimeConfig
 from models.vq import VQModel
-from stages.artifact import RECORD, read_json, write_atomic, write_json
-from stages.distributed import World, barrier, process_group
-from stages.images import center_crop, decode, float_to_pixels
-from stages.job import Inputs, main
-from stages.progress import Progress
+from stages.images.decode import center_crop, decode, float_to_pixels
+from stages.runtime.artifact import RECORD, read_json, write_atomic, write_json
+from stages.runtime.distributed import World, barrier, process_group
+from stages.runtime.job import Inputs, main
+from stages.runtime.progress import Progress
 from stages.scores.features import INCEPTION_SHA256, Extractor, Inception, Lite0
-from stages.scores.frechet import FeatureStats, frechet_distance
+from stages.scores.frechet import frechet_distance
 from stages.scores.inception_score import inception_score
 from stages.scores.precision_recall import precision_recall
+from stages.scores.statistics import FeatureStats
 from stages.scores.unigram import sample_marginals
-from stages.stores.files import ImageIndex
+from stages.stores.image_index import ImageIndex
 from stages.stores.samples import SampleStore
 from stages.stores.tokens import TokenStore
-from stages.weights import load_vq
+from stages.weights.own import load_vq
 
 Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]

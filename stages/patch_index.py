@@ -15,17 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
-from conf.patch_stages import PatchIndexConfig
+from conf.patch_index import PatchIndexConfig
 from conf.schema import RuntimeConfig
 from models.patch_tables import Bytes, PatchTables, pack_bits, unpack_bits
 from models.patching import PatchRule, static_patch_starts
-from stages.artifact import write_json
-from stages.job import Inputs, main
-from stages.patch_figures import PatchHistograms
-from stages.progress import Progress
+from stages.patches.thresholds import Entropies, EntropySample
+from stages.runtime.artifact import write_json
+from stages.runtime.job import Inputs, main
+from stages.runtime.progress import Progress
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchFacts, write_patches
-from stages.thresholds import Entropies, EntropySample
+from stages.views.patch_figures import PatchHistograms
 
 Mark = Callable[[Entropies], Bytes]
 

@@ -13,22 +13,22 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from conf.model_stages import SampleConfig
+from conf.sample import SampleConfig
 from conf.schema import RuntimeConfig
 from models.boundaries import EntropyBoundaries, HeadBoundaries, OwnEntropyBoundaries
-from stages.artifact import write_json
-from stages.boundaries import chosen_source, entropy_sample
-from stages.distributed import barrier, process_group
-from stages.drawing import LABEL_STREAM, Drawer, stream
-from stages.images import center_crop, decode
-from stages.job import Inputs, main
-from stages.pictures import patch_picture, sample_grid
-from stages.progress import Progress
+from stages.images.decode import center_crop, decode
+from stages.patches.boundary_sources import chosen_source, entropy_sample
+from stages.runtime.artifact import write_json
+from stages.runtime.distributed import barrier, process_group
+from stages.runtime.job import Inputs, main
+from stages.runtime.progress import Progress
+from stages.sampling.sampler import LABEL_STREAM, Drawer, stream
 from stages.stores.entropies import EntropyStore
-from stages.stores.files import ImageIndex
+from stages.stores.image_index import ImageIndex
 from stages.stores.patches import PatchIndex
 from stages.stores.samples import SampleFacts, SampleStore, sample_writer
 from stages.stores.tokens import TokenStore
+from stages.views.pictures import patch_picture, sample_grid
 
 logger = logging.getLogger(__name__)
 _PICTURE_ROWS = 8

@@ -18,18 +18,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conf.image_stages import TokenizeConfig
 from conf.schema import RuntimeConfig
+from conf.tokenize import TokenizeConfig
 from models.vq import VQModel
-from stages.artifact import file_sha256, write_json
-from stages.distributed import World, barrier, process_group
-from stages.images import Pixels, decode, pixels_to_float, view_names, views
-from stages.job import Inputs, main
-from stages.prefetch import prefetch
-from stages.progress import Progress
-from stages.stores.files import CLASSES_FILE, ImageIndex
+from stages.images.decode import Pixels, decode, pixels_to_float, view_names, views
+from stages.runtime.artifact import file_sha256, write_json
+from stages.runtime.distributed import World, barrier, process_group
+from stages.runtime.job import Inputs, main
+from stages.runtime.prefetch import prefetch
+from stages.runtime.progress import Progress
+from stages.stores.image_index import CLASSES_FILE, ImageIndex
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
-from stages.weights import VQ_FILE, load_vq
+from stages.weights.own import VQ_FILE, load_vq
 
 STORE = "tokens.zarr"
 

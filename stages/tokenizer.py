@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from conf.image_stages import TokenizerConfig
 from conf.schema import RuntimeConfig
+from conf.tokenizer import TokenizerConfig
 from models.discriminator import PatchDiscriminator
 from models.vq import VQModel
-from stages.artifact import write_json
-from stages.distributed import World, process_group
-from stages.foreign_weights import read_lpips, read_vq_checkpoint, write_source
-from stages.images import float_to_pixels, pixels_to_float
-from stages.job import Inputs, main
-from stages.stores.files import ImageIndex
+from stages.images.decode import float_to_pixels, pixels_to_float
+from stages.runtime.artifact import write_json
+from stages.runtime.distributed import World, process_group
+from stages.runtime.job import Inputs, main
+from stages.stores.image_index import ImageIndex
 from stages.training.images import ImageBatch, ImageFiles, VQObjective
 from stages.training.loop import Training, train_model
 from stages.training.stream import SampleStream
-from stages.weights import save_vq
+from stages.weights.own import save_vq
+from stages.weights.pretrained import read_lpips, read_vq_checkpoint, write_source
 
 logger = logging.getLogger(__name__)
 _VALIDATION_IMAGES = 512

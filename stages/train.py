@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from conf.model_stages import JointHeadConfig, TrainConfig
 from conf.schema import RuntimeConfig
+from conf.train import JointHeadConfig, TrainConfig
 from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead
 from models.gpt import GPT
-from stages.artifact import read_json
-from stages.distributed import World, process_group
-from stages.foreign_weights import read_gpt_checkpoint, write_source
-from stages.job import Inputs, main
+from stages.runtime.artifact import read_json
+from stages.runtime.distributed import World, process_group
+from stages.runtime.job import Inputs, main
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
@@ -32,7 +31,8 @@ from stages.training.loop import train_model
 from stages.training.next_patch import NextPatchData, NextPatchObjective
 from stages.training.patched import DPARObjective, PatchedData
 from stages.training.token_scores import write_scores
-from stages.weights import save_head, save_model
+from stages.weights.own import save_head, save_model
+from stages.weights.pretrained import read_gpt_checkpoint, write_source
 
 
 def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:

@@ -51,7 +51,7 @@ def test_a_question_imports_nothing_heavy(command: list[str], tmp_path: Path) ->
     (tmp_path / "images" / "cat" / "one.png").write_bytes(b"never opened")
     arguments = [*command, "--set", f"dataset.root={tmp_path / 'images'}", "--set", f"runtime.home={tmp_path / 'home'}"]
     program = (
-        "import sys\nfrom pipeline.cli import run_command\n"
+        "import sys\nfrom pipeline.cli.main import run_command\n"
         f"code = run_command({arguments!r})\n"
         f"print(code, sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)\n"
     )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.errors import InputError
+from stages.runtime.errors import InputError
 
 Pixels = npt.NDArray[np.uint8]
 Features = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]

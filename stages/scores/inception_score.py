@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from stages.scores.checks import finite_doubles
+from stages.scores.statistics import finite_doubles
 
 
 def inception_score(logits: npt.NDArray[np.floating], *, splits: int, seed: int = 0) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from stages.scores.checks import finite_doubles
+from stages.scores.statistics import finite_doubles
 
 Doubles = npt.NDArray[np.float64]
 _BLOCK_DISTANCES = 2**22  # 34 MB in float64, held about five times

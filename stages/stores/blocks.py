@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.errors import ArtifactError, InputError
+from stages.runtime.errors import ArtifactError, InputError
 from stages.stores.header import SpecOf, StoreHeader, reader_of
-from stages.stores.mapping import SideBySide
+from stages.stores.memory_map import SideBySide
 from stages.stores.units import Array, ArraySpec, StoreSpec
 
 Integers = NDArray[np.integer[Any]]

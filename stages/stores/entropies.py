@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.errors import ArtifactError
+from stages.runtime.errors import ArtifactError
 from stages.stores.blocks import BlockStore, Integers, open_store
 from stages.stores.units import ArraySpec, StoreSpec, UnitWriter
 

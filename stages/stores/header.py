@@ -10,7 +10,7 @@ from typing import Any
 
 import google_crc32c
 
-from stages.errors import ArtifactError
+from stages.runtime.errors import ArtifactError
 from stages.stores.units import ATTRIBUTES, CRC_BYTES, FORMAT, NOT_FACTS, ArraySpec, StoreSpec
 
 Read = Callable[[str], bytes]

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from models.patch_tables import Bytes, unpack_bits
-from stages.artifact import write_atomic
-from stages.errors import ArtifactError
+from stages.runtime.artifact import write_atomic
+from stages.runtime.errors import ArtifactError
 from stages.stores.blocks import Integers
 
 FORMAT = "1"

@@ -13,7 +13,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from stages.errors import ArtifactError, InputError
+from stages.runtime.errors import ArtifactError, InputError
 from stages.stores.header import Read, SpecOf, StoreHeader
 from stages.stores.units import Array, ArraySpec
 

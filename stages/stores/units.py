@@ -24,8 +24,8 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from stages.artifact import RECORD, file_sha256, read_json, remove_partials, write_atomic, write_json
-from stages.errors import ArtifactError
+from stages.runtime.artifact import RECORD, file_sha256, read_json, remove_partials, write_atomic, write_json
+from stages.runtime.errors import ArtifactError
 
 Array = NDArray[Any]
 FORMAT = 2

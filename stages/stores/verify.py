@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.artifact import file_sha256
-from stages.errors import ArtifactError
+from stages.runtime.artifact import file_sha256
+from stages.runtime.errors import ArtifactError
 from stages.stores.entropies import EntropyFacts
 from stages.stores.header import SpecOf, StoreHeader, reader_of
 from stages.stores.patches import PatchIndex

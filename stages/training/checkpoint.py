@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stages.artifact import write_atomic
+from stages.runtime.artifact import write_atomic
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{9})\.pt")

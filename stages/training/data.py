@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conf.section import TrainingConfig
 from models.gpt import GPT
-from stages.distributed import World, all_reduce_sum
+from stages.runtime.distributed import World, all_reduce_sum
 from stages.stores.tokens import TokenStore
 from stages.training.loop import Training
 from stages.training.stream import Integers, SampleStream

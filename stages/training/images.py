@@ -16,13 +16,13 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from conf.image_stages import TokenizerConfig
+from conf.tokenizer import TokenizerConfig
 from models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss, judge_frozen
 from models.lpips import LPIPS
 from models.vq import VQModel
-from stages.distributed import World
-from stages.images import Pixels, center_crop, decode, pixels_to_float, random_crop
-from stages.stores.files import ImageIndex
+from stages.images.decode import Pixels, center_crop, decode, pixels_to_float, random_crop
+from stages.runtime.distributed import World
+from stages.stores.image_index import ImageIndex
 from stages.training.stream import SampleStream
 
 

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from stages.artifact import RECORD
+from stages.runtime.artifact import RECORD
 
 
 class MetricLog:

@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from conf.section import TrainingConfig
-from stages.artifact import RECORD
-from stages.distributed import World, all_reduce_sum, barrier
-from stages.errors import ArtifactError
-from stages.memory import return_free_memory
-from stages.prefetch import prefetch
-from stages.progress import Progress
+from stages.runtime.artifact import RECORD
+from stages.runtime.distributed import World, all_reduce_sum, barrier, return_free_memory
+from stages.runtime.errors import ArtifactError
+from stages.runtime.prefetch import prefetch
+from stages.runtime.progress import Progress
 from stages.training.checkpoint import load_latest, save_checkpoint
 from stages.training.log import MetricLog
 from stages.training.optim import learning_rate

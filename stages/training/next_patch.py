@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.config import NextPatchSchedule
 from models.gpt import GPT
 from models.npp import next_patch_loss
-from stages.distributed import World
+from stages.runtime.distributed import World
 from stages.training.data import TokenBatch, TokenData
 from stages.training.stream import Integers, SampleStream
 

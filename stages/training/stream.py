@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from stages.distributed import World
-from stages.errors import InputError
+from stages.runtime.distributed import World
+from stages.runtime.errors import InputError
 
 Integers = npt.NDArray[np.int64]
 

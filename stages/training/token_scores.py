@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stages.artifact import write_json
+from stages.runtime.artifact import write_json
 from stages.scores.unigram import best_unigram_loss
 from stages.training.data import TokenData
 

@@ -18,15 +18,15 @@ from report import report
 from synthetic import CHUNK_ROWS, CODEBOOK, GRID, TOKENS, write_tokens
 from timing import interleaved
 
-from conf.patch_stages import PatchIndexConfig
+from conf.patch_index import PatchIndexConfig
 from conf.schema import RuntimeConfig
 from models.dpar import pack_patches
 from models.patch_tables import PatchTables
 from models.patching import PatchRule
-from pipeline.bench import Figures, Gate, gate
-from stages.artifact import read_json
-from stages.distributed import World
+from pipeline.bench.gates import Figures, Gate, gate
 from stages.patch_index import patch_index
+from stages.runtime.artifact import read_json
+from stages.runtime.distributed import World
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore

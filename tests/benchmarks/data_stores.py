@@ -18,7 +18,7 @@ from report import report
 from synthetic import CHUNK_ROWS, TOKENS, lay_out_tokens, token_facts, write_tokens
 from timing import interleaved
 
-from pipeline.bench import Gate, gate
+from pipeline.bench.gates import Gate, gate
 from stages.stores.header import StoreHeader, reader_of
 from stages.stores.tokens import TokenStore
 from stages.stores.verify import STORES, chunk_damage

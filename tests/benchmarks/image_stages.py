@@ -23,20 +23,21 @@ from PIL import Image
 from report import report
 from timing import interleaved
 
-from conf.image_stages import DatasetConfig, TokenizeConfig
+from conf.dataset import DatasetConfig
 from conf.load import load_settings
 from conf.schema import RuntimeConfig
+from conf.tokenize import TokenizeConfig
 from models.config import VQConfig
 from models.vq import VQModel
-from pipeline.bench import Figures, Gate, gate
+from pipeline.bench.gates import Figures, Gate, gate
 from stages.dataset import dataset
-from stages.distributed import World
-from stages.images import pixels_to_float
-from stages.progress import Progress
-from stages.sources import image_root
-from stages.stores.files import ImageIndex
+from stages.images.decode import pixels_to_float
+from stages.images.sources import image_root
+from stages.runtime.distributed import World
+from stages.runtime.progress import Progress
+from stages.stores.image_index import ImageIndex
 from stages.tokenize import Encoder, ViewReader, batches, tokenize
-from stages.weights import save_vq
+from stages.weights.own import save_vq
 
 THROUGHPUT_BOUND = 0.9
 BYTES_BOUND = 200.0

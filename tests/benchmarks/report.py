@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from pipeline.bench import Figures, Gate
+from pipeline.bench.gates import Figures, Gate
 
 
 def report(gates: Sequence[Gate], figures: Figures) -> None:

@@ -31,7 +31,7 @@ from models.dpar import DPAR, pack_patches
 from models.gpt import GPT, token_entropy
 from models.packed_linear import PackedLinear
 from models.sampling import DPARDecoding, SamplingOptions
-from pipeline.bench import Figures, Gate, gate
+from pipeline.bench.gates import Figures, Gate, gate
 
 TOKENS = GRIDS[256].num_tokens
 BATCHES = (1, 4, 16)

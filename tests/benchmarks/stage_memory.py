@@ -15,7 +15,7 @@ from report import report
 
 from conf.load import load_settings
 from conf.schema import RuntimeConfig
-from pipeline.bench import Gate, gate
+from pipeline.bench.gates import Gate, gate
 from pipeline.graph import STAGES
 
 FEW, FACTOR = 1000, 10

@@ -24,8 +24,8 @@ from models.dpar import DPAR, pack_patches
 from models.flops import dpar_cost, gpt_cost
 from models.gpt import GPT
 from models.patching import PatchRule, patch_starts
-from pipeline.bench import Gate, gate
-from stages.distributed import World
+from pipeline.bench.gates import Gate, gate
+from stages.runtime.distributed import World
 from stages.training.data import GPTObjective, TokenBatch
 from stages.training.loop import Training, train_step
 from stages.training.patched import DPARObjective, PatchedBatch

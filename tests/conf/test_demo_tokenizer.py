@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from conf.load import CONF_DIR, load_settings
-from stages.foreign_weights import read_vq_checkpoint
-from stages.images import center_crop, decode, float_to_pixels, pixels_to_float
-from stages.listing import list_images
-from stages.sources import image_root
+from stages.images.decode import center_crop, decode, float_to_pixels, pixels_to_float
+from stages.images.listing import list_images
+from stages.images.sources import image_root
+from stages.weights.pretrained import read_vq_checkpoint
 
 WEIGHTS = CONF_DIR / "demo" / "vq.safetensors"
 CARD = json.loads((CONF_DIR / "demo" / "card.json").read_text())

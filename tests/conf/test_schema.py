@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from conf.image_stages import DatasetConfig, TokenizerConfig
-from conf.model_stages import EvaluateConfig, SampleConfig, TrainConfig
-from conf.patch_stages import PatchIndexConfig
+from conf.dataset import DatasetConfig
+from conf.evaluate import EvaluateConfig
+from conf.patch_index import PatchIndexConfig
+from conf.sample import SampleConfig
 from conf.schema import Settings
 from conf.section import TrainingConfig
+from conf.tokenizer import TokenizerConfig
+from conf.train import TrainConfig
 from models.config import DPAR_SIZES, GPT_SIZES
 
 DPAR_B = asdict(DPAR_SIZES["B"])

@@ -13,7 +13,7 @@ import pytest
 def dpar(*words: str, home: Path, images: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     settings = ["--set", f"dataset.root={images}", "--set", f"runtime.home={home}"]
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *words, "--preset", "tiny", *settings],
+        [sys.executable, "-m", "pipeline.cli.main", *words, "--preset", "tiny", *settings],
         capture_output=True,
         text=True,
         check=False,

@@ -15,7 +15,7 @@ from conf.schema import RuntimeConfig, Settings
 from pipeline.graph import STAGES
 from pipeline.launch import launch
 from pipeline.project import DPAR
-from stages.job import Job
+from stages.runtime.job import Job
 from stages.sample import sample
 
 UNITS = 12

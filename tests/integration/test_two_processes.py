@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.model_stages import JointHeadConfig
 from conf.schema import RuntimeConfig, Settings
 from conf.section import Section
+from conf.train import JointHeadConfig
 from pipeline.graph import STAGES
 from pipeline.launch import launch
 from pipeline.project import DPAR
-from stages.artifact import read_json
-from stages.job import Job
+from stages.runtime.artifact import read_json
+from stages.runtime.job import Job
 from stages.stores.entropies import EntropyStore
 from stages.stores.samples import SampleStore
 from stages.stores.tokens import TokenStore

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from conf.schema import RuntimeConfig
-from pipeline.cache import Cache
+from pipeline.cache.store import Cache
 from pipeline.plan import StageStatus, plan
 from pipeline.project import Project
 from pipeline.runner import StageResult, run_stage
@@ -34,8 +34,8 @@ STAGE = """
 import json, time
 from pathlib import Path
 from conf.section import Section
-from stages.errors import InputError
-from stages.job import main
+from stages.runtime.errors import InputError
+from stages.runtime.job import main
 {imports}
 
 
@@ -172,9 +172,8 @@ class Tiny:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Tiny:
     """The small project, nothing made yet."""
-    (tmp_path / "stages").mkdir()
-    for name in ("__init__", "job", "errors", "artifact"):
-        shutil.copy(ROOT / "stages" / f"{name}.py", tmp_path / "stages")
+    shutil.copytree(ROOT / "stages" / "runtime", tmp_path / "stages" / "runtime")
+    shutil.copy(ROOT / "stages" / "__init__.py", tmp_path / "stages")
     (tmp_path / "stages" / "helper.py").write_text(HELPER)
     for name, text in STAGES.items():
         (tmp_path / "stages" / f"{name}.py").write_text(text)

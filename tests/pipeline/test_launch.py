@@ -16,7 +16,7 @@ from conf.schema import RuntimeConfig
 from pipeline import launch as launching
 from pipeline.graph import Stage
 from pipeline.launch import StageFailed, launch
-from stages.job import Job
+from stages.runtime.job import Job
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGE = Stage(name="alpha", inputs=(), summary="", spmd=True)
@@ -24,9 +24,9 @@ MODULE = """
 import os, signal, time
 {imports}
 from conf.section import Section
-from stages.errors import InputError
-from stages.job import main
-from stages.progress import Progress
+from stages.runtime.errors import InputError
+from stages.runtime.job import main
+from stages.runtime.progress import Progress
 
 
 def alpha(config, inputs, output, runtime):
@@ -48,9 +48,8 @@ Run = Callable[..., None]
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
     """Launch a stage whose function has the given body."""
-    (tmp_path / "stages").mkdir()
-    for name in ("__init__", "job", "errors", "artifact", "progress"):
-        shutil.copy(ROOT / "stages" / f"{name}.py", tmp_path / "stages")
+    shutil.copytree(ROOT / "stages" / "runtime", tmp_path / "stages" / "runtime")
+    shutil.copy(ROOT / "stages" / "__init__.py", tmp_path / "stages")
     lock = os.open(tmp_path / "lock", os.O_CREAT)
 
     def run(body: str, *, imports: str = "", processes: int = 1, on_progress: Callable[[Any], None] = id) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.report import collect, read_metrics
-from stages.errors import ArtifactError
+from stages.runtime.errors import ArtifactError
 
 SCORES = {
     "fd_lite0": 0.4,

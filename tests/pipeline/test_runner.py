@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from pipeline.launch import StageFailed
-from stages.errors import InputError
+from stages.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from conftest import Tiny
@@ -228,7 +228,7 @@ def test_observers_hear_start_end_and_failure(tiny: Tiny) -> None:
 
 
 def test_an_observer_hears_of_a_commit_that_fails(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.cache import Cache
+    from pipeline.cache.store import Cache
     from pipeline.runner import Silence, run_stage
 
     heard: list[str] = []

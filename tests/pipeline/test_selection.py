@@ -6,7 +6,7 @@ import pytest
 from pipeline.graph import STAGES
 from pipeline.plan import StageStatus
 from pipeline.selection import asked_for, known_stage, select
-from stages.errors import InputError
+from stages.runtime.errors import InputError
 
 
 def statuses(**states: Any) -> list[StageStatus]:

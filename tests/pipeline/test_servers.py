@@ -10,8 +10,8 @@ import pytest
 from conf.schema import RuntimeConfig
 from pipeline import servers
 from pipeline.processes import HOST, ServerError, answers, free_port
-from stages.artifact import read_json, write_json
-from stages.errors import InputError
+from stages.runtime.artifact import read_json, write_json
+from stages.runtime.errors import InputError
 
 
 @pytest.fixture

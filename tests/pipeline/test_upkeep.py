@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.plan import explain
 from pipeline.upkeep import accept, collect, garbage, verify
-from stages.errors import InputError
+from stages.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from conftest import Tiny

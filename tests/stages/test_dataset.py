@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 import stages.dataset
-import stages.stores.files
-from conf.image_stages import DatasetConfig
+import stages.stores.image_index
+from conf.dataset import DatasetConfig
 from conf.schema import RuntimeConfig
 from stages.dataset import dataset
-from stages.errors import ArtifactError, InputError
-from stages.listing import Listing
-from stages.sources import image_root
-from stages.stores.files import ImageIndex
+from stages.images.listing import Listing
+from stages.images.sources import image_root
+from stages.runtime.errors import ArtifactError, InputError
+from stages.stores.image_index import ImageIndex
 
 
 def make_images(root: Path, classes: str = "ab", count: int = 10) -> None:
@@ -111,7 +111,7 @@ def test_a_tar_that_was_cut_or_changed_or_went_since_is_noticed_when_read(tmp_pa
 def test_an_index_of_several_row_groups_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_images(tmp_path / "images")
     one = run(tmp_path / "images", tmp_path / "one", heldout_fraction=0.2)
-    monkeypatch.setattr(stages.stores.files, "_ROW_GROUP", 7)
+    monkeypatch.setattr(stages.stores.image_index, "_ROW_GROUP", 7)
     several = run(tmp_path / "images", tmp_path / "several", heldout_fraction=0.2)
     for name in ("relpaths", "offsets", "sizes", "digests", "labels"):
         assert np.array_equal(getattr(one, name), getattr(several, name)), name

@@ -18,13 +18,13 @@ from models.entropy_head import EntropyHead, entropies_of
 from models.gpt import token_entropy
 from models.patching import PatchRule, patch_starts
 from pipeline.graph import STAGES
-from stages.artifact import read_json
 from stages.entropy_head import entropy_head, own_entropies
+from stages.runtime.artifact import read_json
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
 from stages.training.entropies import EntropyData, HeadObjective
-from stages.weights import load_head, load_model
+from stages.weights.own import load_head, load_model
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
 

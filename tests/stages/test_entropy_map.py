@@ -11,16 +11,16 @@ import pytest
 import torch
 
 import stages.entropy_map
-from conf.patch_stages import EntropyMapConfig
+from conf.entropy_map import EntropyMapConfig
 from conf.schema import RuntimeConfig
 from models.config import GPTConfig
 from models.gpt import GPT
 from stages.entropy_map import entropy_map
-from stages.errors import ArtifactError
-from stages.job import Job
+from stages.runtime.errors import ArtifactError
+from stages.runtime.job import Job
 from stages.stores.entropies import EntropyStore
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
-from stages.weights import load_gpt, save_model
+from stages.weights.own import load_gpt, save_model
 
 N, A, T, V = 11, 2, 16, 40
 CONFIG = EntropyMapConfig(batch_size=3, precision="float32")

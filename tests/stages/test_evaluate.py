@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from conf.model_stages import EvaluateConfig
+from conf.evaluate import EvaluateConfig
 from conf.schema import Settings
 from conf.section import Section
 from pipeline.graph import STAGES
-from stages.artifact import read_json
-from stages.errors import InputError
 from stages.evaluate import RUNGS, score_names
+from stages.runtime.artifact import read_json
+from stages.runtime.errors import InputError
 from stages.scores.features import Inception, Lite0
-from stages.scores.frechet import FeatureStats, frechet_distance
+from stages.scores.frechet import frechet_distance
+from stages.scores.statistics import FeatureStats
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
 

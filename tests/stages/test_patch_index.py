@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import stages.thresholds
-from conf.patch_stages import PatchIndexConfig
+import stages.patches.thresholds
+from conf.patch_index import PatchIndexConfig
 from conf.schema import RuntimeConfig
-from stages.errors import ArtifactError, InputError
 from stages.patch_index import patch_index
+from stages.runtime.errors import ArtifactError, InputError
 from stages.stores.entropies import EntropyFacts, entropy_writer
 from stages.stores.patches import PatchIndex
 
@@ -121,7 +121,7 @@ def test_the_threshold_found_gives_the_mean_length_wanted(entropy_map: Path, tmp
 def test_the_search_looks_at_an_even_share_of_many_views(
     entropy_map: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.thresholds, "SAMPLE_ROWS", 20)
+    monkeypatch.setattr(stages.patches.thresholds, "SAMPLE_ROWS", 20)
     starts = run(entropy_map, tmp_path, target_mean_length=2.0)
     assert T * TRAIN * A / starts[:TRAIN].sum() == pytest.approx(2.0, rel=0.05)
 
@@ -163,7 +163,7 @@ def test_incomplete_entropies_are_refused(entropy_map: Path, tmp_path: Path) -> 
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.thresholds, "SAMPLE_ROWS", 100)
+    monkeypatch.setattr(stages.patches.thresholds, "SAMPLE_ROWS", 100)
     peaks = []
     for images in (2000, 2000, 20_000):  # the first run is not counted: it loads fonts and the like
         folder = write_store(tmp_path / f"{len(peaks)}", np.resize(ENTROPIES, (images, A, T)), chunk_rows=500)

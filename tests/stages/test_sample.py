@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.model_stages import SampleConfig
+from conf.sample import SampleConfig
 from conf.schema import RuntimeConfig, Settings
 from conf.section import Section
 from pipeline.graph import STAGES
-from stages.artifact import read_json
-from stages.errors import ArtifactError
+from stages.runtime.artifact import read_json
+from stages.runtime.errors import ArtifactError
 from stages.sample import draw_labels, sample, shown_classes
 from stages.stores.samples import SampleStore
 from stages.stores.units import UnitWriter

@@ -12,18 +12,19 @@ import torch
 from PIL import Image
 
 import stages.tokenize
-from conf.image_stages import DatasetConfig, TokenizeConfig
+from conf.dataset import DatasetConfig
 from conf.schema import RuntimeConfig
+from conf.tokenize import TokenizeConfig
 from models.config import VQConfig
 from models.vq import VQModel
 from stages.dataset import dataset
-from stages.errors import InputError
-from stages.images import decode, pixels_to_float, view_names, views
-from stages.job import Job
-from stages.stores.files import ImageIndex
+from stages.images.decode import decode, pixels_to_float, view_names, views
+from stages.runtime.errors import InputError
+from stages.runtime.job import Job
+from stages.stores.image_index import ImageIndex
 from stages.stores.tokens import TokenStore
 from stages.tokenize import batches, tokenize
-from stages.weights import save_vq
+from stages.weights.own import save_vq
 
 CONFIG = TokenizeConfig(image_size=32, views="flip", batch_size=6, chunk_rows=8)
 ROOT = Path(stages.tokenize.__file__).parents[1]

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from conf.image_stages import TokenizerConfig
 from conf.schema import RuntimeConfig, Settings
 from conf.section import Section
+from conf.tokenizer import TokenizerConfig
 from models.config import VQConfig
 from models.discriminator import PatchDiscriminator
 from models.lpips import LPIPS
 from models.vq import VQModel
-from stages.artifact import file_sha256, read_json
-from stages.distributed import World
-from stages.errors import InputError
+from stages.runtime.artifact import file_sha256, read_json
+from stages.runtime.distributed import World
+from stages.runtime.errors import InputError
 from stages.tokenizer import tokenizer
 from stages.training.images import ImageBatch, ImageFiles, VQObjective
 from stages.training.loop import CHECKPOINTS
 from stages.training.stream import SampleStream
-from stages.weights import load_vq
+from stages.weights.own import load_vq
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
 TINY = VQConfig(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, z_channels=32, codebook_size=64)

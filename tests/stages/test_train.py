@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from conf.model_stages import TrainConfig
 from conf.schema import RuntimeConfig, Settings
 from conf.section import Section
+from conf.train import TrainConfig
 from models.gpt import GPT
-from stages.artifact import file_sha256, read_json
-from stages.distributed import World
-from stages.errors import InputError
+from stages.runtime.artifact import file_sha256, read_json
+from stages.runtime.distributed import World
+from stages.runtime.errors import InputError
 from stages.stores.samples import SampleStore
 from stages.stores.tokens import TokenStore
 from stages.train import train
 from stages.training.data import GPTObjective, TokenData
 from stages.training.next_patch import NextPatchData
-from stages.weights import load_model
+from stages.weights.own import load_model
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
 SIZE = {"dim": 32, "num_layers": 2, "num_heads": 2}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stages.scores.frechet import FeatureStats, frechet_distance
+from stages.scores.frechet import frechet_distance
+from stages.scores.statistics import FeatureStats
 
 RNG = np.random.default_rng(0)
 

@@ -5,7 +5,7 @@ import pytest
 import tensorstore
 import zarr
 
-from stages.errors import ArtifactError
+from stages.runtime.errors import ArtifactError
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.samples import SampleFacts, SampleStore, sample_writer
 from stages.stores.verify import artifact_damage

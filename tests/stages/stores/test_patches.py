@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.patch_tables import pack_bits
-from stages.errors import ArtifactError
+from stages.runtime.errors import ArtifactError
 from stages.stores.patches import PatchFacts, PatchIndex, write_patches
 
 N, A, ROWS = 7, 2, 3

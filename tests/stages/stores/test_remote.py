@@ -13,7 +13,7 @@ from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 from zarr.storage import ObjectStore
 
-from stages.errors import ArtifactError, InputError
+from stages.runtime.errors import ArtifactError, InputError
 from stages.stores import remote
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
 

@@ -7,7 +7,7 @@ import pytest
 import tensorstore
 import zarr
 
-from stages.errors import ArtifactError
+from stages.runtime.errors import ArtifactError
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
 from stages.stores.units import UnitWriter
 from stages.stores.verify import artifact_damage

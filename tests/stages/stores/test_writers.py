@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stages.artifact import write_atomic
+from stages.runtime.artifact import write_atomic
 from stages.stores.tokens import TokenStore, token_writer
 from stages.stores.verify import artifact_damage
 

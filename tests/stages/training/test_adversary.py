@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 import stages
 from conf.section import TrainingConfig
-from stages.distributed import World
+from stages.runtime.distributed import World
 from stages.training.checkpoint import load_latest
 from stages.training.loop import CHECKPOINTS, Training, train_model
 
@@ -142,7 +142,7 @@ def test_two_processes_with_the_same_samples_train_as_one(tmp_path: Path) -> Non
             sys.path.insert(0, {str(Path(__file__).parent)!r})
             import test_adversary as t
             from conf.schema import RuntimeConfig
-            from stages.distributed import process_group
+            from stages.runtime.distributed import process_group
             with process_group(RuntimeConfig(device="cpu", threads=1)) as world:
                 game, run = t.training()
                 t.train_model(run, Path(sys.argv[1]), world)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from models.patch_tables import pack_bits
-from stages.distributed import World
-from stages.prefetch import prefetch
+from stages.runtime.distributed import World
+from stages.runtime.prefetch import prefetch
 from stages.stores.patches import PatchFacts, PatchIndex, write_patches
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
 from stages.training.patched import PatchedBatch, PatchedData

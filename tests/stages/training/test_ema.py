@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conf.section import TrainingConfig
-from stages.distributed import World
+from stages.runtime.distributed import World
 from stages.training.checkpoint import load_latest
 from stages.training.ema import WeightAverage
 from stages.training.loop import CHECKPOINTS, Training, train_model

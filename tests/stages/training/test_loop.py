@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from conf.section import TrainingConfig
-from stages.distributed import World
-from stages.errors import ArtifactError
+from stages.runtime.distributed import World
+from stages.runtime.errors import ArtifactError
 from stages.training.checkpoint import load_latest, save_checkpoint
 from stages.training.log import MetricLog
 from stages.training.loop import CHECKPOINTS, Training, train_model

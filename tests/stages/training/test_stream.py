@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.distributed import World
-from stages.errors import InputError
+from stages.runtime.distributed import World
+from stages.runtime.errors import InputError
 from stages.training.stream import SampleStream
 
 

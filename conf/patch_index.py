@@ -1,0 +1,34 @@
+"""Settings of stage `patch_index`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from conf.section import Section
+
+
+class PatchIndexConfig(Section):
+    """Where patches start (paper, Algorithm 1)."""
+
+    mode: Literal["entropy", "static"] = "entropy"
+    threshold: float | None = Field(None, description="A token above this entropy, in nats, opens a patch.")
+    target_mean_length: float | None = Field(
+        None, ge=1.0, description="Instead of a threshold: find the one that gives this mean patch length."
+    )
+    static_length: float | None = Field(None, ge=1.0, description="Tokens in a static patch; may be fractional.")
+    max_length: PositiveInt | None = Field(4, description="Longest patch, tokens; null for no limit.")
+    row_boundary: bool = Field(True, description="Open a patch at the start of each row of the token grid.")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        given = {name: getattr(self, name) for name in ("threshold", "target_mean_length", "static_length")}
+        wanted = {"entropy": ("threshold", "target_mean_length"), "static": ("static_length",)}[self.mode]
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) != 1 or named[0] not in wanted:
+            raise ValueError(
+                f"patch_index.mode {self.mode} was given {', '.join(named) or 'nothing'}, "
+                f"expected exactly one of {', '.join(wanted)}"
+            )
+        return self

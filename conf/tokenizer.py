@@ -1,0 +1,59 @@
+"""Settings of stage `tokenizer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from conf.section import NOT_IN_KEY, Section, Seed, TrainingConfig
+from models.config import (
+    SMALLEST_JUDGED_IMAGE,
+    VQConfig,
+)
+
+
+class TokenizerConfig(Section):
+    """The VQ tokenizer: imported or trained."""
+
+    source: Literal["checkpoint", "train"] = Field("checkpoint", description="Import weights, or train on the images.")
+    checkpoint: Path | None = Field(
+        None,
+        description="Weights to import, a LlamaGen .pt or safetensors; not read when training.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    model: VQConfig = Field(default_factory=VQConfig)
+    image_size: int = Field(256, ge=16, le=1024, description="Side of the training crops, pixels.")
+    training: TrainingConfig = Field(
+        default_factory=lambda: TrainingConfig(steps=400_000, global_batch_size=128, weight_decay=0.0)
+    )
+    commitment_weight: float = Field(0.25, ge=0)
+    lpips_weight: float = Field(1.0, ge=0, description="Perceptual loss; 0 leaves it out and needs no VGG weights.")
+    adversarial_weight: float = Field(0.5, ge=0, description="Of the discriminator's losses; 0 leaves it out.")
+    adversarial_start: int = Field(20_000, ge=0, description="Steps before the discriminator comes in.")
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.image_size % self.model.downsample:
+            raise ValueError(
+                f"tokenizer.image_size is {self.image_size}, expected a multiple of {self.model.downsample}, "
+                f"the downsampling of tokenizer.model.channel_multipliers {self.model.channel_multipliers}"
+            )
+        if self.source == "train" and self.adversarial and self.image_size < SMALLEST_JUDGED_IMAGE:
+            raise ValueError(
+                f"tokenizer.image_size is {self.image_size}, expected at least {SMALLEST_JUDGED_IMAGE} for the "
+                "discriminator: or set tokenizer.adversarial_weight to 0"
+            )
+        return self
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether a discriminator comes in before training ends."""
+        return self.adversarial_weight > 0 and self.adversarial_start < self.training.steps
+
+    def key_fields(self) -> dict[str, Any]:
+        """Importing depends on the weights (by digest), their shape and the size they are tried at, not on training."""
+        fields = super().key_fields()
+        return fields if self.source == "train" else {name: fields[name] for name in ("source", "model", "image_size")}

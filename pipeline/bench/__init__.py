@@ -1,0 +1,1 @@
+"""Gates and costs: what `dpar bench` and `dpar flops` measure."""

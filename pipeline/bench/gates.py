@@ -1,0 +1,124 @@
+"""Gates: numbers that a change must not spoil, read from finished artifacts or measured in fresh processes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from stages.runtime.errors import ArtifactError, InputError
+
+STATUS_BOUND_S = 1.0
+CACHED_RUN_BOUND_S = 10.0
+REPEATS = 5
+LADDER = tuple(f"fd_lite0_{rung}" for rung in ("heldout", "reconstruction", "samples", "marginals", "random"))
+BELOW_EACH_OTHER = (
+    ("entropy_model_heldout_loss", "entropy_model_unigram_loss"),
+    ("train_heldout_loss", "train_unigram_loss"),
+    *pairwise(LADDER),
+)
+SCRIPTS_FOLDER = Path(__file__).parents[2] / "tests" / "benchmarks"
+SCRIPTS = {
+    "train-step": ("train_step.py",),
+    "sample": ("sample_speed.py", "sample_parts.py"),
+    "data": ("data_stores.py", "data_loader.py", "image_stages.py", "stage_memory.py"),
+}
+NAMES = ("demo", "cli", *SCRIPTS)
+Relation = Literal["<", ">"]
+Figures = dict[str, dict[str, float]]  # by column and row of a table
+BOUNDS: tuple[tuple[str, Relation, float], ...] = (
+    ("ratio_to_marginals", "<", 0.8),
+    ("ratio_to_random", "<", 0.7),
+    ("patch_index_mean_length", ">", 1.5),
+    ("patch_index_mean_length", "<", 2.5),
+    ("sample_mean_patch_length", ">", 1.5),  # so the global stack sees at most two thirds of the positions
+    ("entropy_head_correlation", ">", 0.9),  # with the entropy model's entropies, on held-out images
+    ("entropy_head_agreement", ">", 0.85),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A measured value and its bound; the name says how they must compare."""
+
+    name: str
+    value: float
+    bound: float
+    met: bool
+
+
+def demo_gates(metrics: Mapping[str, float]) -> list[Gate]:
+    """Whether the models of the demo learned: the numbers of its stage `evaluate` against what needs no learning.
+
+    Raises:
+        ArtifactError: A number is not there.
+    """
+    wanted = {name for pair in BELOW_EACH_OTHER for name in pair} | {name for name, _, _ in BOUNDS}
+    missing = sorted(wanted - metrics.keys())
+    if missing:
+        raise ArtifactError(f"evaluate has no {', '.join(missing)}: make it again, `dpar run --force evaluate`")
+    return [
+        *(gate(f"{low} < {high}", metrics[low], "<", metrics[high]) for low, high in BELOW_EACH_OTHER),
+        *(gate(f"{name} {relation} {bound}", metrics[name], relation, bound) for name, relation, bound in BOUNDS),
+    ]
+
+
+def cli_gates(overrides: Sequence[str] = ()) -> list[Gate]:
+    """Median wall time of the commands that people wait for, each a fresh process; the demo must be cached.
+
+    Raises:
+        ArtifactError: A command failed; the message holds the end of what it said.
+    """
+    shared = ["--preset", "demo", *(word for override in overrides for word in ("--set", override))]
+    return [
+        gate("dpar status, s", _median_seconds(["status", *shared], REPEATS), "<", STATUS_BOUND_S),
+        gate("dpar run, all cached, s", _median_seconds(["run", *shared], REPEATS), "<", CACHED_RUN_BOUND_S),
+    ]
+
+
+def run_scripts(name: str) -> tuple[list[Gate], Figures]:
+    """Run the scripts of a benchmark in SCRIPTS, minutes long, and return their gates and what else they measured.
+
+    Raises:
+        InputError: dpar is installed without its source tree, where the scripts are.
+        ArtifactError: A script failed.
+    """
+    gates: list[Gate] = []
+    figures: Figures = {}
+    for script in SCRIPTS[name]:
+        path = SCRIPTS_FOLDER / script
+        if not path.is_file():
+            raise InputError(f"{path} is not there, expected the source tree of dpar: run this benchmark from a clone")
+        done = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise ArtifactError(f"{script} of benchmark {name} ended with {done.returncode}: what it said is above")
+        said = json.loads(done.stdout)
+        gates += [Gate(**gate) for gate in said["gates"]]
+        figures |= said["figures"]
+    return gates, figures
+
+
+def _median_seconds(arguments: Sequence[str], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli.main", *arguments], capture_output=True, text=True, check=False
+        )
+        seconds.append(time.perf_counter() - start)
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            raise ArtifactError(f"dpar {' '.join(arguments)} ended with {done.returncode}: {''.join(said)}")
+    return statistics.median(seconds)
+
+
+def gate(name: str, value: float, relation: Relation, bound: float) -> Gate:
+    """Hold a value against its bound; a NaN meets nothing."""
+    return Gate(name=name, value=value, bound=bound, met=value < bound if relation == "<" else value > bound)

@@ -1,0 +1,1 @@
+"""The one cache: keys, code fingerprints, outside files, artifacts."""

@@ -1,0 +1,97 @@
+"""Commands of `dpar` that measure: the demo against its bounds, models against the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.bench import flops as costs
+from pipeline.bench import gates
+from pipeline.cli import display, tables
+from pipeline.cli.options import AsJson, Overrides, load, show_json
+from pipeline.graph import STAGES
+from pipeline.plan import require_cached
+from pipeline.report import read_metrics
+from stages.runtime.errors import InputError
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(gates.NAMES)}.")],
+    *,
+    overrides: Overrides,
+    as_json: AsJson = False,
+) -> None:
+    """Hold measured numbers against their bounds.
+
+    demo: what the models of a finished demo learned. cli: how long one waits for it. The others are scripts of
+    tests/benchmarks, minutes long. Exit code 1 when a bound is missed.
+    """
+    figures: gates.Figures = {}
+    if name in gates.SCRIPTS:
+        measured, figures = gates.run_scripts(name)
+    elif name == "cli":
+        _demo_artifacts(overrides)
+        measured = gates.cli_gates(overrides)
+    elif name == "demo":
+        measured = gates.demo_gates(read_metrics(_demo_artifacts(overrides)["evaluate"]))
+    else:
+        raise InputError(f"benchmark is {name!r}, expected one of {', '.join(gates.NAMES)}")
+    if as_json:
+        show_json({"gates": [asdict(gate) for gate in measured], "figures": figures})
+    else:
+        tables.print_bench(display.make_console(), measured, figures)
+    if not all(gate.met for gate in measured):
+        raise typer.Exit(1)
+
+
+def _demo_artifacts(overrides: Sequence[str]) -> dict[str, Path]:
+    """The finished demo."""
+    return require_cached(*load("demo", overrides=overrides), list(STAGES), "dpar run --preset demo")
+
+
+@app.command()
+def flops(
+    *,
+    models: Annotated[
+        list[str],
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="As dpar-L, llamagen-L or npp-L; can be given again.",
+            default_factory=list,
+            show_default=False,
+        ),
+    ],
+    image_sizes: Annotated[
+        list[int],
+        typer.Option(
+            "--image-size",
+            metavar="PIXELS",
+            help="As 256; can be given again.",
+            default_factory=list,
+            show_default=False,
+        ),
+    ],
+    mean_length: Annotated[
+        float | None, typer.Option(metavar="TOKENS", help="Mean patch length; else the paper's for the image size.")
+    ] = None,
+    entropy_model: Annotated[str, typer.Option(metavar="SIZE", help="Size of the entropy model, B or T.")] = "B",
+    as_json: AsJson = False,
+) -> None:
+    """Count what an image costs, in training and sampling.
+
+    By default for the models and image sizes of the paper, beside its numbers.
+    """
+    with display.make_console(stderr=True).status("counting"):
+        rows = costs.measure(models, image_sizes, mean_length, entropy_model)
+    if as_json:
+        show_json({"entropy_model": entropy_model, "rows": [costs.as_json(row) for row in rows]})
+    else:
+        tables.print_costs(display.make_console(), rows, entropy_model)

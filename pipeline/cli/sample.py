@@ -1,0 +1,119 @@
+"""Commands of `dpar` that show samples: a quick look at a model, and finished samples for other programs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli import display
+from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, load, show_json
+from pipeline.graph import STAGES
+from pipeline.plan import require_cached
+from stages.runtime.errors import InputError
+
+app = typer.Typer(rich_markup_mode=None)
+MOST = 1024  # images in one picture
+
+
+@app.command()
+def sample(
+    *,
+    preset: Preset = None,
+    ablation: Ablation = None,
+    overrides: Overrides,
+    classes: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Numbers or names; all classes if not given.")
+    ] = None,
+    count: Annotated[int, typer.Option("--n", min=1, max=MOST, help="Images to draw.")] = 16,
+    seed: Annotated[int | None, typer.Option(metavar="SEED", help="As sample.seed.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(metavar="SCALE", help="As sample.cfg_scale.")] = None,
+    boundaries: Annotated[str | None, typer.Option(metavar="SOURCE", help="As sample.boundaries.")] = None,
+    patches: Annotated[bool, typer.Option("--patches", help="Outline the patches.")] = False,
+    init: Annotated[Path | None, typer.Option(metavar="IMAGE", help="Continue this image.")] = None,
+    keep_rows: Annotated[
+        int | None, typer.Option(metavar="K", help="Rows of tokens of that image that stay; else half.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="PNG", help="Where to write the picture.")] = Path("samples.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Draw a few images from a trained model, or continue a real one.
+
+    Needs a finished stage entropy_head. Nothing is written but the picture.
+    """
+    if keep_rows is not None and init is None:
+        raise InputError("--keep-rows is set without --init, the image whose rows to keep")
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out is {out}, expected the name of a PNG file, as samples.png")
+    given = {"seed": seed, "cfg_scale": cfg_scale, "boundaries": boundaries}
+    wished = [f"sample.{name}={value}" for name, value in given.items() if value is not None]
+    settings, runtime = load(preset, ablation, [*overrides, *wished])
+    inputs = require_cached(settings, runtime, STAGES["sample"].inputs, "dpar run --until entropy_head")
+    from stages.sampling import preview as quick_look
+
+    words = [word.strip() for word in classes.split(",")] if classes else []
+    wish = quick_look.Wish(classes=words, count=count, patches=patches, output=out)
+    with _progress("sample") as on_progress:
+        if init is None:
+            found = quick_look.look(settings.sample, inputs, runtime, wish, on_progress)
+        else:
+            beginning = quick_look.Beginning(image=init, keep_rows=keep_rows)
+            found = quick_look.continue_image(settings.sample, inputs, runtime, wish, beginning, on_progress)
+    if as_json:
+        show_json({"output": str(out), **asdict(found)})
+        return
+    typer.echo(f"{display.number(found.seconds_per_image):>8}  seconds an image, on {found.device}")
+    typer.echo(f"{display.number(found.mean_patch_length):>8}  tokens a patch")
+    typer.echo(f"picture in {out}")
+
+
+@app.command()
+def export(
+    *,
+    preset: Preset = None,
+    ablation: Ablation = None,
+    overrides: Overrides,
+    npz: Annotated[Path | None, typer.Option(metavar="PATH", help="One array arr_0, as ADM's evaluator reads.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FOLDER", help="One file an image, in a new folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write finished samples for other programs."""
+    if npz is None and png is None:
+        raise InputError("nothing to export to: give --npz PATH, --png FOLDER or both")
+    settings, runtime = load(preset, ablation, overrides)
+    artifact = require_cached(settings, runtime, ["sample"], "dpar run --until sample")["sample"]
+    from stages.sampling.export import export_npz, export_png
+    from stages.stores.samples import SampleStore
+
+    store = SampleStore.open(artifact / "samples.zarr")
+    with _progress("export") as on_progress:
+        if npz is not None:
+            export_npz(store, npz, on_progress)
+        if png is not None:
+            export_png(store, png, on_progress)
+    places = {"npz": npz, "png": png}
+    if as_json:
+        show_json({"samples": str(artifact), "images": len(store), **places})
+        return
+    for path in filter(None, places.values()):
+        typer.echo(f"{len(store):,} images in {path}")
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how many images are done, as a stage shows it."""
+    began = time.monotonic()
+    with display.make_screen(display.make_console(stderr=True)) as screen:
+
+        def show(done: int, total: int) -> None:
+            rate = done / max(time.monotonic() - began, 1e-9)
+            screen.stage_progress(
+                name, {"what": "images", "done": done, "total": total, "per_second": rate, "note": ""}
+            )
+
+        yield show

@@ -1,0 +1,146 @@
+"""What `dpar bench` and `dpar flops` show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from conf.sample import BoundarySource
+from pipeline.bench.flops import CostRow, sampling_costs
+from pipeline.bench.gates import Gate
+from pipeline.cli.display import number, plain_table
+
+# Broken by hand: a pipe has no width to wrap them at, and 80 columns are the narrowest that the tables fit.
+TRAINING_NOTE = """\
+linear, attn: of one forward; attention as whole squares. train: both, forward
+and backward. paper: its number for `linear`, diff: ours to it. saved: linear,
+to LlamaGen. Entropies are stored once, training does not pay for them again."""
+NPP_NOTE = """\
+npp: LlamaGen trained by Next Patch Prediction, half of its steps on blocks of
+2 x 2 tokens; linear, attn: of its mean forward. Its own paper (arXiv 2412.15321)
+says a training of about 0.6 of LlamaGen's, so about 40% saved."""
+SAMPLING_NOTE = """\
+Every position is computed once, and with guidance (CFG) twice. saved: linear
+with CFG, to LlamaGen."""
+BOUNDARIES_NOTE = """\
+Of DPAR guidance runs only the global stack, the decoder and the head twice. Its
+rows: what decides where patches start, at one mean length. static: known before,
+DPAR alone. entropy head: a narrow block on DPAR's encoder. entropy model: DPAR
+and that model. own entropy: of DPAR's prediction with the open patch; where the
+patch closes, decoder and head run again."""
+EXTRAPOLATED_NOTE = """\
+~ The paper has no mean length for this image size: extrapolated from its 1.81
+at 256 px and 2.06 at 384 px."""
+
+
+def print_bench(console: Console, gates: Sequence[Gate], figures: Mapping[str, Mapping[str, float]]) -> None:
+    """What was measured, then the gates."""
+    if figures:
+        console.print(figure_table(figures))
+        console.print()
+    console.print(gate_table(gates))
+
+
+def gate_table(gates: Iterable[Gate]) -> Table:
+    """Gates with their value and bound."""
+    table = plain_table("gate", "value", "bound", "")
+    for gate in gates:
+        verdict = Text("met", style="green") if gate.met else Text("MISSED", style="bold red")
+        table.add_row(gate.name, number(gate.value), number(gate.bound), verdict)
+    return table
+
+
+def figure_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
+    """Figures by column and row; a row that a column lacks stays empty there."""
+    table = plain_table("", *figures, numbers=figures)
+    for row in dict.fromkeys(row for column in figures.values() for row in column):
+        cells = (number(column[row]) if row in column else "" for column in figures.values())
+        table.add_row(row, *cells)
+    return table
+
+
+def print_costs(console: Console, rows: Sequence[CostRow], entropy_model: str) -> None:
+    """Training and sampling, beside LlamaGen and the paper, each with a note on how to read it."""
+    training, sampling = [TRAINING_NOTE], [SAMPLING_NOTE]
+    if any(row.model.startswith("npp-") for row in rows):
+        training.append(NPP_NOTE)
+    if any(row.patches is not None and row.patches.length_source == "extrapolated" for row in rows):
+        training.append(EXTRAPOLATED_NOTE)
+    if any(row.patches is not None for row in rows):
+        sampling.append(BOUNDARIES_NOTE)
+    console.print(Text("Training, GMACs an image", style="bold"))
+    console.print(training_table(rows))
+    console.print(Text("\n".join(training), style="dim"))
+    console.print(Text("\nSampling with caches, GMACs an image", style="bold"))
+    console.print(sampling_table(rows, entropy_model))
+    console.print(Text("\n".join(sampling), style="dim"))
+
+
+def training_table(rows: Iterable[CostRow]) -> Table:
+    """One row a model and image size."""
+    numbers = ("px", "length", "params", "linear", "attn", "train", "paper", "diff", "saved")
+    table = plain_table("model", *numbers, numbers=numbers)
+    for row in rows:
+        forward, training = row.cost.forward, row.cost.training
+        table.add_row(
+            row.model,
+            str(row.image_size),
+            _length(row),
+            f"{row.cost.parameters / 1e6:,.0f}M",
+            _giga(forward.linear),
+            _giga(forward.attention),
+            _giga(training.linear + training.attention),
+            "-" if row.paper_gmacs is None else f"{row.paper_gmacs:.2f}",
+            "-" if row.paper_difference_percent is None else f"{row.paper_difference_percent:+.2f}%",
+            _percent(row.saved_percent),
+        )
+    return table
+
+
+def sampling_table(rows: Iterable[CostRow], entropy_model: str) -> Table:
+    """One row a model and image size, and of a model on patches one each way to decide where they start."""
+    numbers = ("px", "linear", "attn", "CFG linear", "CFG attn", "saved")
+    table = plain_table("model", *numbers, numbers=numbers)
+    for row in rows:
+        for cost in sampling_costs(row):
+            table.add_row(
+                _sampled(row.model, cost.boundaries, entropy_model),
+                str(row.image_size),
+                _giga(cost.plain.linear),
+                _giga(cost.plain.attention),
+                _giga(cost.guided.linear),
+                _giga(cost.guided.attention),
+                _percent(cost.saved_percent),
+            )
+    return table
+
+
+def _sampled(model: str, boundaries: BoundarySource | None, entropy_model: str) -> str:
+    if boundaries is None:
+        return model
+    labels: dict[BoundarySource, str] = {
+        "static": f"{model} static",
+        "entropy_model": f"  entropy model {entropy_model}",
+        "entropy_head": "  entropy head",
+        "own_entropy": "  own entropy",
+    }
+    return labels[boundaries]
+
+
+def _length(row: CostRow) -> str:
+    if row.patches is None:
+        return "-"
+    mark = "~" if row.patches.length_source == "extrapolated" else ""
+    return f"{mark}{row.patches.mean_length:.2f}"
+
+
+def _giga(macs: float) -> str:
+    giga = macs / 1e9
+    return f"{giga:.2f}" if giga < 1000 else f"{giga:,.0f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1f}%"

@@ -1,0 +1,1 @@
+"""The pipeline as Prefect flows: the only package that imports Prefect."""

@@ -1,0 +1,1 @@
+"""Runs recorded in MLflow: the only package that imports MLflow."""

@@ -1,0 +1,240 @@
+"""How a run looks in MLflow: what each event of its journal becomes there. The only file that knows MLflow.
+
+One flat row for each pipeline run, so that ablations can be compared: all settings as params, all numbers as metrics.
+Below it a run for each stage that really ran; a stage found in the cache is a link to the run that made it. Stores and
+weights are named by path and digest and never copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# MLflow must not make a stage wait for a server that is gone; it reads these at each request.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from pipeline.cache.store import MANIFEST, Cache
+from pipeline.report import collect
+from pipeline.tracking.journal import Event, Journal
+from pipeline.tracking.metric_tail import MetricTail, Point, StageRun
+
+EXPERIMENT = "dpar"
+_BATCH, _PARAMS = 1000, 100  # metrics and params that MLflow takes at once
+_LONGEST = 6000  # characters of a param's value
+_DIGEST = 36  # characters of a dataset's digest
+_PICTURES = ("grid.png", "patches.png", "sources.png")
+
+
+class MlflowView:
+    """Writes journals to an MLflow store.
+
+    Args:
+        uri: Of the store.
+        folder: Where the pictures of a local store go, and where it is kept which run belongs to which key.
+    """
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        self._client = MlflowClient(tracking_uri=uri)
+        self._cache = Cache(folder.parent)
+        self._runs = folder / "runs"
+        self._tails: dict[str, MetricTail] = {}
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        pictures = None if uri.startswith("http") else (folder / "mlartifacts").as_uri()  # a server has its own place
+        self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, pictures)
+
+    def send(self, journal: Journal) -> None:
+        """Bring MLflow up to date with a journal; what fails is tried again with the next call.
+
+        Raises:
+            Exception: Whatever MLflow, its database or the network raise.
+        """
+        for event in journal.unsent():
+            self._apply(journal, event)
+            journal.sent += 1
+            journal.save()
+        for place in journal.running.values():
+            self._follow(place["key"], Path(place["work"]))
+
+    def _apply(self, journal: Journal, event: Event) -> None:
+        """Each of these can be done again after it has failed half way."""
+        match event["event"]:
+            case "pipeline_started":
+                self._pipeline_started(journal, event)
+            case "stage_started":
+                self._stage_started(journal, event)
+            case "stage_finished":
+                self._stage_finished(journal, event)
+            case "stage_failed":
+                self._stage_failed(journal, event)
+            case "pipeline_finished":
+                self._client.set_terminated(_parent(journal), event["status"], event["time_ms"])
+            case unknown:
+                raise ValueError(f"{journal.folder} has an event {unknown!r}: it is of another version of dpar")
+
+    def _pipeline_started(self, journal: Journal, event: Event) -> None:
+        if journal.run_id is None:
+            tags = {**event["tags"], **_commit(), "kind": "pipeline", "mlflow.runName": event["name"]}
+            tags["settings.digest"] = hashlib.sha256(json.dumps(event["settings"]).encode()).hexdigest()[:20]
+            run = self._client.create_run(self._experiment, start_time=event["time_ms"], tags=tags)
+            journal.run_id = run.info.run_id
+            journal.save()
+        params = [Param(name, str(value)[:_LONGEST]) for name, value in _flat(event["settings"]).items()]
+        for start in range(0, len(params), _PARAMS):
+            self._client.log_batch(journal.run_id, params=params[start : start + _PARAMS])
+        self._client.log_dict(journal.run_id, event["settings"], "settings.yaml")
+
+    def _stage_started(self, journal: Journal, event: Event) -> None:
+        stage, key = event["stage"], event["key"]
+        parent = _parent(journal)
+        known = StageRun.read(self._runs, key)
+        if known is not None and known.open and self._has(known.run_id):  # a killed attempt at this very key goes on
+            self._client.update_run(known.run_id, status="RUNNING")
+            self._client.set_tag(known.run_id, "mlflow.parentRunId", parent)
+        else:
+            tags = {"kind": "stage", "stage": stage, "stage.key": key, "mlflow.runName": stage}
+            tags["mlflow.parentRunId"] = parent
+            run = self._client.create_run(self._experiment, start_time=event["time_ms"], tags=tags)
+            StageRun(run.info.run_id).write(self._runs, key)
+        journal.running[stage] = {"key": key, "work": event["work"]}
+
+    def _has(self, run_id: str) -> bool:
+        """Whether this store has the run: it may be known from another store, or have been deleted on the page."""
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+    def _stage_finished(self, journal: Journal, event: Event) -> None:
+        stage, key, path = event["stage"], event["key"], Path(event["path"])
+        parent = _parent(journal)
+        known = self._follow(key, path) if stage in journal.running else StageRun.read(self._runs, key)
+        if stage in journal.running and known is not None:
+            self._finish_stage(known, event, path)
+            known.open = False
+            known.write(self._runs, key)
+        else:
+            self._client.log_inputs(parent, [_dataset(stage, event["digest"], path, "reused")])
+        tags = {"key": key, "state": event["state"], "run_id": known.run_id if known else "unknown"}
+        prefix = "" if stage == "evaluate" else f"{stage}."
+        final = [Point(prefix + name, 0, value) for name, value in event["metrics"].items()]
+        self._client.log_batch(
+            parent,
+            metrics=_metrics(final, event["time_ms"]),
+            tags=[RunTag(f"stage.{stage}.{name}", value) for name, value in tags.items()],
+        )
+        self._log_pictures(parent, path)
+        if stage == "evaluate" and path.exists():
+            self._client.log_text(parent, _score_table(path), "scores.md")
+        journal.running.pop(stage, None)
+
+    def _finish_stage(self, known: StageRun, event: Event, path: Path) -> None:
+        run_id = known.run_id
+        tags = {"artifact.digest": event["digest"], "artifact.uri": path.as_uri()}
+        last = max(known.steps.values(), default=0)  # final numbers end the curves of the same names
+        final = known.fresh(Point(name, last, value) for name, value in event["metrics"].items())
+        self._client.log_batch(
+            run_id, metrics=_metrics(final, event["time_ms"]), tags=[RunTag(*tag) for tag in tags.items()]
+        )
+        self._client.log_inputs(run_id, self._inputs(path))
+        if (path / MANIFEST).exists():
+            self._client.log_artifact(run_id, str(path / MANIFEST))
+        self._log_pictures(run_id, path)
+        self._client.set_terminated(run_id, "FINISHED", event["time_ms"])
+
+    def _stage_failed(self, journal: Journal, event: Event) -> None:
+        place = journal.running.get(event["stage"])
+        known = self._follow(place["key"], Path(place["work"])) if place else None
+        if known is not None:
+            self._client.set_tag(known.run_id, "last_error", event["message"])
+            self._client.set_terminated(known.run_id, event["status"], event["time_ms"])
+        self._client.set_tag(_parent(journal), "last_error", event["message"])
+        journal.running.pop(event["stage"], None)
+
+    def _follow(self, key: str, folder: Path) -> StageRun | None:
+        """Send what a stage's metrics.jsonl has that MLflow has not; returns the stage's run."""
+        known = StageRun.read(self._runs, key)
+        if known is None:
+            return None
+        tail = self._tails.pop(key, None)
+        if tail is None or tail.folder != folder:
+            tail = MetricTail(folder)
+        fresh = known.fresh(tail.points())
+        for start in range(0, len(fresh), _BATCH):
+            part = fresh[start : start + _BATCH]
+            self._client.log_batch(known.run_id, metrics=_metrics(part, time.time_ns() // 1_000_000))
+            known.add(part)
+            known.write(self._runs, key)
+        self._tails[key] = tail  # only now: after a failure the file is read anew, and what is known is left out
+        return known
+
+    def _inputs(self, path: Path) -> list[DatasetInput]:
+        """What an artifact was made from, by content."""
+        manifest = self._cache.read(path)
+        if manifest is None:
+            return []
+        return [
+            _dataset(stage, digest, made, "input")
+            for stage, digest in manifest.parts["inputs"].items()
+            for made in [made for made, other in self._cache.manifests(stage) if other.digest == digest][:1]
+        ]
+
+    def _log_pictures(self, run_id: str, path: Path) -> None:
+        for picture in (path / name for name in _PICTURES):
+            if picture.exists():
+                self._client.log_artifact(run_id, str(picture))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"seed": 0}}` as `{"train.seed": 0}`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _metrics(points: Iterable[Point], time_ms: int) -> list[Metric]:
+    return [Metric(point.name, float(point.value), time_ms, point.step) for point in points]
+
+
+def _dataset(name: str, digest: str, path: Path, context: str) -> DatasetInput:
+    """A reference: MLflow shows name and digest and keeps no copy."""
+    source = json.dumps({"uri": path.as_uri()})
+    return DatasetInput(Dataset(name, digest[:_DIGEST], "local", source), [InputTag("mlflow.data.context", context)])
+
+
+def _score_table(path: Path) -> str:
+    report = collect({"evaluate": path})
+    lines = [f"| {score.name} | {score.value:.4g} | {score.meaning} |" for score in (*report.ladder, *report.scores)]
+    return "\n".join(["| score | value | meaning |", "|---|---|---|", *lines, ""])
+
+
+def _commit() -> dict[str, str]:
+    """Tags that say which code ran; none outside a repository."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run([*git, "status", "-s"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"mlflow.source.git.commit": commit.stdout.strip(), "git.dirty": str(bool(changed.stdout.strip())).lower()}
+
+
+def _parent(journal: Journal) -> str:
+    if journal.run_id is None:
+        raise ValueError(f"{journal.folder} does not begin with pipeline_started")
+    return journal.run_id

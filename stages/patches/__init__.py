@@ -1,0 +1,1 @@
+"""Patches: the rule, its thresholds, and what decides boundaries in samples."""

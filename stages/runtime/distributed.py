@@ -1,0 +1,86 @@
+"""The process group of a stage: the only place that knows ranks. One process needs none and gets the same functions."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from conf.schema import RuntimeConfig
+from stages.runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that torchrun started."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes what is written once."""
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(runtime: RuntimeConfig) -> Iterator[World]:
+    """Join the group that torchrun's environment describes, and leave it at the end."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(runtime)
+    torch.set_num_threads(
+        runtime.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    )
+    if size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        yield World(rank, size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum of `values` over all processes, on every process. The input is left as it was."""
+    total = values.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def return_free_memory() -> None:
+    """Give the allocator's free pages back to the system (Linux).
+
+    Batches of patches have another shape at every step. The heap fragments under them, and a process that lives on one
+    gigabyte would come to hold four.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _device(runtime: RuntimeConfig) -> torch.device:
+    wanted = runtime.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("runtime.device is cuda and torch sees no CUDA device: use runtime.device=cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")

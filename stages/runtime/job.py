@@ -1,0 +1,108 @@
+"""How a stage's process is told what to do, and how it ends: `python -m stages.<name> --job job.json`.
+
+The launcher writes the job; the stage's function does the work; an error comes back as one line in
+`record/error.json`, because the exit code of torchrun says no more than that a process failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from conf.schema import RuntimeConfig
+from conf.section import Section
+from stages.runtime.artifact import RECORD, read_json, write_json
+from stages.runtime.errors import InputError
+
+logger = logging.getLogger(__name__)
+Inputs = Mapping[str, Path]
+Config = TypeVar("Config", bound=Section)
+StageFunction = Callable[[Config, Inputs, Path, RuntimeConfig], None]
+ERROR_FILE = Path(RECORD) / "error.json"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of one stage.
+
+    `inputs` maps a stage's name to its finished artifact, and "images" to the root of the images. `output` is the work
+    directory, which becomes the artifact when the stage ends well.
+    """
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, Path]
+    output: Path
+    runtime: dict[str, Any]
+
+    def write(self, path: Path) -> None:
+        """Write the job as JSON."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """Read a job that `write` wrote."""
+        fields = read_json(path)
+        inputs = {name: Path(value) for name, value in fields.pop("inputs").items()}
+        return cls(**fields | {"inputs": inputs, "output": Path(fields["output"])})
+
+
+def main(function: StageFunction[Config], config_type: type[Config]) -> None:
+    """Run `function` as the process of a stage: the body of every stage's `__main__`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--job", type=Path, required=True)
+    job = Job.read(parser.parse_args().job)
+    runtime = RuntimeConfig(**job.runtime)
+    rank = int(os.environ.get("RANK", "0"))
+    _configure_logging(rank, runtime)
+    _die_with_parent()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        function(config_type.model_validate(job.config), job.inputs, job.output, runtime)
+    except Exception as error:
+        code = 2 if isinstance(error, InputError) else 1
+        logger.error("%s", traceback.format_exc())
+        _write_error(job, error, code, rank)
+        sys.exit(code)
+
+
+def _write_error(job: Job, error: Exception, code: int, rank: int) -> None:
+    """Leave the first process's error for the launcher; a full disk may leave no room for it."""
+    path = job.output / ERROR_FILE
+    try:
+        if not path.exists():
+            write_json(path, {"message": _one_line(error, job), "code": code, "rank": rank})
+    except OSError:
+        logger.error("%s", _one_line(error, job))
+
+
+def _one_line(error: Exception, job: Job) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"disk full below {job.output}: free some space and run again; finished units and checkpoints are kept"
+    text = " ".join(str(error).split()) or "no message"
+    known = isinstance(error, (ValueError, RuntimeError)) and not isinstance(error, UnicodeError)
+    return text if known else f"{type(error).__name__}: {text}"
+
+
+def _configure_logging(rank: int, runtime: RuntimeConfig) -> None:
+    level = runtime.log_level.upper() if rank == 0 else "WARNING"
+    logging.basicConfig(
+        level=level, stream=sys.stdout, format=f"%(asctime)s [{rank}] %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to stop this process when its parent dies, so that a killed launcher leaves no orphan."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

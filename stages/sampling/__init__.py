@@ -1,0 +1,1 @@
+"""Samples: tokens and pixels from finished models."""

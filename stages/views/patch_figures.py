@@ -1,0 +1,74 @@
+"""Figures about patches: how long they are, how uncertain tokens are, how patches follow an image's complexity.
+
+The same numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from stages.runtime.artifact import write_atomic
+
+ENTROPY_BINS = 100
+
+
+class PatchHistograms:
+    """How often each patch length and each entropy occurs."""
+
+    def __init__(self, num_tokens: int, max_entropy: float) -> None:
+        self.max_entropy = max_entropy
+        """Of a uniform guess, nats: where the scale ends."""
+        self.lengths: NDArray[np.int64] = np.zeros(num_tokens + 1, dtype=np.int64)
+        """Patches of each length; place 0 stays empty."""
+        self.entropies: NDArray[np.int64] = np.zeros(ENTROPY_BINS, dtype=np.int64)
+        """Tokens by entropy, in bins of equal width; the first of an image has no prediction and is left out."""
+
+    def add(self, starts: NDArray[np.bool_], entropies: NDArray[np.float32]) -> None:
+        """Count images: where patches start (n, T), and entropies (n, T) in nats."""
+        places = np.flatnonzero(starts)  # every image opens with a patch, so no length spans two images
+        self.lengths += np.bincount(np.diff(places, append=starts.size), minlength=len(self.lengths))
+        predicted = np.clip(entropies[:, 1:], 0.0, self.max_entropy)
+        self.entropies += np.histogram(predicted, ENTROPY_BINS, (0.0, self.max_entropy))[0]
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens in a patch, on average over the patches."""
+        return float(self.lengths @ np.arange(len(self.lengths)) / self.lengths.sum())
+
+    def draw(self, threshold: float | None, path: Path) -> None:
+        """Write both histograms as a PNG; a line marks the threshold, in nats, unless patches are static."""
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        longest = int(np.flatnonzero(self.lengths)[-1])
+        left.bar(range(1, longest + 1), self.lengths[1 : longest + 1] / self.lengths.sum(), color="tab:blue")
+        left.set(xlabel="tokens in a patch", ylabel="share of the patches", title=f"mean {self.mean_length:.3f}")
+        left.xaxis.get_major_locator().set_params(integer=True)
+        edges = np.linspace(0.0, self.max_entropy, ENTROPY_BINS + 1)
+        right.stairs(self.entropies / self.entropies.sum(), edges, fill=True, color="tab:orange")
+        right.set(xlabel="entropy of the next token, nats", ylabel="share of the tokens")
+        if threshold is not None:
+            right.axvline(threshold, color="black", linestyle="--")
+            right.set_title(f"threshold {threshold:.4g}")
+        _save(figure, path)
+
+
+def draw_scatter(
+    png_bytes: NDArray[np.int64], num_patches: NDArray[np.int64], correlation: float | None, path: Path
+) -> None:
+    """Write a PNG of the patches of n images against the sizes of their PNG files in bytes."""
+    figure = Figure(figsize=(6.4, 5), layout="constrained")
+    axes = figure.subplots()
+    # Counts are whole numbers and their points would hide each other: they are moved by up to half a patch.
+    shift = np.random.default_rng(0).uniform(-0.4, 0.4, len(num_patches))
+    axes.scatter(png_bytes / 1000, num_patches + shift, s=8, alpha=0.35, linewidths=0, color="tab:blue")
+    found = "no correlation: one does not vary" if correlation is None else f"correlation {correlation:.2f}"
+    axes.set(xlabel="size as PNG, kB", ylabel="patches", title=f"{found}, {len(num_patches)} images")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=100, metadata={"Software": None}))

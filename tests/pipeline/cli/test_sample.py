@@ -1,0 +1,113 @@
+"""`dpar sample` and `dpar export`: what they ask for, pass on and say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conf.sample import SampleConfig
+from conf.schema import RuntimeConfig
+from pipeline.cli.main import run_command
+from pipeline.graph import STAGES
+from pipeline.plan import StageStatus
+from stages.sampling.preview import Beginning, Look, Wish
+
+LOOK = Look(classes=["cat", "dog"], mean_patch_length=1.81, seconds_per_image=0.25, device="cpu")
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """All stages are cached."""
+    found = [StageStatus(name, "cached", "", "key", tmp_path / name) for name in STAGES]
+    monkeypatch.setattr("pipeline.plan.plan", lambda *_: found)
+    return tmp_path
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Calls of the functions behind the command, which draw nothing."""
+    calls: list[tuple[Any, ...]] = []
+    for name in ("look", "continue_image"):
+        monkeypatch.setattr(
+            f"stages.sampling.preview.{name}", lambda *given, name=name: calls.append((name, *given)) or LOOK
+        )
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        (["sample"], "dataset, tokenizer, tokenize, entropy_model, entropy_map, patch_index, train, entropy_head"),
+        (["export", "--npz", "a.npz"], "sample"),
+    ],
+)
+def test_stages_that_are_not_made_are_named(
+    command: list[str], missing: str, image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--set", f"dataset.root={image_root}", "--set", f"runtime.home={tmp_path}"]
+    assert run_command([*command, "--preset", "tiny", *settings]) == 2
+    assert f"not cached: {missing}: make them with `dpar run --until" in capsys.readouterr().err
+
+
+def test_a_look_gets_what_the_options_say(
+    cached: Path, looks: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--classes", "cat, 5", "--n", "4", "--seed", "9", "--cfg-scale", "1.25", "--patches", "--out", "a.png"]
+    assert run_command(["sample", "--set", "sample.top_k=50", *options]) == 0
+    name, config, inputs, runtime, wish, _ = looks[0]
+    assert name == "look"
+    assert config == SampleConfig(seed=9, cfg_scale=1.25, top_k=50)
+    assert inputs == {stage: cached / stage for stage in STAGES["sample"].inputs}
+    assert isinstance(runtime, RuntimeConfig)
+    assert wish == Wish(classes=["cat", "5"], count=4, patches=True, output=Path("a.png"))
+    said = capsys.readouterr().out
+    assert "0.25  seconds an image, on cpu" in said
+    assert "1.81  tokens a patch" in said
+    assert "picture in a.png" in said
+
+
+def test_an_image_is_continued_and_told_in_json(
+    cached: Path, looks: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["sample", "--init", "b.jpg", "--keep-rows", "3", "--classes", "cat", "--json"]) == 0
+    assert looks[0][0] == "continue_image"
+    assert looks[0][5] == Beginning(image=Path("b.jpg"), keep_rows=3)
+    assert json.loads(capsys.readouterr().out) == {"output": "samples.png", **vars(LOOK)}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["sample", "--keep-rows", "3"], "--keep-rows is set without --init"),
+        (["sample", "--out", "a.jpg"], "--out is a.jpg, expected the name of a PNG file"),
+        (["sample", "--n", "0"], "greater than or equal to 1"),
+        (["sample", "--cfg-scale", "0.5"], "sample.cfg_scale"),
+        (["export"], "nothing to export to: give --npz PATH, --png FOLDER or both"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_in_a_line(
+    cached: Path, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(options) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_samples_are_exported_both_ways(
+    tiny_artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [StageStatus("sample", "cached", "", "key", tiny_artifacts["sample"])]
+    monkeypatch.setattr("pipeline.plan.plan", lambda *_: found)
+    npz, png = tmp_path / "a.npz", tmp_path / "png"
+    assert run_command(["export", "--npz", str(npz), "--png", str(png), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"samples": str(tiny_artifacts["sample"]), "images": 12, "npz": str(npz), "png": str(png)}
+    assert np.load(npz)["arr_0"].shape == (12, 32, 32, 3)
+    assert len(list(png.iterdir())) == 12
+    assert run_command(["export", "--npz", str(npz)]) == 0
+    assert f"12 images in {npz}" in capsys.readouterr().out

@@ -1,0 +1,116 @@
+"""The flows as Prefect's page runs them: through the server, the deployment, and a process that Prefect starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.schema import RuntimeConfig
+from pipeline import servers
+from pipeline.processes import free_port
+
+pytestmark = pytest.mark.timeout(600)
+
+
+class Prefect:
+    """A Prefect server with the deployments, as a page in a browser talks to it."""
+
+    def __init__(self, runtime: RuntimeConfig, images: Path) -> None:
+        self.api = f"{servers.up(runtime).prefect}/api"
+        self.images = images
+
+    def call(self, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.api + path, data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def run(self, deployment: str, **parameters: Any) -> tuple[str, str, dict[str, str]]:
+        """Name of the run's last state, its message, and the states of its tasks."""
+        overrides = [f"dataset.root={self.images}", *parameters.pop("overrides", [])]
+        identity = self.call(f"/deployments/name/{deployment}/local")["id"]
+        body = {"parameters": {"preset": "tiny", "overrides": overrides, **parameters}, "state": {"type": "SCHEDULED"}}
+        run = self.call(f"/deployments/{identity}/create_flow_run", body)
+        while run["state_type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            time.sleep(0.5)
+            run = self.call(f"/flow_runs/{run['id']}")
+        tasks = self.call("/task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+        return run["state_name"], run["state"]["message"], {task["name"]: task["state_name"] for task in tasks}
+
+    def messages(self) -> list[str]:
+        return [log["message"] for log in self.call("/logs/filter", {"sort": "TIMESTAMP_ASC"})]
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Iterator[Prefect]:
+    runtime = RuntimeConfig(
+        home=tmp_path_factory.mktemp("servers") / "home",
+        prefect_port=free_port(),
+        mlflow_port=free_port(),
+        device="cpu",
+    )
+    try:
+        yield Prefect(runtime, image_root)
+    finally:
+        servers.down(runtime)
+
+
+def test_a_run_makes_what_is_missing_and_the_next_shows_it_cached(prefect: Prefect) -> None:
+    assert prefect.run("dpar-pipeline", until_stage="dataset") == ("Completed", "1 made", {"dataset": "Completed"})
+    assert prefect.run("dpar-pipeline", until_stage="dataset") == ("Completed", "1 cached", {"dataset": "Cached"})
+    assert any("45 images of 3 classes" in message for message in prefect.messages())  # the stage's own log
+
+
+def test_one_stage_can_be_made_again(prefect: Prefect) -> None:
+    assert prefect.run("dpar-stage", stage="dataset", force=True) == ("Completed", "1 made", {"dataset": "Completed"})
+
+
+def test_what_a_person_can_mend_is_told_in_one_line(prefect: Prefect) -> None:
+    state, message, tasks = prefect.run("dpar-pipeline", overrides=["train.nonsense=1"])
+    assert (state, tasks) == ("Failed", {})
+    assert message.startswith("train.nonsense: unknown setting")
+
+
+def test_the_form_offers_names_and_the_server_refuses_others(prefect: Prefect) -> None:
+    form = prefect.call("/deployments/name/dpar-pipeline/local")["parameter_openapi_schema"]["properties"]
+    assert "tiny" in form["preset"]["enum"]
+    assert "static" in form["ablation"]["enum"]
+    assert form["force"]["items"]["enum"] == form["until_stage"]["enum"]
+    assert all(field["description"] for field in form.values())
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        prefect.run("dpar-pipeline", until_stage="nowhere")
+    refused.value.close()
+    assert refused.value.code == 409
+
+
+def test_a_run_from_this_machine_raises_what_the_stage_raised(prefect: Prefect, tmp_path: Path) -> None:
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "broken.png").write_bytes(b"no image")
+    overrides = [f"dataset.root={tmp_path / 'images'}", f"runtime.home={tmp_path / 'home'}"]
+    program = (
+        "from pipeline.launch import StageFailed\nfrom pipeline.serving.local import run_pipeline\n"
+        f"try:\n    run_pipeline('tiny', None, {overrides})\n"
+        "except StageFailed as error:\n    print(error.code, error.stage)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PREFECT_API_URL": prefect.api},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("2 dataset\n", "")
+    (run,) = prefect.call("/flow_runs/filter", {"flow_runs": {"name": {"any_": [f"tiny {overrides[0]}"]}}})
+    assert run["state_name"] == "Failed"
+    assert run["state"]["message"].startswith("stage dataset failed: ")
+    assert not any("Encountered exception" in message for message in prefect.messages())

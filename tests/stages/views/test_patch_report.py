@@ -1,0 +1,88 @@
+"""The report on patches: its numbers by hand, its pictures, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conf.patch_index import PatchIndexConfig
+from conf.schema import RuntimeConfig
+from stages.images.decode import center_crop, decode
+from stages.patch_index import patch_index
+from stages.runtime.errors import ArtifactError
+from stages.stores.entropies import EntropyStore
+from stages.stores.image_index import ImageIndex
+from stages.stores.patches import PatchIndex
+from stages.stores.tokens import TokenStore
+from stages.views.patch_report import PatchReport, patch_report
+
+
+@pytest.fixture
+def inputs(tiny_artifacts: dict[str, Path], image_root: Path) -> dict[str, Path]:
+    return tiny_artifacts | {"images": image_root}
+
+
+def indexed(inputs: dict[str, Path], output: Path, **settings: object) -> dict[str, Path]:
+    output.mkdir()
+    patch_index(PatchIndexConfig(**settings), inputs, output, RuntimeConfig())
+    return inputs | {"patch_index": output}
+
+
+def test_the_numbers_are_those_of_the_index_and_the_images(inputs: dict[str, Path], tmp_path: Path) -> None:
+    inputs = indexed(inputs, tmp_path / "index", target_mean_length=1.8, max_length=3)
+    report = patch_report(inputs, tmp_path / "report")
+    tokens = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", tokens.digest)
+    images = ImageIndex.open(inputs["dataset"])
+    rows = np.arange(len(images))
+    store = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
+    starts, entropies = index.starts(rows, 0 * rows), store.fetch(rows, 0 * rows)
+    threshold = json.loads((inputs["patch_index"] / "rule.json").read_text())["threshold"]
+    lengths, by_row, sizes = [], 0, []
+    for row in rows:
+        places = [*np.flatnonzero(starts[row]), store.num_tokens]
+        lengths += list(np.diff(places))
+        by_row += sum(entropies[row, place] <= threshold for place in range(store.grid, store.num_tokens, store.grid))
+        file = io.BytesIO()
+        pixels = center_crop(decode(images.read(inputs["images"], row)), tokens.facts.image_size)
+        Image.fromarray(pixels).save(file, "PNG")
+        sizes.append(len(file.getvalue()))
+    assert report.images == len(rows)
+    assert report.mean_length == pytest.approx(np.mean(lengths))
+    assert report.share_at_limit == pytest.approx(np.mean(np.array(lengths) == 3))
+    assert report.share_by_row == pytest.approx(by_row / len(lengths))
+    assert report.png_correlation == pytest.approx(np.corrcoef(sizes, starts.sum(axis=1))[0, 1])
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == vars(report)
+
+
+def test_pictures_are_written_and_the_same_index_gives_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        patch_report(inputs, tmp_path / name)
+    for name in ("histograms.png", "png_size.png", "extremes.png", "report.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    with Image.open(tmp_path / "one" / "extremes.png") as picture:
+        assert picture.height > picture.width  # six images below each other
+
+
+def test_static_patches_have_no_correlation_and_no_limit(inputs: dict[str, Path], tmp_path: Path) -> None:
+    inputs = indexed(inputs, tmp_path / "index", mode="static", static_length=2.0)
+    report = patch_report(inputs, tmp_path / "report")
+    assert report == PatchReport(
+        images=report.images, mean_length=2.0, share_at_limit=None, share_by_row=None, png_correlation=None
+    )
+
+
+def test_an_index_of_other_entropies_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(inputs["entropy_map"], tmp_path / "entropies")
+    metadata = tmp_path / "entropies" / "entropies.zarr" / "zarr.json"
+    attributes = json.loads(metadata.read_text())
+    attributes["attributes"]["dpar"]["digest"] = "f" * 64
+    metadata.write_text(json.dumps(attributes))
+    with pytest.raises(ArtifactError, match="expected ffffffffffff: it belongs to another entropy store"):
+        patch_report(inputs | {"entropy_map": tmp_path / "entropies"}, tmp_path / "report")
