@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -26,6 +26,10 @@ class EvaluateConfig(Section):
     )
     ladder: bool = Field(True, description="Also score held-out images, reconstructions, marginals and random tokens.")
     seed: Seed = 0
+
+    def unread_inputs(self, settings: Any) -> frozenset[str]:
+        """Only the rungs of the ladder are made from tokens."""
+        return frozenset() if self.ladder else frozenset({"tokenizer", "tokenize"})
 
     @model_validator(mode="after")
     def _weights_match(self) -> Self:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -20,6 +20,10 @@ class PatchIndexConfig(Section):
     static_length: float | None = Field(None, ge=1.0, description="Tokens in a static patch; may be fractional.")
     max_length: PositiveInt | None = Field(4, description="Longest patch, tokens; null for no limit.")
     row_boundary: bool = Field(True, description="Open a patch at the start of each row of the token grid.")
+
+    def unread_inputs(self, settings: Any) -> frozenset[str]:
+        """Static patches need the number of tokens alone; by entropy, the entropies say everything."""
+        return frozenset({"entropy_map" if self.mode == "static" else "tokenize"})
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from conf.boundary_sources import BOUNDARY_SOURCES, BoundarySource
 from conf.section import Precision, Section, Seed
 from models.guidance import Schedule
-
-BoundarySource = Literal["entropy_head", "entropy_model", "own_entropy", "static"]
 
 
 class SampleConfig(Section):
@@ -29,8 +28,8 @@ class SampleConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     boundaries: BoundarySource | None = Field(
         None,
-        description="What decides where patches open; null: the entropy head if there is one, else the entropy model. "
-        "Of a model on static patches only they.",
+        description="What decides where patches start; null resolves to the entropy head if there is one, else to the "
+        "entropy model. Models trained on static patches accept only `static`, baselines nothing.",
     )
     threshold: float | None = Field(None, description="Boundary threshold at sampling; null takes the source's own.")
     target_mean_length: float | None = Field(
@@ -53,6 +52,15 @@ class SampleConfig(Section):
         if self.cfg_interval is not None and self.cfg_interval[0] >= self.cfg_interval[1]:
             raise ValueError(f"sample.cfg_interval is {list(self.cfg_interval)}, expected [first, last + 1]")
         return self
+
+    def unread_inputs(self, settings: Any) -> frozenset[str]:
+        """What decides boundaries is read, and nothing else of what could decide them."""
+        decides = set[str]()
+        if self.boundaries is not None:
+            decides = {"patch_index"} | BOUNDARY_SOURCES[self.boundaries].reads
+            if self.boundaries == "entropy_model" and self.target_mean_length is not None:
+                decides.add("entropy_map")  # its threshold is found on the stored entropies
+        return frozenset({"entropy_model", "entropy_map", "patch_index", "entropy_head"} - decides)
 
     @property
     def own_rule(self) -> dict[str, float]:

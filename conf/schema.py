@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from conf.boundary_sources import BoundarySource
 from conf.dataset import DatasetConfig
 from conf.entropy_head import EntropyHeadConfig
 from conf.entropy_map import EntropyMapConfig
@@ -53,6 +54,18 @@ class Settings(Section):
                 f"train.npp.levels is {self.train.npp.levels}, so blocks of {largest} x {largest} tokens, on a grid of "
                 f"{grid} x {grid}: expected a side that divides the grid, take fewer levels"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _resolve_boundaries(self) -> Self:
+        """Put the source of boundaries that null stands for into the settings, so that keys and stages know it."""
+        if self.sample.boundaries is None and self.train.family == "dpar":
+            source: BoundarySource = "entropy_model"
+            if self.patch_index.mode == "static":
+                source = "static"
+            elif {self.entropy_head.kind, self.train.entropy_head.kind} != {"none"}:
+                source = "entropy_head"
+            self.__dict__["sample"] = self.sample.model_copy(update={"boundaries": source})  # the model is frozen
         return self
 
     @model_validator(mode="after")

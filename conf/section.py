@@ -18,9 +18,8 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
-    @property
-    def unread_inputs(self) -> frozenset[str]:
-        """Stages among the inputs that these settings leave unread."""
+    def unread_inputs(self, settings: Any) -> frozenset[str]:
+        """Stages among the inputs that are left unread under all `settings`, of which this is one section."""
         return frozenset()
 
     def key_fields(self) -> dict[str, Any]:

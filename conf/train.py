@@ -112,9 +112,8 @@ class TrainConfig(Section):
         """Steps at which a level of NPP begins, the first left out; none of another family."""
         return self.npp.ends(self.training.steps)[:-1] if self.family == "npp" else ()
 
-    @property
-    def unread_inputs(self) -> frozenset[str]:
-        """A rival knows no patches; without a head of its own DPAR reads no entropies."""
+    def unread_inputs(self, settings: Any) -> frozenset[str]:
+        """Baselines read neither patches nor entropies; DPAR reads entropies only to train a head with it."""
         if self.family != "dpar":
             return frozenset({"entropy_map", "patch_index"})
         return frozenset({"entropy_map"}) if self.entropy_head.kind == "none" else frozenset()

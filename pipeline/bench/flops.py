@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from conf.sample import BoundarySource
+from conf.boundary_sources import BoundarySource
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig, NextPatchSchedule
 from stages.runtime.errors import InputError
 

@@ -21,7 +21,7 @@ Parts = dict[str, Any]
 
 def inputs_read(stage: Stage, settings: Settings) -> tuple[str, ...]:
     """The inputs of `stage` that it reads under these settings: the others are in no key and nothing waits for them."""
-    unread = getattr(settings, stage.name).unread_inputs
+    unread = getattr(settings, stage.name).unread_inputs(settings)
     return tuple(name for name in stage.inputs if name not in unread)
 
 

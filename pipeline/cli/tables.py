@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from conf.sample import BoundarySource
+from conf.boundary_sources import BoundarySource
 from pipeline.bench.flops import CostRow, sampling_costs
 from pipeline.bench.gates import Gate
 from pipeline.cli.display import number, plain_table

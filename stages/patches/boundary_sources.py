@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from conf.sample import BoundarySource, SampleConfig
+from conf.boundary_sources import BoundarySource
+from conf.sample import SampleConfig
 from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
 from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
 from models.patching import PatchRule, static_patch_starts

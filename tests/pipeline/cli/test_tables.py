@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from conf.sample import BoundarySource
+from conf.boundary_sources import BoundarySource
 from models.flops import Cost, Macs, Sampling
 from pipeline.bench.flops import CostRow, LengthSource, PatchCost
 from pipeline.bench.gates import Gate

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from conf.sample import BoundarySource, SampleConfig
+from conf.boundary_sources import BoundarySource
+from conf.sample import SampleConfig
 from conf.schema import Settings
 from models.boundaries import EntropyBoundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
 from models.config import DPARConfig, GPTConfig, VQConfig
