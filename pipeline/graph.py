@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class Stage:
         external: What it reads from outside the graph, so that its digest belongs in the key: the image files, or a
             weights file that the settings name.
         summary: One line for people.
+        shown_with: Stages whose artifacts its views need beside `inputs`; in no key. See `stages.views`.
     """
 
     name: str
@@ -28,11 +30,17 @@ class Stage:
     spmd: bool = True
     packages: tuple[str, ...] = ("torch",)
     external: Literal["images", "checkpoint", "weights"] | None = None
+    shown_with: tuple[str, ...] = ()
 
     @property
     def entry(self) -> tuple[str, str]:
         """Module and function that do the work: where the code fingerprint starts."""
         return f"stages.{self.name}", self.name
+
+    @property
+    def view_entry(self) -> tuple[str, str]:
+        """Module and function that draw the views of a finished artifact."""
+        return f"stages.views.{self.name}", self.name
 
 
 STAGES: dict[str, Stage] = {
@@ -59,10 +67,11 @@ STAGES: dict[str, Stage] = {
         Stage(name="entropy_map", inputs=("tokenize", "entropy_model"), summary="next-token entropies, nats"),
         Stage(
             name="patch_index",
-            inputs=("entropy_map",),
+            inputs=("tokenize", "entropy_map"),
             summary="where patches start",
             spmd=False,
             packages=(),
+            shown_with=("dataset", "tokenize"),
         ),
         Stage(
             name="train",
@@ -72,37 +81,19 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="entropy_head",
-            inputs=("tokenizer", "tokenize", "entropy_map", "patch_index", "train"),
+            inputs=("tokenize", "entropy_map", "patch_index", "train"),
             summary="boundaries without the entropy model",
+            shown_with=("tokenizer",),
         ),
         Stage(
             name="sample",
-            inputs=(
-                "dataset",
-                "tokenizer",
-                "tokenize",
-                "entropy_model",
-                "entropy_map",
-                "patch_index",
-                "train",
-                "entropy_head",
-            ),
-            summary="images drawn from the model",
-            reads_images=True,
-            packages=("torch", "pillow"),
+            inputs=("tokenizer", "tokenize", "entropy_model", "entropy_map", "patch_index", "train", "entropy_head"),
+            summary="images sampled from the model",
+            shown_with=("entropy_map",),
         ),
         Stage(
             name="evaluate",
-            inputs=(
-                "dataset",
-                "tokenizer",
-                "tokenize",
-                "entropy_model",
-                "patch_index",
-                "train",
-                "entropy_head",
-                "sample",
-            ),
+            inputs=("dataset", "tokenizer", "tokenize", "sample"),
             summary="scores against the training images",
             reads_images=True,
             packages=("torch", "pillow", "numpy"),
@@ -112,27 +103,30 @@ STAGES: dict[str, Stage] = {
 }
 
 # What cannot change the content of an artifact and is left out of the code fingerprint, each with the reason.
+VIEWS = "stages.views"
 NEUTRAL: dict[str, str] = {
     "stages.runtime": "how a stage's process runs, how files are written, what a person is told",
-    "stages.views": "drawn from finished artifacts",
+    VIEWS: "drawn from finished artifacts",
     "stages.training.log": "metrics.jsonl is part of the record, not of the content",
+    "stages.training.validation": "held-out numbers go to metrics.jsonl, and no weight depends on them",
 }
 COUNTED = frozenset({"stages.runtime.randomness"})  # what is drawn at random is a result
 
 
-def order(names: set[str] | None = None) -> list[Stage]:
-    """The stages named (all without names), in an order in which they can run."""
-    return [stage for stage in STAGES.values() if names is None or stage.name in names]
+def inputs_read(stage: Stage, settings: Any) -> tuple[str, ...]:
+    """The inputs that `stage` reads under these settings: the others are in no key, and nothing waits for them."""
+    unread = getattr(settings, stage.name).unread_inputs(settings)
+    return tuple(name for name in stage.inputs if name not in unread)
 
 
-def upstream(name: str) -> set[str]:
-    """Names of the stages that `name` depends on, directly or through others."""
+def upstream(name: str, settings: Any, graph: Mapping[str, Stage] = STAGES) -> set[str]:
+    """Names of the stages that `name` depends on under these settings, directly or through others."""
     found: set[str] = set()
-    for parent in STAGES[name].inputs:
-        found |= {parent} | upstream(parent)
+    for parent in inputs_read(graph[name], settings):
+        found |= {parent} | upstream(parent, settings, graph)
     return found
 
 
-def downstream(name: str) -> set[str]:
-    """Names of the stages that depend on `name`, directly or through others."""
-    return {stage.name for stage in STAGES.values() if name in upstream(stage.name)}
+def downstream(name: str, settings: Any, graph: Mapping[str, Stage] = STAGES) -> set[str]:
+    """Names of the stages that depend on `name` under these settings, directly or through others."""
+    return {stage for stage in graph if name in upstream(stage, settings, graph)}

@@ -15,12 +15,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from conf.schema import RuntimeConfig
-from pipeline.graph import Stage
 from pipeline.processes import parent_death_hook
 from stages.runtime.artifact import RECORD, read_json
 from stages.runtime.job import ERROR_FILE, Job
@@ -47,9 +46,27 @@ class StageFailed(RuntimeError):
 
 
 def launch(
-    stage: Stage, job: Job, runtime: RuntimeConfig, *, code_root: Path, lock: int, on_progress: OnProgress
+    name: str,
+    module: str,
+    job: Job,
+    runtime: RuntimeConfig,
+    *,
+    code_root: Path,
+    locks: Sequence[int],
+    spmd: bool = False,
+    on_progress: OnProgress = lambda progress: None,
 ) -> None:
-    """Run a stage's process to its end, with its output in `record/log.txt`.
+    """Run the process of a stage or a view to its end, with its output in `record/log.txt`.
+
+    Args:
+        name: For messages.
+        module: What `python -m` runs.
+        job: What it is told to do.
+        runtime: Where and how.
+        code_root: Folder of the code's packages.
+        locks: Descriptors of locks that the process holds, too.
+        spmd: Start it by torchrun, in as many processes as the runtime settings say.
+        on_progress: Is told how far it is.
 
     Raises:
         StageFailed: It did not end well.
@@ -63,12 +80,12 @@ def launch(
         with (record / "log.txt").open("ab") as log:
             log_start = log.tell()  # an earlier attempt may have filled some of it
             process = subprocess.Popen(
-                _command(stage, runtime, record),
+                _command(module, runtime, record, spmd=spmd),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | _QUIET | _SMALL | {"PYTHONPATH": _python_path(code_root)},
-                pass_fds=(lock,),
+                pass_fds=locks,
                 start_new_session=True,
                 preexec_fn=parent_death_hook(),
             )
@@ -77,7 +94,7 @@ def launch(
         (record / JOB_FILE).unlink(missing_ok=True)  # it holds paths of this machine
         shutil.rmtree(record / TORCHRUN_LOGS, ignore_errors=True)
     if process.returncode != 0:
-        raise _failure(stage, job, process.returncode, log_start)
+        raise _failure(name, job, process.returncode, log_start)
 
 
 def _python_path(code_root: Path) -> str:
@@ -85,12 +102,12 @@ def _python_path(code_root: Path) -> str:
     return os.pathsep.join(part for part in (str(code_root), os.environ.get("PYTHONPATH", "")) if part)
 
 
-def _command(stage: Stage, runtime: RuntimeConfig, record: Path) -> list[str]:
+def _command(module: str, runtime: RuntimeConfig, record: Path, *, spmd: bool) -> list[str]:
     command = [sys.executable, "-m"]
-    if stage.spmd:
+    if spmd:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={runtime.processes}"]
         command += [f"--log-dir={record / TORCHRUN_LOGS}", "-m"]  # empty, but left in /tmp for ever if not named
-    return [*command, stage.entry[0], "--job", str(record / JOB_FILE)]
+    return [*command, module, "--job", str(record / JOB_FILE)]
 
 
 def _watch(process: subprocess.Popen[bytes], progress: Path, on_progress: OnProgress) -> None:
@@ -147,19 +164,19 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
         return
 
 
-def _failure(stage: Stage, job: Job, returncode: int, log_start: int) -> StageFailed:
+def _failure(name: str, job: Job, returncode: int, log_start: int) -> StageFailed:
     """What ended the process: a signal, else the error that it left, else the last thing it said."""
     log = job.output / RECORD / "log.txt"
     said, code = _last_words(log, log_start, returncode)
     if code < 0:  # before the error file: another process's error is that this one is gone
-        name = signal.Signals(-code).name
-        hint = ", perhaps for want of memory: lower the stage's batch size" if name == "SIGKILL" else ""
-        return StageFailed(stage.name, f"its process was ended by {name}{hint}", 1, log)
+        ended_by = signal.Signals(-code).name
+        hint = ", perhaps for want of memory: lower the stage's batch size" if ended_by == "SIGKILL" else ""
+        return StageFailed(name, f"its process was ended by {ended_by}{hint}", 1, log)
     try:
         error = read_json(job.output / ERROR_FILE)
-        return StageFailed(stage.name, error["message"], error["code"], log)
+        return StageFailed(name, error["message"], error["code"], log)
     except (OSError, ValueError, KeyError):
-        return StageFailed(stage.name, f"exit code {code}, last line: {said or 'it left no output'}", 1, log)
+        return StageFailed(name, f"exit code {code}, last line: {said or 'it left no output'}", 1, log)
 
 
 def _last_words(log: Path, start: int, returncode: int) -> tuple[str, int]:

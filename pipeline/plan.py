@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.cache.keys import Parts, changes, inputs_read, key_of, key_parts
+from pipeline.cache.keys import Parts, changes, key_of, key_parts
 from pipeline.cache.store import Cache, Manifest
-from pipeline.graph import Stage
+from pipeline.graph import Stage, inputs_read
 from pipeline.project import DPAR, Project
 from stages.runtime.errors import InputError
 

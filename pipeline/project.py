@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.cache.fingerprint import Code
-from pipeline.graph import COUNTED, NEUTRAL, STAGES, Stage
+from pipeline.graph import COUNTED, NEUTRAL, STAGES, VIEWS, Stage
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,17 @@ class Project:
     graph: Mapping[str, Stage]
     code_root: Path
     code: Code = field(init=False, repr=False, compare=False)
+    """What decides a result."""
+    view_code: Code = field(init=False, repr=False, compare=False)
+    """What decides a result or shows it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "code", Code(self.code_root, frozenset(NEUTRAL), COUNTED))
+        object.__setattr__(self, "view_code", Code(self.code_root, frozenset(NEUTRAL) - {VIEWS}, COUNTED))
+
+    def has_view(self, stage: Stage) -> bool:
+        """Whether something is drawn from a stage's artifacts."""
+        return self.view_code.module(stage.view_entry[0]) is not None
 
 
 DPAR = Project(STAGES, Path(__file__).resolve().parent.parent)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.cache.keys import Parts, inputs_read, key_of, key_parts
+from pipeline import views
+from pipeline.cache.keys import Parts, key_of, key_parts
 from pipeline.cache.store import Cache, Manifest
-from pipeline.graph import Stage
+from pipeline.graph import Stage, inputs_read
 from pipeline.launch import launch
-from pipeline.plan import StageStatus, plan
+from pipeline.plan import StageStatus, cached_paths, plan
 from pipeline.project import DPAR, Project
 from stages.images.sources import image_root
-from stages.runtime.artifact import read_json, remove_partials
+from stages.runtime.artifact import remove_partials
 from stages.runtime.errors import InputError
 from stages.runtime.job import Job
 
@@ -38,6 +39,8 @@ class StageResult:
     digest: str
     metrics: dict[str, float]
     duration_s: float
+    view_error: str | None = None
+    """Why the view of the artifact could not be drawn."""
 
 
 class Observer(Protocol):
@@ -112,7 +115,10 @@ def run_stage(
                 observer.stage_finished(result)
                 return result
             before = found
-    result = _result(cache, before, "waited" if waited else "cached")
+    path, view_error = cache.path(before.key), None
+    if not views.is_current(stage, path, project):
+        view_error = views.draw(stage, settings, runtime, path, _known(settings, runtime, project), project)
+    result = _result(cache, before, "waited" if waited else "cached", view_error)
     observer.stage_finished(result)
     return result
 
@@ -149,18 +155,28 @@ class _Run:
         started = time.monotonic()
         try:
             launch(
-                self.stage,
+                name,
+                self.stage.entry[0],
                 job,
                 self.runtime,
                 code_root=self.project.code_root,
-                lock=lock,
+                locks=(lock,),
+                spmd=self.stage.spmd,
                 on_progress=lambda progress: self.observer.stage_progress(name, progress),
             )
             manifest = self.cache.commit(parts, time.monotonic() - started)
         except BaseException as error:
             self.observer.stage_failed(name, error)
             raise
-        return _result(self.cache, manifest, "ran")
+        view_error = views.draw(
+            self.stage,
+            self.settings,
+            self.runtime,
+            self.cache.path(key),
+            _known(self.settings, self.runtime, self.project),
+            self.project,
+        )
+        return _result(self.cache, manifest, "ran", view_error)
 
 
 def _finished_inputs(
@@ -181,10 +197,19 @@ def _finished_inputs(
     return found
 
 
-def _result(cache: Cache, manifest: Manifest, state: Literal["cached", "ran", "waited"]) -> StageResult:
+def _known(settings: Settings, runtime: RuntimeConfig, project: Project) -> dict[str, Path]:
+    """All artifacts that are cached under these settings."""
+    return cached_paths(plan(settings, runtime, project))
+
+
+def _result(
+    cache: Cache, manifest: Manifest, state: Literal["cached", "ran", "waited"], view_error: str | None
+) -> StageResult:
     path = cache.path(manifest.key)
-    metrics = read_json(path / "metrics.json") if "metrics.json" in manifest.files else {}
-    return StageResult(manifest.stage, state, manifest.key, path, manifest.digest, metrics, manifest.duration_s)
+    metrics = views.read_metrics(path)
+    return StageResult(
+        manifest.stage, state, manifest.key, path, manifest.digest, metrics, manifest.duration_s, view_error
+    )
 
 
 def _say_waiting(key: str) -> bool:

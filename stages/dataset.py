@@ -64,16 +64,8 @@ def dataset(config: DatasetConfig, inputs: Inputs, output: Path, runtime: Runtim
     order = np.concatenate([whole[~heldout], whole[heldout]])  # the listing is sorted, and so is each part
     num_train = int((~heldout).sum())
 
-    write_json(output / "broken.json", broken)
+    write_json(output / RECORD / "broken.json", broken)  # what was left out is no part of the data
     write_index(output, images=images, facts=facts, order=order, num_train=num_train, source=config.source)
-    metrics = {
-        "num_images": len(order),
-        "num_train": num_train,
-        "num_heldout": len(order) - num_train,
-        "num_classes": len(images.classes),
-        "num_broken": len(broken),
-    }
-    write_json(output / "metrics.json", metrics)
     logger.info("%d images of %d classes, %d held out", len(order), len(images.classes), len(order) - num_train)
 
 

@@ -9,7 +9,7 @@ not carry over.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,9 @@ from models.dpar import DPAR
 from models.entropy_head import EntropyHead, entropies_of
 from models.gpt import token_entropy
 from models.packed_linear import pack_linear_layers
-from models.patch_tables import PatchTables, unpack_bits
 from models.patching import PatchRule
 from models.sampling import SamplingOptions, sample_dpar
-from models.vq import VQModel
-from stages.images.decode import float_to_pixels
-from stages.patches.boundary_sources import SAMPLES, THRESHOLDS, patch_rule
+from stages.patches.boundary_sources import HELDOUT_SAMPLES, SAMPLES, THRESHOLDS, patch_rule
 from stages.patches.thresholds import EntropySample
 from stages.runtime.artifact import read_json, write_atomic, write_json
 from stages.runtime.distributed import World, process_group
@@ -41,28 +38,24 @@ from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
 from stages.training.entropies import EntropyData, HeadObjective
 from stages.training.loop import train_model
-from stages.views.pictures import captioned_grid, patches_outlined
-from stages.weights.own import HEAD_FILE, load_head, load_model, load_vq, save_head
+from stages.weights.own import HEAD_FILE, load_head, load_model, save_head
 
 Entropies = NDArray[np.float32]
-Starts = NDArray[np.bool_]
-_SHOWN = 6  # held-out images in the picture
-_HELDOUT = 4096  # held-out images that sources are judged by, at most
+_HELDOUT = 4096  # held-out images that sources are asked about, at most
 
 
 def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write the head's weights, `thresholds.json` with the threshold of each source, and `sources.png`.
+    """Write the head's weights and `thresholds.json` with the threshold of each source.
 
     `entropies.npz` has what each source says of some training views, from which other thresholds can be found, and
-    `metrics.json` how near it comes to the entropy model on held-out images. A rival, or a model on static patches, has
-    no such source: then there is no threshold.
+    `heldout.npz` what it says of the first view of the first held-out images. A model without patches, or on static
+    ones, has no source of its own: then there is no threshold.
     """
     with process_group(runtime) as world:
         model = load_model(inputs["train"], world.device)
         if not isinstance(model, DPAR) or read_json(inputs["patch_index"] / "rule.json")["mode"] == "static":
             if world.is_main:
                 write_json(output / THRESHOLDS, {})
-                write_json(output / "metrics.json", {})
             return
         head = _head(config, inputs, model, output, world)
         if world.is_main:
@@ -98,14 +91,12 @@ class Sources:
     model: DPAR
     head: EntropyHead | None
     store: TokenStore
-    entropies: EntropyStore
     index: PatchIndex
     rule: PatchRule
     mean_length: float
     """Of the patch index, on training images: what every source is brought to."""
     batch_size: int
     device: torch.device
-    vq: VQModel
 
     @classmethod
     def of(
@@ -123,19 +114,17 @@ class Sources:
             model=model,
             head=head,
             store=store,
-            entropies=EntropyStore.open(inputs["entropy_map"] / "entropies.zarr"),
             index=PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest),
             rule=patch_rule(saved, store.grid),
             mean_length=saved["mean_length"],
             batch_size=config.batch_size,
             device=device,
-            vq=load_vq(inputs["tokenizer"], device),
         )
 
     @torch.inference_mode()
     def ask(self, source: str, images: Integers, views: Integers) -> Entropies:
         """Entropies (n, T) of the given images and views, nats."""
-        parts = []
+        parts = [np.empty((0, self.store.num_tokens), np.float32)]
         for first in range(0, len(images), self.batch_size):
             rows, of_view = images[first : first + self.batch_size], views[first : first + self.batch_size]
             tokens = torch.from_numpy(self.store.fetch(rows, of_view).astype(np.int64)).to(self.device)
@@ -147,11 +136,6 @@ class Sources:
                 found = own_entropies(self.model, tokens, labels, torch.from_numpy(self.index.starts(rows, of_view)))
             parts.append(found.cpu().numpy())
         return np.concatenate(parts)
-
-    def starts(self, entropies: Entropies, threshold: float) -> Starts:
-        """Where the rule opens patches at a threshold."""
-        tables = PatchTables.of(replace(self.rule, threshold=threshold), self.store.num_tokens)
-        return unpack_bits(tables.packed_starts(entropies), self.store.num_tokens)
 
 
 class _Recorded:
@@ -180,64 +164,24 @@ def own_entropies(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor) -
 
 
 def _calibrate(sources: Sources, config: EntropyHeadConfig, output: Path) -> None:
-    """Find each source's threshold on training views, and hold it against the entropy model on held-out images."""
+    """Find each source's threshold on training views, and ask it about held-out images."""
     limits = {"own_entropy": config.own_entropy_on}
     if sources.head is not None:
         limits = {"entropy_head": config.calibrated_on, **limits}
     pack_linear_layers(sources.model)
-    store, thresholds, asked = sources.store, dict[str, float](), dict[str, Entropies]()
-    shown = {"entropy model": sources.index.starts(*_shown_images(store))}
-    metrics: dict[str, float] = {}
+    store, thresholds = sources.store, dict[str, float]()
+    calibrated, heldout = dict[str, Entropies](), dict[str, Entropies]()
     for source, limit in limits.items():
         total = store.num_train * store.num_views
         rows = np.linspace(0, total - 1, min(total, limit)).astype(np.int64)
-        asked[source] = sources.ask(source, rows % store.num_train, rows // store.num_train)
-        sample = EntropySample.of_array(asked[source], store.codebook_size)
+        calibrated[source] = sources.ask(source, rows % store.num_train, rows // store.num_train)
+        sample = EntropySample.of_array(calibrated[source], store.codebook_size)
         thresholds[source] = sample.find_threshold(sources.mean_length, sources.rule, "patch_index")
-        metrics |= {
-            f"{source}_threshold": thresholds[source],
-            f"{source}_mean_length": sample.mean_length(replace(sources.rule, threshold=thresholds[source])),
-            **_nearness(sources, source, thresholds[source], limit),
-        }
-        shown[source.replace("_", " ")] = sources.starts(sources.ask(source, *_shown_images(store)), thresholds[source])
-    write_atomic(output / SAMPLES, lambda file: np.savez(file, allow_pickle=False, **asked))
+        images = np.arange(store.num_train, len(store))[: min(limit, _HELDOUT)]
+        heldout[source] = sources.ask(source, images, np.zeros_like(images))
+    write_atomic(output / SAMPLES, lambda file: np.savez(file, allow_pickle=False, **calibrated))
+    write_atomic(output / HELDOUT_SAMPLES, lambda file: np.savez(file, allow_pickle=False, **heldout))
     write_json(output / THRESHOLDS, thresholds)
-    write_json(output / "metrics.json", metrics)
-    _draw(sources, shown, output / "sources.png")
-
-
-def _nearness(sources: Sources, source: str, threshold: float, limit: int) -> dict[str, float]:
-    """Correlation with the entropy model's entropies on held-out images, and share of tokens with the same answer."""
-    store = sources.store
-    images = np.arange(store.num_train, len(store))[: min(limit, _HELDOUT)]
-    if not len(images):
-        return {}
-    views = np.zeros_like(images)
-    found, wanted = sources.ask(source, images, views), sources.entropies.fetch(images, views)
-    same = sources.starts(found, threshold) == sources.index.starts(images, views)
-    correlation = np.corrcoef(found[:, 1:].ravel(), wanted[:, 1:].ravel())[0, 1]
-    return {f"{source}_correlation": float(correlation), f"{source}_agreement": float(same.mean())}
-
-
-def _shown_images(store: TokenStore) -> tuple[Integers, Integers]:
-    """Evenly spread images, held-out ones where there are any, in their first view."""
-    first = store.num_train if store.num_train < len(store) else 0
-    images = np.unique(np.linspace(first, len(store) - 1, _SHOWN).astype(np.int64))
-    return images, np.zeros_like(images)
-
-
-def _draw(sources: Sources, shown: dict[str, Starts], path: Path) -> None:
-    """A row of the same images for each source, cut as it cuts them."""
-    tokens = torch.from_numpy(sources.store.fetch(*_shown_images(sources.store)).astype(np.int64))
-    with torch.inference_mode():
-        images = float_to_pixels(sources.vq.decode(tokens.to(sources.device)))
-    pictures, captions = [], []
-    for source, starts in shown.items():
-        for image, here in zip(images, starts, strict=True):
-            pictures.append(patches_outlined(image, here, sources.store.grid))
-            captions.append(f"{source}: {int(here.sum())} patches")
-    picture = captioned_grid(pictures, captions, len(images))
-    write_atomic(path, lambda file: picture.save(file, "PNG"))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from conf.entropy_map import EntropyMapConfig
 from conf.schema import RuntimeConfig
 from models.gpt import GPT
-from stages.runtime.artifact import file_sha256, write_json
+from stages.runtime.artifact import file_sha256
 from stages.runtime.distributed import World, barrier, process_group
 from stages.runtime.errors import ArtifactError
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
-from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
+from stages.stores.entropies import EntropyFacts, entropy_writer
 from stages.stores.tokens import TokenStore
 from stages.weights.own import MODEL_FILE, load_gpt
 
@@ -28,7 +28,7 @@ STORE = "entropies.zarr"
 
 
 def entropy_map(config: EntropyMapConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `entropies.zarr`, and the mean entropy of training and held-out images.
+    """Write `entropies.zarr`.
 
     Raises:
         ArtifactError: The entropy model was made for other tokens.
@@ -48,7 +48,6 @@ def entropy_map(config: EntropyMapConfig, inputs: Inputs, output: Path, runtime:
         barrier()
         if world.is_main:
             writer.finish()
-            write_json(output / "metrics.json", _means(EntropyStore.open(output / STORE)))
 
 
 @dataclass(frozen=True)
@@ -104,21 +103,6 @@ def _facts(config: EntropyMapConfig, store: TokenStore, model: Path) -> EntropyF
         model_sha256=file_sha256(model / MODEL_FILE),
         precision=config.precision,
     )
-
-
-def _means(store: EntropyStore) -> dict[str, float]:
-    """Mean entropy in nats of training and held-out images; the first token has none and is left out."""
-    sums = {"mean_entropy": 0.0, "heldout_mean_entropy": 0.0}
-    for unit in range(store.num_units):
-        first = store.rows(unit).start
-        cut = min(max(store.num_train - first, 0), store.rows(unit).stop - first)
-        for view in range(store.num_views):
-            block = store.read_block(unit, view)[:, 1:]
-            sums["mean_entropy"] += float(block[:cut].sum(dtype=np.float64))
-            sums["heldout_mean_entropy"] += float(block[cut:].sum(dtype=np.float64))
-    images = {"mean_entropy": store.num_train, "heldout_mean_entropy": store.num_images - store.num_train}
-    per_image = store.num_views * (store.num_tokens - 1)
-    return {name: sums[name] / (count * per_image) for name, count in images.items() if count}
 
 
 if __name__ == "__main__":

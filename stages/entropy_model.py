@@ -20,12 +20,11 @@ from stages.stores.tokens import TokenStore
 from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
 from stages.training.loop import train_model
-from stages.training.token_scores import write_scores
 from stages.weights.own import save_model
 
 
 def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `model.safetensors`, its config and the held-out loss beside that of the best unigram model."""
+    """Write `model.safetensors` and its config; the record holds its held-out loss."""
     with process_group(runtime) as world:
         data = TokenData(TokenStore.open(inputs["tokenize"] / "tokens.zarr"))
         torch.manual_seed(config.seed)
@@ -41,10 +40,9 @@ def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runt
         if runtime.compile:
             compile_blocks(model)
         objective = GPTObjective(model)
-        metrics = train_model(data.training(model, objective, config.training, config.seed, world), output, world)
+        train_model(data.training(model, objective, config.training, config.seed, world), output, world)
         if world.is_main:
             save_model(output, "gpt", model, model.config)
-            write_scores(output, metrics, data, first_position=1)
 
 
 if __name__ == "__main__":

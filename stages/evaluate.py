@@ -1,8 +1,8 @@
-"""Stage `evaluate`: scores of the samples against the training images, on a ladder of other image sets.
+"""Stage `evaluate`: features of the samples, of the training images, and of a ladder of other image sets.
 
 The ladder puts a score in its place. Every rung has the same number of images: held-out images (the mark of a perfect
 model), their reconstructions by the tokenizer, the samples, images of tokens drawn from each position's marginal, and
-images of random tokens.
+images of random tokens. The scores are computed from the features by the stage's view.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +21,11 @@ from conf.evaluate import EvaluateConfig
 from conf.schema import RuntimeConfig
 from models.vq import VQModel
 from stages.images.decode import center_crop, decode, float_to_pixels
-from stages.runtime.artifact import RECORD, read_json, write_atomic, write_json
+from stages.runtime.artifact import RECORD, read_arrays, write_atomic, write_json
 from stages.runtime.distributed import World, barrier, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
 from stages.scores.features import INCEPTION_SHA256, Extractor, Inception, Lite0
-from stages.scores.frechet import frechet_distance
-from stages.scores.inception_score import inception_score
-from stages.scores.precision_recall import precision_recall
 from stages.scores.statistics import FeatureStats
 from stages.scores.unigram import sample_marginals
 from stages.stores.image_index import ImageIndex
@@ -38,23 +36,22 @@ from stages.weights.own import load_vq
 Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 Features = npt.NDArray[np.float32]
-RUNGS = ("heldout", "reconstruction", "samples", "marginals", "random")
-_SOURCES = ("entropy_head", "own_entropy")
-_SPLITS = 10
+Arrays = dict[str, npt.NDArray[Any]]
+FEATURES, EXTRACTOR = "features.npz", "extractor.json"
 _UNIT = 512  # images whose features are one file, the unit of work and of resume
 
 
 def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `metrics.json` (flat), `scores.json` (how they were made) and `features.npz`.
+    """Write `features.npz` with the features of every set, and `extractor.json` with the network they are of.
 
-    The last holds the features of every set, but of the reference only mean and covariance.
+    Of the reference it holds mean and covariance, and the features of the images that precision and recall look at.
     """
     with process_group(runtime) as world:
         extractor = _extractor(config, world)
         sets = ImageSets.open(config, inputs, world)
         units = [(name, unit) for name, images in sets.items() for unit in range(images.num_units)]
         folder = output / RECORD / "features"
-        mine = [unit for unit in units[world.rank :: world.size] if not _unit_path(folder, *unit).exists()]
+        mine = [unit for unit in units[world.rank :: world.size] if _load(folder, *unit) is None]
         progress = Progress(output, "batches", len(mine), enabled=world.is_main)
         for done, (name, unit) in enumerate(mine, 1):
             features, logits = _extract(extractor, sets[name].unit(unit), config.batch_size)
@@ -65,7 +62,7 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: Runt
         if world.is_main:
             reference = Reference.collect(folder, sets.pop("reference"), config.compared)
             found = {name: _collected(folder, name, images) for name, images in sets.items()}
-            _write_scores(config, inputs, output, extractor, reference, found)
+            _write_features(config, output, extractor, reference, found)
 
 
 @dataclass(frozen=True)
@@ -141,22 +138,6 @@ class ImageSets:
         return float_to_pixels(self.vq.decode(torch.from_numpy(tokens.astype(np.int64)).to(self.device)))
 
 
-def score_names(extractor: Extractor) -> dict[str, str]:
-    """Honest names: the network's where it is not the FID Inception, and never a bare `fid`.
-
-    That name is for 50,000 samples, the certified weights and a published reference; the reference here is this data
-    set's own training images.
-    """
-    if extractor.name == "lite0":
-        return {"frechet": "fd_lite0", "score": "is_lite0", "precision": "precision_lite0", "recall": "recall_lite0"}
-    return {
-        "frechet": "fid_uncertified",
-        "score": "inception_score",
-        "precision": "precision",
-        "recall": "recall",
-    }
-
-
 def _extractor(config: EvaluateConfig, world: World) -> Extractor:
     if config.extractor == "lite0":
         return Lite0(config.input_size, world.device)
@@ -188,7 +169,7 @@ class Reference:
         chosen = np.linspace(0, count - 1, min(count, limit)).astype(np.int64)
 
         def features() -> Iterator[Features]:
-            return (_load(folder, "reference", unit)["features"] for unit in range(images.num_units))
+            return (_finished(folder, "reference", unit)["features"] for unit in range(images.num_units))
 
         stats = reduce(FeatureStats.merge, map(FeatureStats.of, features()))
         compared = [part[chosen[chosen // _UNIT == unit] % _UNIT] for unit, part in enumerate(features())]
@@ -196,91 +177,42 @@ class Reference:
 
 
 def _collected(folder: Path, name: str, images: ImageSet) -> dict[str, Features]:
-    parts = [_load(folder, name, unit) for unit in range(images.num_units)]
+    parts = [_finished(folder, name, unit) for unit in range(images.num_units)]
     return {field: np.concatenate([part[field] for part in parts]) for field in ("features", "logits")}
 
 
-def _load(folder: Path, name: str, unit: int) -> dict[str, Features]:
-    with np.load(_unit_path(folder, name, unit)) as saved:
-        return {field: saved[field] for field in ("features", "logits")}
+def _load(folder: Path, name: str, unit: int) -> dict[str, Features] | None:
+    """Features and logits of a unit; None while they are missing or damaged."""
+    return read_arrays(_unit_path(folder, name, unit))
 
 
-def _write_scores(
-    config: EvaluateConfig,
-    inputs: Inputs,
-    output: Path,
-    extractor: Extractor,
-    reference: Reference,
-    found: dict[str, dict[str, Features]],
+def _finished(folder: Path, name: str, unit: int) -> dict[str, Features]:
+    arrays = _load(folder, name, unit)
+    assert arrays is not None  # it was just made, or found whole
+    return arrays
+
+
+def _write_features(
+    config: EvaluateConfig, output: Path, extractor: Extractor, reference: Reference, found: dict[str, Arrays]
 ) -> None:
-    names = score_names(extractor)
-    samples = found["samples"]
-    splits = min(_SPLITS, len(samples["logits"]))
-    precision, recall = precision_recall(reference.compared, samples["features"], neighbours=config.neighbours)
-    metrics: dict[str, float] = {
-        **_ladder(names["frechet"], reference.stats, found),
-        names["score"]: inception_score(samples["logits"], splits=splits, seed=config.seed)[0],
-        names["precision"]: precision,
-        names["recall"]: recall,
-        "num_samples": len(samples["features"]),
-        "num_reference": reference.stats.n,
-        **_from_inputs(inputs),
-    }
-    write_json(output / "metrics.json", metrics)
     write_json(
-        output / "scores.json",
+        output / EXTRACTOR,
         {
-            "extractor": extractor.name,
+            "name": extractor.name,
             "weights_sha256": extractor.sha256,
             "fid_inception": extractor.sha256 == INCEPTION_SHA256,
             "input_size": config.input_size if extractor.name == "lite0" else 299,
-            "reference": "training images, center crop",
-            "inception_score_splits": splits,
-            "inception_score_order": f"shuffled with seed {config.seed}",
-            "neighbours": config.neighbours,
-            "compared_reference": len(reference.compared),
-            "num_images": {name: len(arrays["features"]) for name, arrays in found.items()}
-            | {"reference": reference.stats.n},
         },
     )
-    kept: dict[str, npt.NDArray[np.floating]] = {name: arrays["features"] for name, arrays in found.items()}
-    kept |= {"reference_mean": reference.stats.mean, "reference_covariance": reference.stats.covariance}
-    write_atomic(output / "features.npz", lambda file: np.savez(file, allow_pickle=False, **kept))
-
-
-def _ladder(name: str, reference: FeatureStats, found: dict[str, dict[str, Features]]) -> dict[str, float]:
-    """Distance of each set to the reference. On the ladder the samples are as many as the held-out images."""
-
-    def distance(features: Features) -> float:
-        return frechet_distance(reference, FeatureStats.of(features))
-
-    scores = {name: distance(found["samples"]["features"])}
-    if "heldout" not in found:
-        return scores
-    count = len(found["heldout"]["features"])
-    rungs = {rung: distance(found[rung]["features"][:count]) for rung in RUNGS}
-    scores |= {f"{name}_{rung}": value for rung, value in rungs.items()}
-    return scores | {
-        "ratio_to_marginals": rungs["samples"] / rungs["marginals"],
-        "ratio_to_random": rungs["samples"] / rungs["random"],
+    kept: Arrays = {name: arrays["features"] for name, arrays in found.items()}
+    kept |= {
+        "samples_logits": found["samples"]["logits"],
+        "reference_count": np.array(reference.stats.n),
+        "reference_mean": reference.stats.mean,
+        "reference_covariance": reference.stats.covariance,
+        "reference_compared": reference.compared,
     }
-
-
-def _from_inputs(inputs: Inputs) -> dict[str, float]:
-    """Numbers of earlier stages that belong beside the scores in a comparison of runs."""
-    numbers: dict[str, float] = {}
-    for stage, fields in (
-        ("tokenizer", ("psnr",)),
-        ("entropy_model", ("heldout_loss", "unigram_loss")),
-        ("train", ("heldout_loss", "unigram_loss")),
-        ("patch_index", ("mean_length", "patches_per_image")),
-        ("entropy_head", tuple(f"{source}_{name}" for source in _SOURCES for name in ("correlation", "agreement"))),
-        ("sample", ("sample_mean_patch_length",)),
-    ):
-        metrics = read_json(inputs[stage] / "metrics.json")
-        prefix = "" if stage in ("entropy_head", "sample") else f"{stage}_"
-        numbers |= {f"{prefix}{field}": metrics[field] for field in fields if field in metrics}
-    return numbers
+    write_atomic(output / FEATURES, lambda file: np.savez(file, allow_pickle=False, **kept))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stage patch_index: which tokens open a patch, from the entropies and a rule, as one bit a token in Parquet.
 
 The index is a function of the stored entropies: an entropy model run again elsewhere may differ in its last bits, and
-a boundary with it.
+a boundary with it. Static patches are a function of the number of tokens alone.
 
 Source: paper, section 3.1, Algorithm 1.
 """
@@ -10,37 +10,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from conf.patch_index import PatchIndexConfig
 from conf.schema import RuntimeConfig
-from models.patch_tables import Bytes, PatchTables, pack_bits, unpack_bits
+from models.patch_tables import Bytes, PatchTables, pack_bits
 from models.patching import PatchRule, static_patch_starts
-from stages.patches.thresholds import Entropies, EntropySample
+from stages.patches.thresholds import EntropySample
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchFacts, write_patches
-from stages.views.patch_figures import PatchHistograms
+from stages.stores.tokens import TokenStore
 
-Mark = Callable[[Entropies], Bytes]
+Mark = Callable[[int, int], Bytes]
+"""Patch starts of one unit in one view, as bits (rows, bytes)."""
 
 
 def patch_index(config: PatchIndexConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `patches.parquet`, the rule, its mean patch length, and histograms of patch lengths and entropies.
+    """Write `patches.parquet`, and `rule.json` with the rule and the mean patch length it gives on training images.
 
     Raises:
         InputError: No threshold gives the mean patch length that is wanted.
     """
-    store = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
-    sample = EntropySample.of(store)
-    threshold = _threshold(config, store, sample)
-    mark = _static(config, store) if threshold is None else _by_entropy(config, store, threshold)
-    counts = Counts(store.num_tokens)
+    store: EntropyStore | TokenStore
+    if config.mode == "static":
+        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+        threshold, mark = None, _static(config, store)
+        digests = {"entropies_digest": "", "tokens_digest": store.digest}
+    else:
+        store = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
+        threshold = _threshold(config, store)
+        mark = _by_entropy(config, store, threshold)
+        digests = {"entropies_digest": store.digest, "tokens_digest": store.tokens_digest}
     rule = {
         "mode": config.mode,
         "threshold": threshold,
@@ -49,13 +55,8 @@ def patch_index(config: PatchIndexConfig, inputs: Inputs, output: Path, runtime:
         "row_boundary": threshold is not None and config.row_boundary,
         "static_length": config.static_length,
     }
-    facts = PatchFacts(
-        num_images=store.num_images,
-        num_views=store.num_views,
-        num_tokens=store.num_tokens,
-        entropies_digest=store.digest,
-        tokens_digest=store.tokens_digest,
-    )
+    facts = PatchFacts(num_images=store.num_images, num_views=store.num_views, num_tokens=store.num_tokens, **digests)
+    counts = Counts()
     write_patches(
         output / "patches.parquet",
         facts,
@@ -63,55 +64,35 @@ def patch_index(config: PatchIndexConfig, inputs: Inputs, output: Path, runtime:
         rule={name: str(value) for name, value in rule.items()},
         chunk_rows=store.facts.chunk_rows,
     )
-    write_json(output / "rule.json", rule | {"mean_length": counts.mean_length("training")})
-    write_json(output / "metrics.json", counts.metrics() | ({} if threshold is None else {"threshold": threshold}))
-    histograms = PatchHistograms(store.num_tokens, math.log(store.codebook_size))
-    for block in sample.blocks:
-        histograms.add(unpack_bits(mark(block), store.num_tokens), block)
-    histograms.draw(threshold, output / "histograms.png")
+    write_json(output / "rule.json", rule | {"mean_length": store.num_tokens * counts.views / counts.patches})
 
 
 @dataclass
 class Counts:
-    """What is counted while the index is written."""
+    """Views of training images, and the patches in them."""
 
-    num_tokens: int
-    patches: dict[str, int] = field(default_factory=lambda: {"training": 0, "heldout": 0})
-    views: dict[str, int] = field(default_factory=lambda: {"training": 0, "heldout": 0})
+    views: int = 0
+    patches: int = 0
 
-    def add(self, masks: Bytes, num_train: int) -> None:
-        """Count a block; its first `num_train` rows are training images."""
-        for part, rows in (("training", masks[:num_train]), ("heldout", masks[num_train:])):
-            self.patches[part] += int(np.bitwise_count(rows).sum())
-            self.views[part] += len(rows)
-
-    def mean_length(self, part: str) -> float:
-        """Tokens in a patch, on average over the patches of "training" or "heldout" images."""
-        return self.num_tokens * self.views[part] / self.patches[part]
-
-    def metrics(self) -> dict[str, float]:
-        """Numbers that a person compares."""
-        metrics = {
-            "mean_length": self.mean_length("training"),
-            "patches_per_image": self.patches["training"] / self.views["training"],
-        }
-        if self.views["heldout"]:
-            metrics["heldout_mean_length"] = self.mean_length("heldout")
-        return metrics
+    def add(self, masks: Bytes) -> None:
+        """Count the rows of a block."""
+        self.views += len(masks)
+        self.patches += int(np.bitwise_count(masks).sum())
 
 
-def _blocks(store: EntropyStore, mark: Mark, counts: Counts, progress: Progress) -> Iterator[Bytes]:
+def _blocks(store: EntropyStore | TokenStore, mark: Mark, counts: Counts, progress: Progress) -> Iterator[Bytes]:
     """Patch starts, view by view and in each view row-block by row-block."""
     for view in range(store.num_views):
         for unit in range(store.num_units):
-            masks = mark(store.read_block(unit, view))
-            counts.add(masks, max(0, store.num_train - store.rows(unit).start))
+            masks = mark(unit, view)
+            counts.add(masks[: max(0, store.num_train - store.rows(unit).start)])
             yield masks
             progress.update(progress.done + len(masks))
 
 
 def _by_entropy(config: PatchIndexConfig, store: EntropyStore, threshold: float) -> Mark:
-    return PatchTables.of(_rule(config, store, threshold), store.num_tokens).packed_starts
+    starts = PatchTables.of(_rule(config, store, threshold), store.num_tokens).packed_starts
+    return lambda unit, view: starts(store.read_block(unit, view))
 
 
 def _rule(config: PatchIndexConfig, store: EntropyStore, threshold: float) -> PatchRule:
@@ -120,19 +101,24 @@ def _rule(config: PatchIndexConfig, store: EntropyStore, threshold: float) -> Pa
     )
 
 
-def _static(config: PatchIndexConfig, store: EntropyStore) -> Mark:
+def _static(config: PatchIndexConfig, store: TokenStore) -> Mark:
     assert config.static_length is not None  # the schema ties it to the mode
     mask = pack_bits(static_patch_starts(config.static_length, store.num_tokens).numpy())
-    return lambda entropies: np.broadcast_to(mask, (len(entropies), len(mask)))
+
+    def mark(unit: int, view: int) -> Bytes:
+        rows = store.rows(unit)
+        return np.broadcast_to(mask, (rows.stop - rows.start, len(mask)))
+
+    return mark
 
 
-def _threshold(config: PatchIndexConfig, store: EntropyStore, sample: EntropySample) -> float | None:
-    """The threshold in nats, rounded to float32 like the entropies it is compared with; None for static patches."""
+def _threshold(config: PatchIndexConfig, store: EntropyStore) -> float:
+    """The threshold in nats, rounded to float32 like the entropies it is compared with."""
     if config.threshold is not None:
         return float(np.float32(config.threshold))
-    if config.target_mean_length is None:
-        return None
-    return sample.find_threshold(config.target_mean_length, _rule(config, store, math.nan), "patch_index")
+    assert config.target_mean_length is not None  # the schema asks for one of the two
+    rule = _rule(config, store, math.nan)
+    return EntropySample.of(store).find_threshold(config.target_mean_length, rule, "patch_index")
 
 
 if __name__ == "__main__":

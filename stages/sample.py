@@ -11,32 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from conf.sample import SampleConfig
 from conf.schema import RuntimeConfig
-from models.boundaries import EntropyBoundaries, HeadBoundaries, OwnEntropyBoundaries
-from stages.images.decode import center_crop, decode
-from stages.patches.boundary_sources import chosen_source, entropy_sample
 from stages.runtime.artifact import write_json
 from stages.runtime.distributed import barrier, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
 from stages.sampling.sampler import LABEL_STREAM, Drawer, stream
-from stages.stores.entropies import EntropyStore
-from stages.stores.image_index import ImageIndex
-from stages.stores.patches import PatchIndex
-from stages.stores.samples import SampleFacts, SampleStore, sample_writer
+from stages.stores.samples import SampleFacts, sample_writer
 from stages.stores.tokens import TokenStore
-from stages.views.pictures import patch_picture, sample_grid
 
 logger = logging.getLogger(__name__)
-_PICTURE_ROWS = 8
-_GRID_CLASSES = 20  # rows of the grid: a thousand of them would be no picture
 
 
 def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `samples.zarr`, `grid.png`, `patches.png` and the samples' mean patch length."""
+    """Write `samples.zarr`, and `boundaries.json` with the rule that cut the samples, empty for a model on tokens."""
     with process_group(runtime) as world:
         store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
         drawer = Drawer.load(config, inputs, store, world.device)
@@ -62,8 +52,7 @@ def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeC
         barrier()
         if world.is_main:
             writer.finish()
-            _draw_pictures(config, inputs, output, store)
-            write_json(output / "metrics.json", _numbers(drawer, inputs, output, store))
+            write_json(output / "boundaries.json", drawer.rule)
 
 
 def draw_labels(
@@ -85,60 +74,6 @@ def draw_labels(
     remainder = config.num_samples - int(counts.sum())
     counts[np.argsort(counts - exact, kind="stable")[:remainder]] += 1
     return generator.permutation(np.repeat(np.arange(num_classes), counts))
-
-
-def shown_classes(num_classes: int) -> npt.NDArray[np.int64]:
-    """Classes that have a row in the grid: all, or evenly spread ones."""
-    return np.linspace(0, num_classes - 1, min(num_classes, _GRID_CLASSES)).astype(np.int64)
-
-
-def _draw_pictures(config: SampleConfig, inputs: Inputs, output: Path, store: TokenStore) -> None:
-    """A row of samples for each class, or for evenly spread ones; and how real images are cut into patches."""
-    samples = SampleStore.open(output / "samples.zarr")
-    index = ImageIndex.open(inputs["dataset"])
-    rows = {
-        index.classes[label]: samples.images(np.flatnonzero(samples.labels == label)[: config.grid_columns])
-        for label in shown_classes(store.num_classes)
-    }
-    sample_grid(rows, config.image_size, config.grid_columns).save(output / "grid.png")
-    _real_patches(inputs, store, index).save(output / "patches.png")
-
-
-def _numbers(drawer: Drawer, inputs: Inputs, output: Path, store: TokenStore) -> dict[str, float]:
-    """What a person compares: the samples' mean patch length, and the threshold that made it.
-
-    A threshold that no entropy or every entropy exceeds is allowed, at the ends of an ablation, and said.
-    """
-    samples = SampleStore.open(output / "samples.zarr")
-    numbers = {
-        "num_samples": len(samples),
-        "sample_mean_patch_length": store.num_tokens / samples.patch_starts.sum(axis=1).mean(),
-    }
-    if isinstance(drawer.boundaries, EntropyBoundaries | HeadBoundaries | OwnEntropyBoundaries):
-        threshold = drawer.boundaries.rule.threshold
-        share = entropy_sample(chosen_source(drawer.config, inputs), inputs).share_above(threshold)
-        if share in (0.0, 1.0):
-            logger.warning(
-                "the threshold %.6g is exceeded by %s entropy of the training images: patches are %s",
-                threshold,
-                "every" if share else "no",
-                "single tokens" if share else "opened by rows and max_length alone",
-            )
-        numbers |= {"threshold": threshold, "share_above_threshold": share}
-    return numbers
-
-
-def _real_patches(inputs: Inputs, store: TokenStore, index: ImageIndex) -> Image.Image:
-    """Real images, at most one a class and held-out ones first, with their patches and entropies."""
-    newest_first = np.arange(len(store))[::-1]  # held-out images have the highest numbers
-    _, places = np.unique(store.labels[newest_first], return_index=True)
-    rows = newest_first[places][:_PICTURE_ROWS]
-    views = np.zeros_like(rows)
-    entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr").fetch(rows, views)
-    starts = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest).starts(rows, views)
-    size = store.facts.image_size
-    images = np.stack([center_crop(decode(index.read(inputs["images"], int(row))), size) for row in rows])
-    return patch_picture(images, starts, entropies, store.grid)
 
 
 if __name__ == "__main__":

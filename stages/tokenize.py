@@ -22,20 +22,20 @@ from conf.schema import RuntimeConfig
 from conf.tokenize import TokenizeConfig
 from models.vq import VQModel
 from stages.images.decode import Pixels, decode, pixels_to_float, view_names, views
-from stages.runtime.artifact import file_sha256, write_json
+from stages.runtime.artifact import file_sha256
 from stages.runtime.distributed import World, barrier, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.prefetch import prefetch
 from stages.runtime.progress import Progress
 from stages.stores.image_index import CLASSES_FILE, ImageIndex
-from stages.stores.tokens import TokenFacts, TokenStore, token_writer
+from stages.stores.tokens import TokenFacts, token_writer
 from stages.weights.own import VQ_FILE, load_vq
 
 STORE = "tokens.zarr"
 
 
 def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `tokens.zarr`, the names of the classes, and how the codebook is used.
+    """Write `tokens.zarr` and the names of the classes.
 
     Raises:
         InputError: An image file is gone or no longer the one that was indexed.
@@ -61,7 +61,6 @@ def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: Runt
         if world.is_main:
             writer.finish()
             shutil.copyfile(inputs["dataset"] / CLASSES_FILE, output / CLASSES_FILE)
-            write_json(output / "metrics.json", _codebook_usage(TokenStore.open(output / STORE)))
 
 
 @dataclass(frozen=True)
@@ -157,22 +156,6 @@ def _facts(config: TokenizeConfig, index: ImageIndex, model: VQModel, tokenizer:
         view_names=names,
         vq_sha256=file_sha256(tokenizer / VQ_FILE),
     )
-
-
-def _codebook_usage(store: TokenStore) -> dict[str, float]:
-    """Share of the codes that occur, and the entropy of their frequencies in nats: what knowing nothing else leaves."""
-    counts = np.zeros(store.codebook_size, dtype=np.int64)
-    for unit in range(store.num_units):
-        for view in range(store.num_views):
-            counts += np.bincount(store.read_block(unit, view).ravel(), minlength=store.codebook_size)
-    shares = counts[counts > 0] / counts.sum()
-    return {
-        "num_images": store.num_images,
-        "num_views": store.num_views,
-        "num_tokens": store.num_tokens,
-        "codebook_usage": float(np.mean(counts > 0)),
-        "unigram_entropy": float(-(shares * np.log(shares)).sum()),
-    }
 
 
 if __name__ == "__main__":

@@ -9,72 +9,46 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from conf.schema import RuntimeConfig
 from conf.tokenizer import TokenizerConfig
 from models.discriminator import PatchDiscriminator
 from models.vq import VQModel
-from stages.images.decode import float_to_pixels, pixels_to_float
-from stages.runtime.artifact import write_json
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
 from stages.stores.image_index import ImageIndex
 from stages.training.images import ImageBatch, ImageFiles, VQObjective
+from stages.training.log import MetricLog
 from stages.training.loop import Training, train_model
 from stages.training.stream import SampleStream
+from stages.training.validation import reconstruction_scores
 from stages.weights.own import save_vq
 from stages.weights.pretrained import read_lpips, read_vq_checkpoint, write_source
 
 logger = logging.getLogger(__name__)
-_VALIDATION_IMAGES = 512
 
 
 def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `vq.safetensors`, its config and its reconstruction scores on held-out images.
+    """Write `vq.safetensors` and its config.
 
-    Of imported weights, `source.json` holds the SHA-256 of the file that they came from.
+    The record holds reconstruction scores on held-out images and, of imported weights, `source.json` with the SHA-256
+    of the file that they came from.
     """
     with process_group(runtime) as world:
         images = ImageFiles(ImageIndex.open(inputs["dataset"]), inputs["images"], config.image_size)
         if config.source == "checkpoint":
             model = read_vq_checkpoint(config.checkpoint, config.model).to(world.device).eval()
-            metrics = reconstruction_scores(model, images, world)
+            MetricLog(output, 0, enabled=world.is_main).write(0, reconstruction_scores(model, images, world))
             if world.is_main and config.checkpoint is not None:
                 write_source(output, config.checkpoint)
         else:
-            model, metrics = _train(config, images, output, runtime, world)
+            model = _train(config, images, output, runtime, world)
         if world.is_main:
             save_vq(output, model)
-            write_json(output / "metrics.json", metrics)
 
 
-def reconstruction_scores(model: VQModel, images: ImageFiles, world: World) -> dict[str, float]:
-    """PSNR in dB and codebook usage on held-out images (on training images when none are held out)."""
-    rows = np.arange(images.index.num_train, len(images.index))
-    if not len(rows):
-        rows = np.arange(len(images.index))
-    rows = rows[:: max(1, len(rows) // _VALIDATION_IMAGES)]
-    errors: list[float] = []
-    used = torch.zeros(model.config.codebook_size, dtype=torch.bool)
-    for batch in images.center_batches(rows, 64):
-        tokens = model.encode(pixels_to_float(batch).to(world.device))
-        decoded = float_to_pixels(model.decode(tokens))
-        used[tokens.unique().cpu()] = True
-        squared = (decoded.astype(np.float64) - batch) ** 2
-        errors.extend(squared.reshape(len(batch), -1).mean(axis=1))
-    psnr = 10 * np.log10(255.0**2 / np.maximum(errors, 1e-10))
-    return {
-        "psnr": float(psnr.mean()),
-        "heldout_codebook_usage": float(used.float().mean()),
-        "num_images": float(len(rows)),
-    }
-
-
-def _train(
-    config: TokenizerConfig, images: ImageFiles, output: Path, runtime: RuntimeConfig, world: World
-) -> tuple[VQModel, dict[str, float]]:
+def _train(config: TokenizerConfig, images: ImageFiles, output: Path, runtime: RuntimeConfig, world: World) -> VQModel:
     torch.manual_seed(config.seed)
     model = VQModel(config.model)
     discriminator = PatchDiscriminator() if config.adversarial else None
@@ -95,8 +69,8 @@ def _train(
         seed=config.seed,
         companions={} if discriminator is None else {"discriminator": discriminator},
     )
-    metrics = train_model(run, output, world)
-    return model.eval(), metrics
+    train_model(run, output, world)
+    return model.eval()
 
 
 if __name__ == "__main__":

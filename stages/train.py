@@ -27,40 +27,38 @@ from stages.stores.tokens import TokenStore
 from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
 from stages.training.entropies import EntropyData, JointObjective
+from stages.training.log import MetricLog
 from stages.training.loop import train_model
 from stages.training.next_patch import NextPatchData, NextPatchObjective
 from stages.training.patched import DPARObjective, PatchedData
-from stages.training.token_scores import write_scores
+from stages.training.validation import heldout_loss
 from stages.weights.own import save_head, save_model
 from stages.weights.pretrained import read_gpt_checkpoint, write_source
 
 
 def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `model.safetensors`, its config and the held-out loss beside that of the best unigram model.
+    """Write `model.safetensors` and its config; an entropy head that was trained with the model lies beside them.
 
-    The held-out loss is the mean over all T positions, with each image's own class. An entropy head that was trained
-    with the model lies beside it. Of imported weights, `source.json` holds the SHA-256 of the file that they came from.
+    The record holds the held-out loss, the mean over all T positions with each image's own class, and, of imported
+    weights, `source.json` with the SHA-256 of the file that they came from.
     """
     with process_group(runtime) as world:
         store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
         if config.source == "checkpoint":
             assert config.checkpoint is not None
-            model, metrics = _import(config, config.checkpoint, store, world)
+            model = _import(config, config.checkpoint, store, output, world)
             if world.is_main:
                 write_source(output, config.checkpoint)
         else:
-            model, head, metrics = _train(config, store, inputs, output, world, compiled=runtime.compile)
+            model, head = _train(config, store, inputs, output, world, compiled=runtime.compile)
             if head is not None and world.is_main:
                 save_head(output, head)
         if world.is_main:
             save_model(output, config.family, model, model.config)
-            write_scores(output, metrics, TokenData(store), first_position=0)
 
 
-def _import(
-    config: TrainConfig, checkpoint: Path, store: TokenStore, world: World
-) -> tuple[GPT | DPAR, dict[str, float]]:
-    """Released weights and their held-out loss. What was dropped out in their training is not known here."""
+def _import(config: TrainConfig, checkpoint: Path, store: TokenStore, output: Path, world: World) -> GPT | DPAR:
+    """Released weights; their held-out loss goes to the record."""
     shape = GPTConfig(
         **asdict(config.model),
         codebook_size=store.codebook_size,
@@ -69,13 +67,15 @@ def _import(
     )
     model = read_gpt_checkpoint(checkpoint, shape).to(world.device).eval()
     with torch.no_grad():
-        return model, TokenData(store).heldout_loss(GPTObjective(model), world)
+        loss = heldout_loss(TokenData(store), GPTObjective(model), world)
+    MetricLog(output, 0, enabled=world.is_main).write(0, loss)
+    return model
 
 
 def _train(
     config: TrainConfig, store: TokenStore, inputs: Inputs, output: Path, world: World, *, compiled: bool
-) -> tuple[GPT | DPAR, EntropyHead | None, dict[str, float]]:
-    """A model trained from the start, or from where a killed run was, the head beside it, and its held-out loss."""
+) -> tuple[GPT | DPAR, EntropyHead | None]:
+    """A model trained from the start, or from where a killed run was, and the head beside it."""
     torch.manual_seed(config.seed)
     job = _job(config, store, inputs)
     if compiled:
@@ -89,8 +89,8 @@ def _train(
         restarts=config.restarts,
         companions={} if job.head is None else {"entropy_head": job.head},
     )
-    metrics = train_model(run, output, world)
-    return job.model, job.head, metrics
+    train_model(run, output, world)
+    return job.model, job.head
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,6 @@ SCHEMA = 1  # of artifacts: raise it when their layout changes, and every stage 
 Parts = dict[str, Any]
 
 
-def inputs_read(stage: Stage, settings: Settings) -> tuple[str, ...]:
-    """The inputs of `stage` that it reads under these settings: the others are in no key and nothing waits for them."""
-    unread = getattr(settings, stage.name).unread_inputs(settings)
-    return tuple(name for name in stage.inputs if name not in unread)
-
-
 def key_parts(
     project: Project, stage: Stage, settings: Settings, home: Path, input_digests: Mapping[str, str]
 ) -> Parts:

@@ -203,7 +203,10 @@ def _content_damage(path: Path, name: str, digest: str) -> str | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files of an artifact that its manifest lists. The log goes on growing while it is listed, so it is not."""
+    """Files of an artifact that its manifest lists. The log goes on growing while it is listed, so it is not.
+
+    Views are drawn later, into a finished artifact.
+    """
     skipped = {folder / MANIFEST, folder / RECORD / "log.txt"}
     return sorted(path for path in folder.rglob("*") if path.is_file() and path not in skipped)
 

@@ -133,7 +133,10 @@ def finished_line(result: StageResult, *, ascii_only: bool = False) -> Text:
         return Text(f"= {result.stage:<13}  cached", style="dim")
     mark = "+" if ascii_only else "✔"
     how = "made by another run meanwhile" if result.state == "waited" else f"ran {duration(result.duration_s)}"
-    return Text.assemble((mark, "green"), f" {result.stage:<13}  {how}  key {short_key(result.key)}")
+    line = Text.assemble((mark, "green"), f" {result.stage:<13}  {how}  key {short_key(result.key)}")
+    if result.view_error is not None:
+        line.append(f"\n  {result.view_error}; draw it again with `dpar views {result.stage}`", style="yellow")
+    return line
 
 
 def failed_line(stage: str, error: BaseException) -> Text:

@@ -1,4 +1,4 @@
-"""The command `dpar`: what a person types to make artifacts, to look at them and to look after them."""
+"""The command `dpar`: its groups of commands, and how it ends."""
 
 from __future__ import annotations
 
@@ -6,39 +6,12 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
-import yaml
 
-from conf.load import describe, names
-from conf.schema import RuntimeConfig
-from pipeline.cli import display
+from pipeline.cli import measure, patches, run, sample, upkeep
 from pipeline.cli.failures import describe_failure
-from pipeline.cli.measure import app as measure_app
-from pipeline.cli.options import (
-    Ablation,
-    AsJson,
-    DryRun,
-    Forced,
-    ForcedStages,
-    From,
-    Overrides,
-    Preset,
-    StageName,
-    Until,
-    load,
-    show_json,
-)
-from pipeline.cli.patches import app as patches_app
-from pipeline.cli.sample import app as sample_app
-from pipeline.cli.upkeep import app as upkeep_app
-from pipeline.graph import STAGES
-from pipeline.plan import StageStatus, cached_paths, explain, plan
-from pipeline.report import collect
-from pipeline.runner import run_stage
-from pipeline.selection import asked_for, known_stage, select
 
 logger = logging.getLogger("pipeline")
 INTERRUPTED = 130
@@ -48,122 +21,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From a folder of images to a trained, sampled and scored DPAR model. What is unchanged is not made again.",
 )
-app.add_typer(measure_app)
-app.add_typer(patches_app)
-app.add_typer(sample_app)
-app.add_typer(upkeep_app)
+for group in (run, measure, patches, sample, upkeep):
+    app.add_typer(group.app)
 
 
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     logger.setLevel(logging.DEBUG if debug else logging.NOTSET)
-
-
-@app.command()
-def run(
-    *,
-    preset: Preset = None,
-    ablation: Ablation = None,
-    from_stage: From = None,
-    until_stage: Until = None,
-    force: ForcedStages,
-    overrides: Overrides,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make what is not made yet, and show the scores."""
-    settings, runtime = load(preset, ablation, overrides)
-    wanted = select(from_stage, until_stage, force)
-    statuses = asked_for(plan(settings, runtime), wanted, force)
-    if dry_run:
-        _show_statuses(statuses, as_json)
-        return
-    if any(status.state != "cached" for status in statuses):
-        from pipeline.serving.local import run_pipeline
-
-        with display.make_screen(display.make_console(stderr=as_json)) as screen:
-            run_pipeline(
-                preset,
-                ablation,
-                overrides,
-                from_stage=from_stage,
-                until_stage=until_stage,
-                force=force,
-                observer=screen,
-            )
-        statuses = asked_for(plan(settings, runtime), wanted)
-    elif not as_json:
-        _show_statuses(statuses, as_json)
-    _show_report(statuses, runtime, as_json)
-
-
-@app.command()
-def stage(
-    name: StageName,
-    *,
-    preset: Preset = None,
-    ablation: Ablation = None,
-    force: Forced = False,
-    overrides: Overrides,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Run one stage here, without Prefect. What it reads must be cached."""
-    known_stage(name)
-    settings, runtime = load(preset, ablation, overrides)
-    statuses = asked_for(plan(settings, runtime), [name], [name] if force else [])
-    if dry_run:
-        _show_statuses(statuses, as_json)
-        return
-    with display.make_screen(display.make_console(stderr=as_json)) as screen:
-        run_stage(STAGES[name], settings, runtime, force=force, observer=screen)
-    _show_report(asked_for(plan(settings, runtime), [name]), runtime, as_json)
-
-
-@app.command()
-def status(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
-    """Show which stages are cached, stale or missing, and why."""
-    _show_statuses(plan(*load(preset, ablation, overrides)), as_json)
-
-
-@app.command()
-def why(
-    name: StageName,
-    *,
-    preset: Preset = None,
-    ablation: Ablation = None,
-    overrides: Overrides,
-    as_json: AsJson = False,
-) -> None:
-    """Show every change that makes a stage run again."""
-    changes = explain(STAGES[known_stage(name)], *load(preset, ablation, overrides))
-    if as_json:
-        show_json({"stage": name, "changes": changes})
-    else:
-        typer.echo("\n".join(changes) if changes else f"{name} is cached: nothing has changed")
-
-
-@app.command()
-def config(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
-    """Print all settings as they resolve."""
-    settings, runtime = load(preset, ablation, overrides)
-    tree = {**settings.model_dump(mode="json"), "runtime": runtime.model_dump(mode="json")}
-    if as_json:
-        show_json(tree)
-    else:
-        typer.echo(yaml.safe_dump(tree, sort_keys=False), nl=False)
-
-
-@app.command()
-def presets(as_json: AsJson = False) -> None:
-    """List presets and ablations, and what each is for."""
-    found = {kind: {name: describe(kind, name) for name in names(kind)} for kind in ("preset", "ablation")}
-    if as_json:
-        show_json(found)
-        return
-    for kind, described in found.items():
-        for name, purpose in described.items():
-            typer.echo(f"--{kind} {name:<18} {purpose}")
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -177,29 +41,13 @@ def run_command(arguments: Sequence[str]) -> int:
         typer.echo(f"dpar: {failure.line}", err=True)
         return failure.code
     if code == INTERRUPTED:  # typer returns it in place of KeyboardInterrupt
-        typer.echo("dpar: stopped; the same command again goes on from here", err=True)
+        typer.echo("dpar: interrupted; run the same command again to resume", err=True)
     return int(code or 0)
 
 
 def main() -> None:
     """Entry point of the command `dpar`."""
     sys.exit(run_command(sys.argv[1:]))
-
-
-def _show_statuses(statuses: Sequence[StageStatus], as_json: bool) -> None:
-    if as_json:
-        show_json({"stages": [asdict(status) for status in statuses]})
-    else:
-        display.make_console().print(display.status_table(statuses))
-
-
-def _show_report(statuses: Sequence[StageStatus], runtime: RuntimeConfig, as_json: bool) -> None:
-    report = collect(cached_paths(statuses))
-    if as_json:
-        scores = {score.name: score.value for score in (*report.ladder, *report.scores)}
-        show_json({"stages": [asdict(status) for status in statuses], "scores": scores})
-    else:
-        display.print_report(display.make_console(), report, runtime.home)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pipeline.bench import flops as costs
 from pipeline.bench import gates
 from pipeline.cli import display, tables
 from pipeline.cli.options import AsJson, Overrides, load, show_json
-from pipeline.graph import STAGES
 from pipeline.plan import require_cached
-from pipeline.report import read_metrics
+from pipeline.report import collect, numbers
+from pipeline.selection import select
 from stages.runtime.errors import InputError
 
 app = typer.Typer(rich_markup_mode=None)
@@ -40,7 +40,7 @@ def bench(
         _demo_artifacts(overrides)
         measured = gates.cli_gates(overrides)
     elif name == "demo":
-        measured = gates.demo_gates(read_metrics(_demo_artifacts(overrides)["evaluate"]))
+        measured = gates.demo_gates(numbers(collect(_demo_artifacts(overrides))))
     else:
         raise InputError(f"benchmark is {name!r}, expected one of {', '.join(gates.NAMES)}")
     if as_json:
@@ -53,7 +53,8 @@ def bench(
 
 def _demo_artifacts(overrides: Sequence[str]) -> dict[str, Path]:
     """The finished demo."""
-    return require_cached(*load("demo", overrides=overrides), list(STAGES), "dpar run --preset demo")
+    settings, runtime = load("demo", overrides=overrides)
+    return require_cached(settings, runtime, select(settings), "dpar run --preset demo")
 
 
 @app.command()

@@ -13,7 +13,7 @@ import typer
 
 from pipeline.cli import display
 from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, load, show_json
-from pipeline.graph import STAGES
+from pipeline.graph import STAGES, inputs_read
 from pipeline.plan import require_cached
 from stages.runtime.errors import InputError
 
@@ -44,7 +44,7 @@ def sample(
 ) -> None:
     """Draw a few images from a trained model, or continue a real one.
 
-    Needs a finished stage entropy_head. Nothing is written but the picture.
+    What stage sample reads must be cached. Nothing is written but the picture.
     """
     if keep_rows is not None and init is None:
         raise InputError("--keep-rows is set without --init, the image whose rows to keep")
@@ -53,7 +53,8 @@ def sample(
     given = {"seed": seed, "cfg_scale": cfg_scale, "boundaries": boundaries}
     wished = [f"sample.{name}={value}" for name, value in given.items() if value is not None]
     settings, runtime = load(preset, ablation, [*overrides, *wished])
-    inputs = require_cached(settings, runtime, STAGES["sample"].inputs, "dpar run --until entropy_head")
+    read = {"dataset", *inputs_read(STAGES["sample"], settings)}
+    inputs = require_cached(settings, runtime, read, "dpar run --until sample")
     from stages.sampling import preview as quick_look
 
     words = [word.strip() for word in classes.split(",")] if classes else []

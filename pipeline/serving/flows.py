@@ -23,11 +23,11 @@ from pydantic import Field
 
 from conf.load import SettingsError, load_settings, names
 from conf.schema import RuntimeConfig, Settings
-from pipeline.graph import STAGES, Stage
+from pipeline.graph import STAGES, Stage, inputs_read
 from pipeline.launch import StageFailed
 from pipeline.plan import plan
 from pipeline.runner import Observer, Silence, run_stage
-from pipeline.selection import asked_for, select
+from pipeline.selection import as_options, asked_for, select
 from pipeline.serving.relay import LogRelay, Together
 from pipeline.tracking.tracker import Tracker
 from stages.runtime.errors import ArtifactError, InputError
@@ -153,11 +153,10 @@ def _run(
     dry_run: bool = False,
 ) -> State[Any]:
     try:
-        settings, runtime = load_settings(
-            None if preset == BASE else preset, None if ablation == UNCHANGED else ablation, overrides
-        )
-        wanted = select(from_stage, until_stage, force)
-        statuses = asked_for(plan(settings, runtime), wanted, force)
+        chosen = None if preset == BASE else preset, None if ablation == UNCHANGED else ablation, overrides
+        settings, runtime = load_settings(*chosen)
+        wanted = select(settings, from_stage, until_stage, force)
+        statuses = asked_for(plan(settings, runtime), wanted, settings, force=force, given=as_options(*chosen))
     except TOLD as error:
         return Failed(message=str(error), data=error)
     for status in statuses:
@@ -180,7 +179,8 @@ def _run_stages(
     states: dict[str, State[Any]] = {}
     for stage in stages:
         make = _stage_task(stage, settings, runtime, force=stage.name in force, observer=observer)
-        inputs = [states[name] for name in stage.inputs if name in states]  # the arrows of the drawn graph
+        read = inputs_read(stage, settings)
+        inputs = [states[name] for name in read if name in states]  # the arrows of the drawn graph
         states[stage.name] = state = make(return_state=True, wait_for=inputs)
         if not state.is_completed():
             return Failed(message=state.message, data=state.result(raise_on_failure=False))

@@ -30,12 +30,12 @@ from pipeline.cache.store import MANIFEST, Cache
 from pipeline.report import collect
 from pipeline.tracking.journal import Event, Journal
 from pipeline.tracking.metric_tail import MetricTail, Point, StageRun
+from pipeline.views import VIEWS
 
 EXPERIMENT = "dpar"
 _BATCH, _PARAMS = 1000, 100  # metrics and params that MLflow takes at once
 _LONGEST = 6000  # characters of a param's value
 _DIGEST = 36  # characters of a dataset's digest
-_PICTURES = ("grid.png", "patches.png", "sources.png")
 
 
 class MlflowView:
@@ -194,9 +194,8 @@ class MlflowView:
         ]
 
     def _log_pictures(self, run_id: str, path: Path) -> None:
-        for picture in (path / name for name in _PICTURES):
-            if picture.exists():
-                self._client.log_artifact(run_id, str(picture))
+        for picture in sorted((path / VIEWS).glob("*.png")):
+            self._client.log_artifact(run_id, str(picture))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -25,26 +25,25 @@ from stages.weights.own import load_gpt, load_head
 
 THRESHOLDS = "thresholds.json"
 SAMPLES = "entropies.npz"
+HELDOUT_SAMPLES = "heldout.npz"
 
 
 def chosen_source(config: SampleConfig, inputs: Inputs) -> BoundarySource:
-    """The source that the settings name; of its own accord the head where there is one.
+    """The source that the settings name.
 
     Raises:
         InputError: This model has no such source.
     """
-    if read_json(inputs["patch_index"] / "rule.json")["mode"] == "static":
-        wanted, known = config.boundaries or "static", ["static"]
-    else:
-        own = list(read_json(inputs["entropy_head"] / THRESHOLDS))
-        known = [*own, "entropy_model", "static"]
-        wanted = config.boundaries or ("entropy_head" if "entropy_head" in own else "entropy_model")
-    if wanted not in known:
+    known = ["static"]
+    if read_json(inputs["patch_index"] / "rule.json")["mode"] != "static":
+        own = list(read_json(inputs["entropy_head"] / THRESHOLDS)) if "entropy_head" in inputs else []
+        known += [*own, "entropy_model"]
+    if config.boundaries is None or config.boundaries not in known:
         raise InputError(
-            f"sample.boundaries is {wanted}, expected {' or '.join(known)}: nothing else can decide for this model, "
-            "see patch_index.mode and entropy_head.kind"
+            f"sample.boundaries is {config.boundaries}, expected {' or '.join(known)}: nothing else can decide for "
+            "this model, see patch_index.mode and entropy_head.kind"
         )
-    return wanted
+    return config.boundaries
 
 
 def load_boundaries(
@@ -90,7 +89,7 @@ def entropy_sample(source: BoundarySource, inputs: Inputs) -> EntropySample:
     """What the source says of training images: what its threshold is chosen by."""
     if source == "entropy_model":
         return EntropySample.of(EntropyStore.open(inputs["entropy_map"] / "entropies.zarr"))
-    store = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
+    store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
     with np.load(inputs["entropy_head"] / SAMPLES) as saved:
         return EntropySample.of_array(saved[source], store.codebook_size)
 

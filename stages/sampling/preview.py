@@ -19,14 +19,13 @@ from PIL import Image
 from conf.sample import SampleConfig
 from conf.schema import RuntimeConfig
 from stages.images.decode import DecodeError, Pixels, center_crop, decode
-from stages.runtime.artifact import write_atomic
 from stages.runtime.distributed import process_group
 from stages.runtime.errors import InputError
 from stages.runtime.job import Inputs
 from stages.sampling.sampler import Drawer
 from stages.stores.image_index import ImageIndex
 from stages.stores.tokens import TokenStore
-from stages.views.pictures import captioned_grid, enlarged, patches_outlined
+from stages.views.pictures import captioned_grid, enlarged, patches_outlined, save_png
 
 OnProgress = Callable[[int, int], None]
 """Called with the images that are drawn, and all of them."""
@@ -216,4 +215,4 @@ def _open(path: Path) -> Image.Image:
 
 def _save(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int, output: Path) -> None:
     picture = captioned_grid(pictures, captions, columns)
-    write_atomic(output, lambda file: picture.save(file, "PNG"))
+    save_png(picture, output)

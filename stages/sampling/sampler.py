@@ -7,8 +7,8 @@ counter, so batch size, process count and resume point do not matter.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TypedDict
+from dataclasses import asdict, dataclass
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -117,6 +117,14 @@ class Drawer:
     def decode(self, tokens: Int[Tensor, "B T"]) -> Pixels:
         """Images (B, H, W, 3) of tokens, at the size of the settings."""
         return float_to_pixels(resize(self.vq.decode(tokens), self.config.image_size))
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """What decided boundaries: the source, and its rule where it has one. Empty for a model without patches."""
+        if self.boundaries is None:
+            return {}
+        rule = getattr(self.boundaries, "rule", None)
+        return {"source": self.config.boundaries} | ({} if rule is None else asdict(rule))
 
     def _uniforms(self, numbers: npt.NDArray[np.int64]) -> Float[Tensor, "B T"]:
         """One number in [0, 1) for each (sample, position), from the sample's own counter-based stream."""

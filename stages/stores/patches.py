@@ -30,6 +30,7 @@ class PatchFacts:
     num_views: int
     num_tokens: int
     entropies_digest: str
+    """Empty for static patches, which are made from no entropies."""
     tokens_digest: str
 
 
@@ -93,6 +94,10 @@ class PatchIndex:
     def starts(self, images: Integers, views: Integers) -> NDArray[np.bool_]:
         """Patch starts (n, T) of the given images, each in its view: true where a token opens a patch."""
         return unpack_bits(self._masks[images, views], self.facts.num_tokens)
+
+    def patch_counts(self) -> NDArray[np.int64]:
+        """Patches of every view of every image, (N, A)."""
+        return np.bitwise_count(self._masks).sum(axis=-1, dtype=np.int64)
 
     def require_entropies(self, digest: str) -> None:
         """Check that the index was made from the entropy store of this digest.

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from conf.section import TrainingConfig
 from models.gpt import GPT
-from stages.runtime.distributed import World, all_reduce_sum
+from stages.runtime.distributed import World
 from stages.stores.tokens import TokenStore
 from stages.training.loop import Training
 from stages.training.stream import Integers, SampleStream
+from stages.training.validation import heldout_loss
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class TokenData:
             objective=objective,
             batch=lambda step: self.training_batch(stream, step, world),
             data_state=lambda steps: stream.state(steps) | self.digests,
-            validate=lambda: self.heldout_loss(objective, world),
+            validate=lambda: heldout_loss(self, objective, world),
             config=config,
             seed=seed,
             restarts=restarts,
@@ -94,16 +95,3 @@ class TokenData:
         """Tokens and labels of the given images and views."""
         tokens = torch.from_numpy(self.store.fetch(images, views).astype(np.int64))
         return TokenBatch(tokens, torch.from_numpy(self.store.labels[images].astype(np.int64)))
-
-    def heldout_loss(self, objective: nn.Module, world: World, batch_size: int = 128) -> dict[str, float]:
-        """Mean loss on the first view of the held-out images, float32; empty when none are held out."""
-        rows = np.arange(self.store.num_train, len(self.store))
-        if not len(rows):
-            return {}
-        total = torch.zeros(2, dtype=torch.float64)  # sum of losses, images
-        for first in range(world.rank * batch_size, len(rows), world.size * batch_size):
-            images = rows[first : first + batch_size]
-            loss, _ = objective(self.batch(images, np.zeros_like(images)))
-            total += torch.tensor([loss.item() * len(images), len(images)], dtype=torch.float64)
-        total_loss, count = all_reduce_sum(total.to(world.device)).tolist()
-        return {"heldout_loss": total_loss / count}

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from stages.runtime.artifact import write_atomic
@@ -27,10 +29,12 @@ class PatchHistograms:
         self.entropies: NDArray[np.int64] = np.zeros(ENTROPY_BINS, dtype=np.int64)
         """Tokens by entropy, in bins of equal width; the first of an image has no prediction and is left out."""
 
-    def add(self, starts: NDArray[np.bool_], entropies: NDArray[np.float32]) -> None:
-        """Count images: where patches start (n, T), and entropies (n, T) in nats."""
+    def add(self, starts: NDArray[np.bool_], entropies: NDArray[np.float32] | None) -> None:
+        """Count images: where patches start (n, T), and entropies (n, T) in nats, if there are any."""
         places = np.flatnonzero(starts)  # every image opens with a patch, so no length spans two images
         self.lengths += np.bincount(np.diff(places, append=starts.size), minlength=len(self.lengths))
+        if entropies is None:
+            return
         predicted = np.clip(entropies[:, 1:], 0.0, self.max_entropy)
         self.entropies += np.histogram(predicted, ENTROPY_BINS, (0.0, self.max_entropy))[0]
 
@@ -42,18 +46,25 @@ class PatchHistograms:
     def draw(self, threshold: float | None, path: Path) -> None:
         """Write both histograms as a PNG; a line marks the threshold, in nats, unless patches are static."""
         figure = Figure(figsize=(10, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        longest = int(np.flatnonzero(self.lengths)[-1])
-        left.bar(range(1, longest + 1), self.lengths[1 : longest + 1] / self.lengths.sum(), color="tab:blue")
-        left.set(xlabel="tokens in a patch", ylabel="share of the patches", title=f"mean {self.mean_length:.3f}")
-        left.xaxis.get_major_locator().set_params(integer=True)
-        edges = np.linspace(0.0, self.max_entropy, ENTROPY_BINS + 1)
-        right.stairs(self.entropies / self.entropies.sum(), edges, fill=True, color="tab:orange")
-        right.set(xlabel="entropy of the next token, nats", ylabel="share of the tokens")
-        if threshold is not None:
-            right.axvline(threshold, color="black", linestyle="--")
-            right.set_title(f"threshold {threshold:.4g}")
+        axes = figure.subplots(1, 2 if self.entropies.any() else 1, squeeze=False)[0]
+        self._draw_lengths(axes[0])
+        if self.entropies.any():
+            self._draw_entropies(axes[1], threshold)
         _save(figure, path)
+
+    def _draw_lengths(self, axes: Axes) -> None:
+        longest = int(np.flatnonzero(self.lengths)[-1])
+        axes.bar(range(1, longest + 1), self.lengths[1 : longest + 1] / self.lengths.sum(), color="tab:blue")
+        axes.set(xlabel="tokens in a patch", ylabel="share of the patches", title=f"mean {self.mean_length:.3f}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    def _draw_entropies(self, axes: Axes, threshold: float | None) -> None:
+        edges = np.linspace(0.0, self.max_entropy, ENTROPY_BINS + 1)
+        axes.stairs(self.entropies / self.entropies.sum(), edges, fill=True, color="tab:orange")
+        axes.set(xlabel="entropy of the next token, nats", ylabel="share of the tokens")
+        if threshold is not None:
+            axes.axvline(threshold, color="black", linestyle="--")
+            axes.set_title(f"threshold {threshold:.4g}")
 
 
 def draw_scatter(

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stages.images.decode import Pixels, Views, decode, views
-from stages.runtime.artifact import read_json, write_atomic, write_json
+from stages.runtime.artifact import read_json, write_json
 from stages.runtime.job import Inputs
 from stages.stores.entropies import EntropyStore
 from stages.stores.image_index import ImageIndex
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
 from stages.views.patch_figures import PatchHistograms, draw_scatter
-from stages.views.pictures import patch_picture
+from stages.views.pictures import patch_picture, save_png
 
 MAX_IMAGES = 4000  # the correlation of so many is known to about 0.015
 EXTREMES = 3  # images with the fewest patches in the picture, and as many with the most
@@ -75,7 +75,7 @@ def patch_report(inputs: Inputs, output: Path) -> PatchReport:
     chosen = _extremes(num_patches)
     images = np.stack([crops.pixels(row) for row in rows[chosen]])
     picture = patch_picture(images, starts[chosen], entropy[chosen], tokens.grid)
-    write_atomic(output / "extremes.png", lambda file: picture.save(file, "PNG"))
+    save_png(picture, output / "extremes.png")
     report = PatchReport(
         images=len(rows),
         mean_length=histograms.mean_length,

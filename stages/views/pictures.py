@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+
+from stages.runtime.artifact import write_atomic
 
 Pixels = npt.NDArray[np.uint8]
 _MARGIN = 6
@@ -46,9 +49,9 @@ def sample_grid(rows: Mapping[str, Pixels], image_size: int, columns: int) -> Im
 
 
 def patch_picture(
-    images: Pixels, starts: npt.NDArray[np.bool_], entropies: npt.NDArray[np.float32], grid: int
+    images: Pixels, starts: npt.NDArray[np.bool_], entropies: npt.NDArray[np.float32] | None, grid: int
 ) -> Image.Image:
-    """A row for each image: itself, its patches outlined, and the entropy of each token on a scale in nats.
+    """A row for each image: itself, its patches outlined, and the entropy of each token on a scale in nats if known.
 
     Args:
         images: (n, H, W, 3).
@@ -61,25 +64,33 @@ def patch_picture(
     font_size = max(15, side // 14)
     font, head = ImageFont.load_default(size=font_size), font_size + 2 * _MARGIN
     step, row_step = side + 2 * _MARGIN, side + _CAPTION + 2 * _MARGIN
-    low, high = float(entropies[:, 1:].min()), float(entropies[:, 1:].max())
-    bar = side // 3
-    canvas = Image.new("RGB", (3 * step + bar + _MARGIN, head + len(images) * row_step), _BACKGROUND)
+    titles = ("image", "patches") if entropies is None else ("image", "patches", "entropy, nats")
+    bar = 0 if entropies is None else side // 3
+    canvas = Image.new("RGB", (len(titles) * step + bar + _MARGIN, head + len(images) * row_step), _BACKGROUND)
     pen = ImageDraw.Draw(canvas)
-    for column, title in enumerate(("image", "patches", "entropy, nats")):
+    for column, title in enumerate(titles):
         pen.text((_MARGIN + column * step + side // 2, head // 2), title, fill=_INK, font=font, anchor="mm")
-    for row, (image, start, entropy) in enumerate(zip(images, starts, entropies, strict=True)):
+    for row, (image, start) in enumerate(zip(images, starts, strict=True)):
         top = head + row * row_step
         large = _enlarged(image, side)
         canvas.paste(large, (_MARGIN, top))
         outlined = _faded(large)
         _outline(outlined, start, grid, token)
         canvas.paste(outlined, (_MARGIN + step, top))
-        heat = _heat_map(entropy, grid, low, high).resize((side, side), Image.Resampling.NEAREST)
-        canvas.paste(heat, (_MARGIN + 2 * step, top))
         text = f"{int(start.sum())} patches, mean length {grid * grid / start.sum():.2f}"
         _caption(canvas, (_MARGIN + step, top + side), text, side)
-    _colour_bar(canvas, (_MARGIN + 3 * step, head), (bar, side), low, high)
+    if entropies is not None:
+        low, high = float(entropies[:, 1:].min()), float(entropies[:, 1:].max())
+        for row, entropy in enumerate(entropies):
+            heat = _heat_map(entropy, grid, low, high).resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(heat, (_MARGIN + 2 * step, head + row * row_step))
+        _colour_bar(canvas, (_MARGIN + 3 * step, head), (bar, side), low, high)
     return canvas
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a picture atomically."""
+    write_atomic(path, lambda file: picture.save(file, "PNG"))
 
 
 def captioned_grid(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:

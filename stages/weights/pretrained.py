@@ -24,7 +24,7 @@ from models.config import GPTConfig, VQConfig
 from models.gpt import GPT
 from models.lpips import LPIPS
 from models.vq import VQModel
-from stages.runtime.artifact import file_sha256, write_json
+from stages.runtime.artifact import RECORD, file_sha256, write_json
 from stages.runtime.errors import InputError
 from stages.weights.own import misfit
 
@@ -96,10 +96,10 @@ def _other_gpt(state: dict[str, Tensor], config: GPTConfig) -> str | None:
 
 
 def write_source(output: Path, checkpoint: Path) -> None:
-    """Write `source.json`: which file an artifact's weights came from, by SHA-256 and size. A name does not tell."""
+    """Write `record/source.json`: which file an artifact's weights came from, by SHA-256 and size."""
     digest = file_sha256(checkpoint)
     logger.info("imported %s, sha256 %s", checkpoint, digest)
-    write_json(output / "source.json", {"sha256": digest, "bytes": checkpoint.stat().st_size})
+    write_json(output / RECORD / "source.json", {"sha256": digest, "bytes": checkpoint.stat().st_size})
 
 
 def read_lpips(path: Path | None) -> LPIPS:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from conf.load import load_settings
-from pipeline.cache.keys import changes, inputs_read, key_of, key_parts
-from pipeline.graph import STAGES
+from pipeline.cache.keys import changes, key_of, key_parts
+from pipeline.graph import STAGES, inputs_read
 from pipeline.project import DPAR
 
 

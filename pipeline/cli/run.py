@@ -1,0 +1,203 @@
+"""Commands of `dpar` that make artifacts, and that say what would be made and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+import yaml
+
+from conf.load import describe, names
+from conf.schema import RuntimeConfig, Settings
+from pipeline import views as drawn_views
+from pipeline.cli import display
+from pipeline.cli.options import (
+    Ablation,
+    AsJson,
+    DryRun,
+    Forced,
+    ForcedStages,
+    From,
+    Overrides,
+    Preset,
+    StageName,
+    Until,
+    load,
+    show_json,
+)
+from pipeline.graph import STAGES
+from pipeline.plan import StageStatus, cached_paths, explain, plan
+from pipeline.report import collect, numbers
+from pipeline.runner import run_stage
+from pipeline.selection import as_options, asked_for, known_stage, select
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+def run(
+    *,
+    preset: Preset = None,
+    ablation: Ablation = None,
+    from_stage: From = None,
+    until_stage: Until = None,
+    force: ForcedStages,
+    overrides: Overrides,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make what is not made yet, and show the scores."""
+    settings, runtime = load(preset, ablation, overrides)
+    given = as_options(preset, ablation, overrides)
+    wanted = select(settings, from_stage, until_stage, force)
+    statuses = asked_for(plan(settings, runtime), wanted, settings, force=force, given=given)
+    if dry_run:
+        _show_statuses(statuses, as_json)
+        return
+    if any(status.state != "cached" for status in statuses):
+        from pipeline.serving.local import run_pipeline
+
+        with display.make_screen(display.make_console(stderr=as_json)) as screen:
+            run_pipeline(
+                preset,
+                ablation,
+                overrides,
+                from_stage=from_stage,
+                until_stage=until_stage,
+                force=force,
+                observer=screen,
+            )
+        statuses = asked_for(plan(settings, runtime), wanted, settings)
+    else:
+        if not as_json:
+            _show_statuses(statuses, as_json)
+        _draw(wanted, settings, runtime, force=False)
+    _show_report(statuses, runtime, as_json)
+
+
+@app.command()
+def stage(
+    name: StageName,
+    *,
+    preset: Preset = None,
+    ablation: Ablation = None,
+    force: Forced = False,
+    overrides: Overrides,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run one stage here, without Prefect. What it reads must be cached."""
+    known_stage(name)
+    settings, runtime = load(preset, ablation, overrides)
+    given = as_options(preset, ablation, overrides)
+    statuses = asked_for(plan(settings, runtime), [name], settings, force=[name] if force else [], given=given)
+    if dry_run:
+        _show_statuses(statuses, as_json)
+        return
+    with display.make_screen(display.make_console(stderr=as_json)) as screen:
+        run_stage(STAGES[name], settings, runtime, force=force, observer=screen)
+    _show_report(asked_for(plan(settings, runtime), [name], settings), runtime, as_json)
+
+
+@app.command()
+def status(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
+    """Show which stages are cached, stale or missing, and why."""
+    settings, runtime = load(preset, ablation, overrides)
+    wanted = select(settings)
+    _show_statuses([status for status in plan(settings, runtime) if status.stage in wanted], as_json)
+    unread = [name for name in STAGES if name not in wanted]
+    if unread and not as_json:
+        typer.echo(f"not read under these settings: {', '.join(unread)}")
+
+
+@app.command()
+def views(
+    name: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="All stages if not given.")] = None,
+    *,
+    preset: Preset = None,
+    ablation: Ablation = None,
+    overrides: Overrides,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the pictures and numbers of cached artifacts again.
+
+    They are drawn from the finished artifacts; nothing else is made.
+    """
+    settings, runtime = load(preset, ablation, overrides)
+    wanted = select(settings) if name is None else [known_stage(name)]
+    with display.make_console(stderr=True).status("drawing"):
+        drawn = drawn_views.draw_all(wanted, settings, runtime, force=True)
+    paths = cached_paths(plan(settings, runtime))
+    if as_json:
+        show_json({"views": {name: {"path": str(paths[name] / "views"), "error": drawn[name]} for name in drawn}})
+    else:
+        for name, error in drawn.items():
+            typer.echo(error or f"{name:<13} {paths[name] / drawn_views.VIEWS}")
+        if not drawn:
+            typer.echo("no artifact to draw from: nothing is cached under these settings")
+    if any(drawn.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def why(
+    name: StageName,
+    *,
+    preset: Preset = None,
+    ablation: Ablation = None,
+    overrides: Overrides,
+    as_json: AsJson = False,
+) -> None:
+    """Show every change that makes a stage run again."""
+    changes = explain(STAGES[known_stage(name)], *load(preset, ablation, overrides))
+    if as_json:
+        show_json({"stage": name, "changes": changes})
+    else:
+        typer.echo("\n".join(changes) if changes else f"{name} is cached: nothing has changed")
+
+
+@app.command()
+def config(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
+    """Print all settings as they resolve."""
+    settings, runtime = load(preset, ablation, overrides)
+    tree = {**settings.model_dump(mode="json"), "runtime": runtime.model_dump(mode="json")}
+    if as_json:
+        show_json(tree)
+    else:
+        typer.echo(yaml.safe_dump(tree, sort_keys=False), nl=False)
+
+
+@app.command()
+def presets(as_json: AsJson = False) -> None:
+    """List presets and ablations, and what each is for."""
+    found = {kind: {name: describe(kind, name) for name in names(kind)} for kind in ("preset", "ablation")}
+    if as_json:
+        show_json(found)
+        return
+    for kind, described in found.items():
+        for name, purpose in described.items():
+            typer.echo(f"--{kind} {name:<18} {purpose}")
+
+
+def _draw(wanted: list[str], settings: Settings, runtime: RuntimeConfig, *, force: bool) -> None:
+    """Draw views that were not drawn by the code of now, as after a change of theirs alone."""
+    for error in drawn_views.draw_all(wanted, settings, runtime, force=force).values():
+        if error is not None:
+            typer.echo(f"dpar: {error}", err=True)
+
+
+def _show_statuses(statuses: Sequence[StageStatus], as_json: bool) -> None:
+    if as_json:
+        show_json({"stages": [asdict(status) for status in statuses]})
+    else:
+        display.make_console().print(display.status_table(statuses))
+
+
+def _show_report(statuses: Sequence[StageStatus], runtime: RuntimeConfig, as_json: bool) -> None:
+    report = collect(cached_paths(statuses))
+    if as_json:
+        show_json({"stages": [asdict(status) for status in statuses], "scores": numbers(report)})
+    else:
+        display.print_report(display.make_console(), report, runtime.home)

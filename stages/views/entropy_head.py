@@ -1,0 +1,142 @@
+"""View of stage `entropy_head`: how near each source of boundaries comes to the entropy model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from conf.boundary_sources import BOUNDARY_SOURCES
+from conf.entropy_head import EntropyHeadConfig
+from conf.schema import RuntimeConfig
+from models.patch_tables import PatchTables, unpack_bits
+from models.patching import PatchRule
+from stages.images.decode import float_to_pixels
+from stages.patches.boundary_sources import HELDOUT_SAMPLES, SAMPLES, THRESHOLDS, patch_rule
+from stages.patches.thresholds import EntropySample
+from stages.runtime.artifact import read_json, write_json
+from stages.runtime.job import Inputs, main
+from stages.stores.blocks import Integers
+from stages.stores.entropies import EntropyStore
+from stages.stores.patches import PatchIndex
+from stages.stores.tokens import TokenStore
+from stages.views.pictures import captioned_grid, patches_outlined, save_png
+from stages.weights.own import load_vq
+
+Entropies = NDArray[np.float32]
+Starts = NDArray[np.bool_]
+_SHOWN = 6  # images in the picture
+
+
+def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
+    """Write `metrics.json`, and `sources.png` with the same images as each source cuts them."""
+    thresholds: dict[str, float] = read_json(inputs["entropy_head"] / THRESHOLDS)
+    if not thresholds:
+        write_json(output / "metrics.json", {})
+        return
+    found = Found.of(inputs)
+    metrics: dict[str, float] = {}
+    for source, threshold in thresholds.items():
+        metrics |= {f"{source}_{name}": value for name, value in found.numbers(source, threshold).items()}
+    write_json(output / "metrics.json", metrics)
+    if "tokenizer" in inputs:
+        _picture(inputs, found, thresholds, output / "sources.png")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the sources said, beside what the entropy model says of the same images."""
+
+    store: TokenStore
+    index: PatchIndex
+    entropies: EntropyStore
+    rule: PatchRule
+    calibrated: dict[str, Entropies]
+    """By source, of training views."""
+    heldout: dict[str, Entropies]
+    """By source, of the first held-out images, first view."""
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Found:
+        """From finished artifacts."""
+        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+        return cls(
+            store=store,
+            index=PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest),
+            entropies=EntropyStore.open(inputs["entropy_map"] / "entropies.zarr"),
+            rule=patch_rule(read_json(inputs["patch_index"] / "rule.json"), store.grid),
+            calibrated=_load(inputs["entropy_head"] / SAMPLES),
+            heldout=_load(inputs["entropy_head"] / HELDOUT_SAMPLES),
+        )
+
+    def numbers(self, source: str, threshold: float) -> dict[str, float]:
+        """Threshold and mean length on training views; on held-out images, nearness to the entropy model.
+
+        `correlation` is that of the entropies, `agreement` the share of tokens with the same answer.
+        """
+        sample = EntropySample.of_array(self.calibrated[source], self.store.codebook_size)
+        mean_length = sample.mean_length(replace(self.rule, threshold=threshold))
+        numbers = {"threshold": threshold, "mean_length": mean_length}
+        said = self.heldout[source]
+        if not len(said):
+            return numbers
+        images, views = self._heldout_images(len(said))
+        wanted = self.entropies.fetch(images, views)
+        same = self.starts(said, threshold) == self.index.starts(images, views)
+        correlation = np.corrcoef(said[:, 1:].ravel(), wanted[:, 1:].ravel())[0, 1]
+        return numbers | {"correlation": float(correlation), "agreement": float(same.mean())}
+
+    def starts(self, entropies: Entropies, threshold: float) -> Starts:
+        """Where the rule opens patches at a threshold."""
+        tables = PatchTables.of(replace(self.rule, threshold=threshold), self.store.num_tokens)
+        return unpack_bits(tables.packed_starts(entropies), self.store.num_tokens)
+
+    def shown(self) -> tuple[Integers, Integers, dict[str, Entropies]]:
+        """A few evenly spread images with their views, and what each source said of them.
+
+        Held-out images where there are any, training images else; only images that every source was asked about.
+        """
+        count = min(map(len, self.heldout.values()))
+        if count:
+            rows = np.unique(np.linspace(0, count - 1, _SHOWN).astype(np.int64))
+            images, views = self._heldout_images(count)
+            return images[rows], views[rows], {source: said[rows] for source, said in self.heldout.items()}
+        # Sources are asked about evenly spread training views, of which all ask about the first and the last.
+        total = self.store.num_train * self.store.num_views
+        ends = np.unique([0, total - 1])
+        said = {source: values[[0, -1][: len(ends)]] for source, values in self.calibrated.items()}
+        return ends % self.store.num_train, ends // self.store.num_train, said
+
+    def _heldout_images(self, count: int) -> tuple[Integers, Integers]:
+        images = np.arange(self.store.num_train, self.store.num_train + count)
+        return images, np.zeros_like(images)
+
+
+def _load(path: Path) -> dict[str, Entropies]:
+    with np.load(path, allow_pickle=False) as saved:
+        return dict(saved)
+
+
+def _picture(inputs: Inputs, found: Found, thresholds: dict[str, float], path: Path) -> None:
+    """A row of the same images for each source, cut as it cuts them; the entropy model's comes first."""
+    images, views, said = found.shown()
+    tokens = torch.from_numpy(found.store.fetch(images, views).astype(np.int64))
+    with torch.inference_mode():
+        decoded = float_to_pixels(load_vq(inputs["tokenizer"]).decode(tokens))
+    rows = {BOUNDARY_SOURCES["entropy_model"].label: found.index.starts(images, views)}
+    for source, info in BOUNDARY_SOURCES.items():
+        if source in said:
+            rows[info.label] = found.starts(said[source], thresholds[source])
+    pictures, captions = [], []
+    for label, starts in rows.items():
+        for image, here in zip(decoded, starts, strict=True):
+            pictures.append(patches_outlined(image, here, found.store.grid))
+            captions.append(f"{label}: {int(here.sum())} patches")
+    save_png(captioned_grid(pictures, captions, len(images)), path)
+
+
+if __name__ == "__main__":
+    main(entropy_head, EntropyHeadConfig)

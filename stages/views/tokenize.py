@@ -1,0 +1,38 @@
+"""View of stage `tokenize`: how the codebook is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from conf.schema import RuntimeConfig
+from conf.tokenize import TokenizeConfig
+from stages.runtime.artifact import write_json
+from stages.runtime.job import Inputs, main
+from stages.stores.tokens import TokenStore
+
+
+def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
+    """Write `metrics.json`: sizes of the store and usage of the codebook."""
+    write_json(output / "metrics.json", codebook_usage(TokenStore.open(inputs["tokenize"] / "tokens.zarr")))
+
+
+def codebook_usage(store: TokenStore) -> dict[str, float]:
+    """Share of the codes that occur, and the entropy of their frequencies in nats: what knowing nothing else leaves."""
+    counts = np.zeros(store.codebook_size, dtype=np.int64)
+    for unit in range(store.num_units):
+        for view in range(store.num_views):
+            counts += np.bincount(store.read_block(unit, view).ravel(), minlength=store.codebook_size)
+    shares = counts[counts > 0] / counts.sum()
+    return {
+        "num_images": store.num_images,
+        "num_views": store.num_views,
+        "num_tokens": store.num_tokens,
+        "codebook_usage": float(np.mean(counts > 0)),
+        "unigram_entropy": float(-(shares * np.log(shares)).sum()),
+    }
+
+
+if __name__ == "__main__":
+    main(tokenize, TokenizeConfig)

@@ -1,0 +1,21 @@
+"""View of stage `tokenizer`: how well the tokenizer reconstructs images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conf.schema import RuntimeConfig
+from conf.tokenizer import TokenizerConfig
+from stages.runtime.artifact import write_json
+from stages.runtime.job import Inputs, main
+from stages.views.record import last_metrics
+
+
+def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
+    """Write `metrics.json`: PSNR in dB and codebook usage on held-out images, as the stage measured them at its end."""
+    metrics = last_metrics(inputs["tokenizer"], "psnr", "heldout_codebook_usage", "num_images")
+    write_json(output / "metrics.json", metrics)
+
+
+if __name__ == "__main__":
+    main(tokenizer, TokenizerConfig)
