@@ -22,7 +22,7 @@ from conf.schema import RuntimeConfig
 from stages.images.decode import DecodeError, decode
 from stages.images.listing import Listing, list_images
 from stages.images.sources import archive_path, read_image
-from stages.runtime.artifact import RECORD, write_atomic, write_json
+from stages.runtime.artifact import RECORD, read_arrays, write_atomic, write_json
 from stages.runtime.errors import InputError
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
@@ -125,28 +125,35 @@ def _check(root: Path, images: Listing) -> Checked:
 
 
 def _stamp(root: Path, images: Listing) -> NDArray[np.uint8]:
-    """Digest of the files' names, sizes and times: a block counts as read only while its files stay untouched."""
+    """Digest of the files' names, sizes, times and inodes: a block counts as read only while its files stay untouched.
+
+    The change time and the inode tell of a file replaced by one of the same size and modification time. Of a link they
+    are those of the file that it leads to.
+    """
     digest = blake2b(digest_size=16)
     for relpath, _, offset, size in images:
         path = archive_path(root, relpath) if offset else root / relpath
         digest.update(f"{path}\0{relpath}\0{offset}\0{size}\0".encode())
         try:
             status = path.stat()
-            digest.update(f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            fields = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+            digest.update("".join(f"{field}\0" for field in fields).encode())
         except OSError:
             digest.update(b"missing\0")
     return np.frombuffer(digest.digest(), np.uint8)
 
 
 def _recall(path: Path, stamp: NDArray[np.uint8]) -> Checked | None:
-    """What a killed attempt found out about these files, if it came that far."""
-    if not path.is_file():
+    """What a killed attempt found out about these files; None if it did not come that far or its record is damaged."""
+    saved = read_arrays(path)
+    if saved is None:
         return None
-    with np.load(path, allow_pickle=False) as saved:
-        if not np.array_equal(saved["stamp"], stamp):
-            return None
-        facts = saved["facts"].view(FACTS).ravel()
-        return Checked(facts, saved["reasons"].tolist())
+    if saved.keys() != {"stamp", "facts", "reasons"}:
+        logger.warning("%s is damaged (it holds %s): made again", path, sorted(saved))
+        return None
+    if not np.array_equal(saved["stamp"], stamp):
+        return None
+    return Checked(saved["facts"].view(FACTS).ravel(), saved["reasons"].tolist())
 
 
 def _remember(path: Path, stamp: NDArray[np.uint8], block: Checked) -> None:

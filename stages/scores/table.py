@@ -1,4 +1,4 @@
-"""The scores: what each is called, what it means, and which way is better. One entry a score; nothing else names one."""
+"""The scores: what each is called, what it means, and which of two values is better. Nothing else names a score."""
 
 from __future__ import annotations
 

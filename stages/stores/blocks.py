@@ -1,4 +1,8 @@
-"""Reading a finished store (see `stages.stores.units`): its chunk files mapped into memory as one array of rows."""
+"""Reading a finished store (see `stages.stores.units`): its chunk files mapped into memory as one array of rows.
+
+A chunk is compared with its CRC-32C when this process first reads from it; later reads trust it. So damaged rows are an
+error wherever they are read, and a batch of rows from known chunks costs no checksum.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from numpy.typing import NDArray
 
 from stages.runtime.errors import ArtifactError, InputError
 from stages.stores.header import SpecOf, StoreHeader, reader_of
+from stages.stores.layout import CRC_BYTES, Array, ArraySpec
 from stages.stores.memory_map import SideBySide
-from stages.stores.units import Array, ArraySpec, StoreSpec
 
 Integers = NDArray[np.integer[Any]]
 S3 = "s3://"
@@ -24,7 +28,11 @@ class BlockArray(Protocol):
     """One array of a store, read in blocks or by rows."""
 
     def block(self, unit: int, view: int = 0) -> Array:
-        """Rows of one unit, of one view where the array has views: read-only."""
+        """Rows of one unit, of one view where the array has views: read-only.
+
+        Raises:
+            ArtifactError: Their chunk is damaged.
+        """
         ...
 
     def gather(self, rows: Integers, views: Integers) -> Array:
@@ -32,6 +40,7 @@ class BlockArray(Protocol):
 
         Raises:
             IndexError: A row or view that the array does not have.
+            ArtifactError: A chunk that they are in is damaged.
             InputError: The store lies where single rows cannot be read.
         """
         ...
@@ -39,24 +48,41 @@ class BlockArray(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MappedArray:
-    """One array of a store: its chunks unit by unit, in a unit view by view, `pitch` rows apart in one array."""
+    """One array of a store: its chunks unit by unit, in a unit view by view, the files' pitch apart in one array."""
 
+    header: StoreHeader
     array: ArraySpec
-    spec: StoreSpec
+    files: SideBySide
     rows: Array
-    pitch: int
+    known_good: NDArray[np.bool_]
+    """Which chunks have been compared with their checksums."""
 
     def block(self, unit: int, view: int = 0) -> Array:
         """See `BlockArray`; straight from the file."""
-        first = (unit * self.array.num_views + view) * self.pitch
-        return self.rows[first : first + self.spec.count_rows([unit])]
+        chunk = unit * self.array.num_views + view
+        if not self.known_good[chunk]:
+            self._check(chunk)
+        first = chunk * self.files.pitch
+        return self.rows[first : first + self.header.spec.count_rows([unit])]
 
     def gather(self, rows: Integers, views: Integers) -> Array:
         """See `BlockArray`."""
         self._check_range("image", rows, self.array.shape[0])
         self._check_range("view", views, self.array.num_views)
-        units, places = np.divmod(rows.astype(np.int64), self.spec.chunk_rows)
-        return self.rows.take((units * self.array.num_views + views) * self.pitch + places, axis=0)
+        units, places = np.divmod(rows.astype(np.int64), self.header.spec.chunk_rows)
+        chunks = units * self.array.num_views + views
+        known = self.known_good[chunks]
+        if not known.all():
+            for chunk in np.unique(chunks[~known]):
+                self._check(int(chunk))
+        return self.rows.take(chunks * self.files.pitch + places, axis=0)
+
+    def _check(self, chunk: int) -> None:
+        unit, view = divmod(chunk, self.array.num_views)
+        key = self.header.spec.chunk_keys(self.array, unit)[view]
+        if damage := self.header.content_damage(self.array, key, self.files.file(chunk)):
+            raise ArtifactError(damage)
+        self.known_good[chunk] = True
 
     def _check_range(self, what: str, numbers: Integers, count: int) -> None:
         if len(numbers) and (numbers.min() < 0 or numbers.max() >= count):
@@ -80,7 +106,7 @@ def open_store(location: Path | str, spec_of: SpecOf) -> BlockStore:
 
     Args:
         location: Its folder, or an address `s3://bucket/key` (see `stages.stores.remote`).
-        spec_of: Makes its layout from its facts.
+        spec_of: Makes its layout from its attributes.
 
     Raises:
         ArtifactError: No store, incomplete, of another layout, or a chunk file missing, cut or grown.
@@ -104,7 +130,8 @@ def open_store(location: Path | str, spec_of: SpecOf) -> BlockStore:
 def _map(path: Path, header: StoreHeader, array: ArraySpec) -> MappedArray:
     spec = header.spec
     dtype = np.dtype(array.dtype).newbyteorder("<")
-    files = SideBySide(spec.num_units * array.num_views, spec.chunk_rows, array.row_shape, dtype)
+    num_chunks = spec.num_units * array.num_views
+    files = SideBySide(num_chunks, spec.chunk_rows, array.row_shape, dtype, tail=CRC_BYTES)
     for place, key in enumerate(spec.keys(array)):
         try:
             found = files.lay(place, path / key, spec.chunk_bytes(array))
@@ -113,4 +140,4 @@ def _map(path: Path, header: StoreHeader, array: ArraySpec) -> MappedArray:
             raise ArtifactError(f"{header.chunk_name(array, key)} cannot be read ({error.strerror}){hint}") from error
         if damage := header.size_damage(array, key, found):
             raise ArtifactError(damage)
-    return MappedArray(array, spec, files.rows(), files.pitch)
+    return MappedArray(header, array, files, files.rows(), np.zeros(num_chunks, np.bool_))

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.runtime.errors import ArtifactError
 from stages.stores.blocks import BlockStore, Integers, open_store
-from stages.stores.units import ArraySpec, StoreSpec, UnitWriter
+from stages.stores.layout import ArraySpec, StoreSpec
+from stages.stores.units import UnitWriter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EntropyFacts:
-    """What an entropy store holds and was made from."""
+    """Metadata of an entropy store: its sizes, and what it was made from."""
 
     num_images: int
     num_train: int
@@ -44,7 +44,7 @@ class EntropyFacts:
 
 
 def entropy_writer(path: Path, facts: EntropyFacts) -> UnitWriter:
-    """Writer of the entropy store at `path`; a unit takes `entropy` (rows, A, T)."""
+    """Writer of the entropy store at `path`; a unit takes `entropy` (rows, A, T), all finite."""
     return UnitWriter(path, facts.spec(), asdict(facts))
 
 
@@ -57,7 +57,6 @@ class EntropyStore:
         self.location = store.header.location
         self.facts = EntropyFacts(**store.header.facts)
         self.digest = store.header.digest
-        self._known_good = np.zeros((store.header.spec.num_units, self.facts.num_views), dtype=np.bool_)
         self.num_images, self.num_views = self.facts.num_images, self.facts.num_views
         self.num_tokens, self.grid = self.facts.num_tokens, self.facts.grid
         self.num_train, self.codebook_size = self.facts.num_train, self.facts.codebook_size
@@ -89,23 +88,16 @@ class EntropyStore:
 
         Raises:
             IndexError: An image or view that the store does not have.
-            ArtifactError: An entropy that is no finite number: the store is damaged.
+            ArtifactError: A damaged chunk, found when it is first read.
         """
-        return self._checked(self._entropy.gather(images, views))
+        entropies: NDArray[np.float32] = self._entropy.gather(images, views)
+        return entropies
 
     def read_block(self, unit: int, view: int) -> NDArray[np.float32]:
         """Entropies (rows, T) of one view of the images of one unit: read-only, straight from the file.
 
         Raises:
-            ArtifactError: As `fetch`; a block is checked when it is first read.
+            ArtifactError: As `fetch`.
         """
         block: NDArray[np.float32] = self._entropy.block(unit, view)
-        if not self._known_good[unit, view]:
-            self._checked(block)
-            self._known_good[unit, view] = True
         return block
-
-    def _checked(self, entropy: NDArray[np.float32]) -> NDArray[np.float32]:
-        if not np.isfinite(entropy).all():
-            raise ArtifactError(f"{self.location} holds entropies that are no numbers: run the entropy_map stage again")
-        return entropy

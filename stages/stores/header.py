@@ -1,4 +1,4 @@
-"""What the metadata of a finished store say, wherever it lies; and how its chunks are called when they are damaged."""
+"""The metadata of a finished store, on disk or on S3, and the messages that name a damaged chunk."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
 
 from stages.runtime.errors import ArtifactError
-from stages.stores.units import ATTRIBUTES, CRC_BYTES, FORMAT, NOT_FACTS, ArraySpec, StoreSpec
+from stages.stores.layout import ATTRIBUTES, CRC_BYTES, FORMAT, NOT_FACTS, ArraySpec, StoreSpec, crc32c
 
 Read = Callable[[str], bytes]
 SpecOf = Callable[[dict[str, Any]], StoreSpec]
-_WHOLE = google_crc32c.value(bytes(CRC_BYTES))
-"""CRC-32C of any data with their own CRC-32C behind them: so also of none with theirs, which is zero."""
+_WHOLE = crc32c(np.zeros(CRC_BYTES, np.uint8))
+"""CRC-32C of any data followed by their own CRC-32C. No data at all are followed by zeros."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreHeader:
-    """What the metadata of a finished store say."""
+    """The metadata of a finished store."""
 
     location: Path | str
     """Folder, or address that starts with `s3://`."""
     facts: dict[str, Any]
+    """Its attributes, without those of the format."""
     digest: str
+    """SHA-256 over the attributes and the SHA-256 of every other file."""
     spec: StoreSpec
 
     @classmethod
@@ -36,7 +39,7 @@ class StoreHeader:
         Args:
             location: For errors.
             read: Gives a file of the store by its key.
-            spec_of: Makes the layout from the facts.
+            spec_of: Makes the layout from the attributes.
 
         Raises:
             ArtifactError: No store, incomplete, or of another format or kind.
@@ -56,7 +59,7 @@ class StoreHeader:
             raise ArtifactError(f"{location} has other attributes than its kind of store ({error})") from error
 
     def check_layout(self, array: ArraySpec, read: Read) -> None:
-        """Check the few facts of an array's Zarr metadata that reading raw files relies on.
+        """Check the fields of an array's Zarr metadata that reading raw files relies on.
 
         Raises:
             ArtifactError: Missing, damaged or different.
@@ -86,29 +89,29 @@ class StoreHeader:
                 )
 
     def chunk_name(self, array: ArraySpec, key: str) -> str:
-        """A chunk as errors call it: by array, number and file."""
+        """Name of a chunk in messages: array, number and file."""
         chunk = key.removeprefix(f"{array.name}/c/")
         return f"array {array.name}, chunk {chunk} of {PurePath(self.location).name} (file {self.location}/{key})"
 
     def size_damage(self, array: ArraySpec, key: str, found: int | None) -> str | None:
-        """What the size of a chunk's file, None without a file, says is wrong with it."""
+        """What is wrong with the size of a chunk's file; `found` is None where there is no file."""
         wanted = self.spec.chunk_bytes(array)
         if found == wanted:
             return None
         state = "missing" if found is None else f"{found} bytes long"
         return f"{self.chunk_name(array, key)} is {state}, expected {wanted} bytes: run its stage again"
 
-    def content_damage(self, array: ArraySpec, key: str, data: bytes) -> str | None:
-        """What is wrong with the bytes of a chunk's file."""
+    def content_damage(self, array: ArraySpec, key: str, data: bytes | NDArray[np.uint8]) -> str | None:
+        """What is wrong with the bytes of a chunk's file: size and checksum."""
         if what := self.size_damage(array, key, len(data)):
             return what
-        if google_crc32c.value(data) != _WHOLE:
+        if crc32c(np.frombuffer(data, np.uint8)) != _WHOLE:
             return f"{self.chunk_name(array, key)} is damaged, its checksum differs: run its stage again"
         return None
 
 
 def reader_of(folder: Path) -> Read:
-    """Reads the files of a store in a folder by their keys."""
+    """A function that reads the files of a store in a folder by their keys."""
     return lambda key: (folder / key).read_bytes()
 
 

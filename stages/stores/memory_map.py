@@ -23,15 +23,18 @@ _FAILED = ctypes.c_void_p(-1).value
 class SideBySide:
     """Read-only rows of `num_files` files, `pitch` rows from the start of one file to the start of the next.
 
-    The pitch is at least the rows of a file: files start at a page and at a whole row. Rows between them are zeros.
+    The pitch is at least the rows of a file: files start at a page and at a whole row. Between the rows of two files
+    lie the `tail` bytes that follow the rows of the first, then zeros.
     """
 
-    def __init__(self, num_files: int, rows: int, row_shape: tuple[int, ...], dtype: DTypeLike) -> None:
+    def __init__(
+        self, num_files: int, rows: int, row_shape: tuple[int, ...], dtype: DTypeLike, *, tail: int = 0
+    ) -> None:
         """Reserve the addresses; no memory is used yet."""
         self._dtype, self._row_shape = np.dtype(dtype), row_shape
         row_bytes = math.prod(row_shape) * self._dtype.itemsize
         step = math.lcm(mmap.PAGESIZE, row_bytes)
-        self._bytes = rows * row_bytes
+        self._bytes = rows * row_bytes + tail
         self._stride = -(-self._bytes // step) * step
         self.pitch = self._stride // row_bytes
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -40,7 +43,7 @@ class SideBySide:
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
 
     def lay(self, place: int, path: Path, wanted: int) -> int | None:
-        """Map a file's rows at a place, if it has the wanted size; its size, None without a file.
+        """Map a file's rows and tail at a place, if it has the wanted size; its size, None without a file.
 
         Raises:
             OSError: It cannot be opened or mapped.
@@ -61,6 +64,10 @@ class SideBySide:
         """Rows (files * pitch, *row shape), which keep the mapping alive."""
         flat = np.frombuffer(self._memory, self._dtype)
         return flat.reshape(-1, *self._row_shape)
+
+    def file(self, place: int) -> NDArray[np.uint8]:
+        """Bytes of the file at a place, its rows and its tail. They keep the mapping alive, too."""
+        return np.frombuffer(self._memory, np.uint8, self._bytes, place * self._stride)
 
     def _map(self, address: int, descriptor: int, path: Path) -> None:
         found = _LIBC.mmap(address, self._bytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0)

@@ -1,4 +1,4 @@
-"""A finished store on S3, read in whole blocks: a batch of single rows would fetch a chunk of megabytes for each.
+"""A finished store on S3, read in whole blocks: a batch of single rows would fetch megabytes for each row.
 
 Address, region and keys are those of the environment (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID` ...).
 """
@@ -15,7 +15,7 @@ from obstore.store import S3Store
 
 from stages.runtime.errors import ArtifactError, InputError
 from stages.stores.header import Read, SpecOf, StoreHeader
-from stages.stores.units import Array, ArraySpec
+from stages.stores.layout import Array, ArraySpec
 
 BLOCKS_KEPT = 4
 
@@ -28,7 +28,7 @@ class RemoteArray:
         self._blocks = lru_cache(BLOCKS_KEPT)(self._fetch)
 
     def block(self, unit: int, view: int = 0) -> Array:
-        """See `BlockArray`; its checksum is checked when it is fetched."""
+        """See `BlockArray`; its checksum is checked whenever it is fetched."""
         return self._blocks(unit, view)
 
     def gather(self, rows: object, views: object) -> Array:

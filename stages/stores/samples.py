@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.stores.blocks import BlockStore, open_store
+from stages.stores.layout import Array, ArraySpec, StoreSpec
 from stages.stores.tokens import MISSING
-from stages.stores.units import Array, ArraySpec, StoreSpec, UnitWriter
+from stages.stores.units import UnitWriter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleFacts:
-    """What a sample store holds."""
+    """Metadata of a sample store."""
 
     num_samples: int
     num_classes: int
@@ -27,7 +28,7 @@ class SampleFacts:
     image_size: int
     """Side of the stored images, pixels."""
     chunk_rows: int
-    """Samples drawn together."""
+    """Samples made in one batch."""
 
     def spec(self) -> StoreSpec:
         """Layout of the store."""
@@ -35,8 +36,8 @@ class SampleFacts:
         return StoreSpec(
             arrays=(
                 ArraySpec(name="images", shape=(num, self.image_size, self.image_size, 3), dtype="uint8"),
-                ArraySpec(name="labels", shape=(num,), dtype="uint16", missing=MISSING),
-                ArraySpec(name="tokens", shape=tokens, dtype="uint16", missing=MISSING),
+                ArraySpec(name="labels", shape=(num,), dtype="uint16", missing=MISSING, below=self.num_classes),
+                ArraySpec(name="tokens", shape=tokens, dtype="uint16", missing=MISSING, below=self.codebook_size),
                 ArraySpec(name="patch_starts", shape=tokens, dtype="bool"),
             ),
             chunk_rows=self.chunk_rows,
@@ -73,11 +74,20 @@ class SampleStore:
         return self.facts.num_samples
 
     def images(self, rows: NDArray[np.integer]) -> NDArray[np.uint8]:
-        """Images (n, H, W, 3) of the given rows, as a copy."""
+        """Images (n, H, W, 3) of the given rows, as a copy.
+
+        Raises:
+            IndexError: A row that the store does not have.
+            ArtifactError: A damaged chunk, found when it is first read.
+        """
         return self._store.arrays["images"].gather(rows, np.zeros_like(rows))
 
     def blocks(self) -> Iterator[NDArray[np.uint8]]:
-        """All images in order, (rows, H, W, 3) at a time: read-only, straight from the files."""
+        """All images in order, (rows, H, W, 3) at a time: read-only, straight from the files.
+
+        Raises:
+            ArtifactError: A damaged chunk.
+        """
         yield from self._store.blocks("images")
 
     def _whole(self, name: str) -> Array:

@@ -2,111 +2,49 @@
 
 A unit is one block of rows of every array of the store. Chunks are neither compressed nor sharded, so that a chunk file
 is the raw rows plus a CRC-32C, can be mapped into memory, and stays standard Zarr v3. A unit counts as done when its
-manifest stands in `record/units`; that a file exists says nothing, for Zarr shows missing chunks as fill values. The
-store counts as done when `complete` stands in its attributes, which are written last.
+manifest stands in `record/units` and its files have the bytes that the manifest records; that a file exists says
+nothing, for Zarr shows missing chunks as fill values. The store counts as done when `complete` stands in its
+attributes, which are written last.
+
+What a killed attempt left may be damaged. Whatever does not match is written again, with a warning.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
-import zarr
-from numpy.typing import NDArray
-from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.core.buffer import Buffer
-from zarr.storage import MemoryStore
 
-from stages.runtime.artifact import RECORD, file_sha256, read_json, remove_partials, write_atomic, write_json
+from stages.runtime.artifact import RECORD, read_json, remove_partials, write_atomic, write_json
 from stages.runtime.errors import ArtifactError
+from stages.stores.layout import (
+    ATTRIBUTES,
+    CRC_BYTES,
+    Array,
+    ArraySpec,
+    StoreSpec,
+    crc32c,
+    identity,
+    metadata_files,
+    metadata_keys,
+    store_digest,
+    value_damage,
+)
 
-Array = NDArray[Any]
-FORMAT = 2
-ATTRIBUTES = "dpar"
-CRC_BYTES = 4
-NOT_FACTS = frozenset({"format", "complete", "digest"})  # the attributes that say nothing of what is stored
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ArraySpec:
-    """One array of a store. Its first axis is the images."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    """Name of a little-endian type, e.g. `uint16`."""
-    missing: float | None = None
-    """NaN or the largest value of the type, if no finished entry has it: Zarr fills with it what was not written."""
-    per_view: bool = False
-    """The second axis is the views, each in chunks of its own."""
-
-    def __post_init__(self) -> None:
-        if self.missing is not None and not np.isnan(self.missing) and self.missing != np.iinfo(self.dtype).max:
-            raise ValueError(
-                f"{self.name} marks missing entries with {self.missing}, expected the largest {self.dtype}"
-            )
-
-    @property
-    def num_views(self) -> int:
-        """Chunks of one unit: one a view."""
-        return self.shape[1] if self.per_view else 1
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row of one view."""
-        return self.shape[2:] if self.per_view else self.shape[1:]
+logger = logging.getLogger(__name__)
+GROUP = "zarr.json"
+_FIELDS = {"bytes", "crc32c", "sha256"}
+Chunk = dict[str, int | str]
+"""Size, CRC-32C and SHA-256 of a chunk file, as its unit's manifest records them."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoreSpec:
-    """The arrays of a store, and how their rows are cut into units."""
-
-    arrays: tuple[ArraySpec, ...]
-    chunk_rows: int
-
-    @property
-    def num_rows(self) -> int:
-        """Images in the store."""
-        return self.arrays[0].shape[0]
-
-    @property
-    def num_units(self) -> int:
-        """Row-blocks of the store; the last one may be shorter."""
-        return -(-self.num_rows // self.chunk_rows)
-
-    def rows(self, unit: int) -> slice:
-        """Rows of a unit."""
-        return slice(unit * self.chunk_rows, min((unit + 1) * self.chunk_rows, self.num_rows))
-
-    def count_rows(self, units: Iterable[int]) -> int:
-        """Number of rows of some units together."""
-        return sum(self.rows(unit).stop - self.rows(unit).start for unit in units)
-
-    def chunk_shape(self, array: ArraySpec) -> tuple[int, ...]:
-        """Shape of every chunk of an array, the last one included: Zarr pads it."""
-        return (self.chunk_rows, *((1,) if array.per_view else ()), *array.row_shape)
-
-    def chunk_bytes(self, array: ArraySpec) -> int:
-        """Size of every chunk file of an array."""
-        return math.prod(self.chunk_shape(array)) * np.dtype(array.dtype).itemsize + CRC_BYTES
-
-    def chunk_keys(self, array: ArraySpec, unit: int) -> list[str]:
-        """Files of a unit's chunks below the store, one a view where the array has views."""
-        zeros = "/0" * len(array.row_shape)
-        if not array.per_view:
-            return [f"{array.name}/c/{unit}{zeros}"]
-        return [f"{array.name}/c/{unit}/{view}{zeros}" for view in range(array.num_views)]
-
-    def keys(self, array: ArraySpec) -> Iterator[str]:
-        """Files of all chunks of an array, unit by unit, and in a unit view by view."""
-        return (key for unit in range(self.num_units) for key in self.chunk_keys(array, unit))
+class _RefusedError(Exception):
+    """Why a unit that has a manifest does not count as done."""
 
 
 class UnitWriter:
@@ -117,28 +55,26 @@ class UnitWriter:
     """
 
     def __init__(self, path: Path, spec: StoreSpec, facts: Mapping[str, Any]) -> None:
-        """Create the store's metadata, or check that those found are the same.
+        """Write the store's metadata where they are missing, damaged, or those of another store.
 
         Args:
             path: Folder of the store, e.g. output/tokens.zarr.
             spec: Its arrays.
-            facts: What it was made from, as plain JSON; becomes its attributes.
-
-        Raises:
-            ArtifactError: The folder holds the units of another store.
+            facts: Its metadata, as plain JSON: what it was made from. They become its attributes.
         """
         self.path, self.spec = path, spec
         self._facts = dict(facts)
-        documents = _documents(spec, {"format": FORMAT, **facts, "complete": False})
-        if not (path / "zarr.json").exists():
-            # Processes that start together write the same bytes, the group's file last: no barrier is needed.
-            for key in sorted(documents, key="zarr.json".__eq__):
-                _write_bytes(path / key, documents[key])
-        self._refuse_other_store(documents)
+        self._identity = identity(spec, facts)
+        self._files = metadata_files(spec, facts)
+        self._done: dict[int, dict[str, Chunk]] = {}
+        self._write_metadata()
 
     def pending(self, rank: int = 0, size: int = 1) -> list[int]:
-        """Units of one process of `size` that are not written yet: every `size`-th one, from `rank`."""
-        return [unit for unit in range(rank, self.spec.num_units, size) if self._manifest(unit) is None]
+        """Units of one process of `size` that are not written yet: every `size`-th one, from `rank`.
+
+        The files of units that a killed attempt wrote are read here, once, and compared with their manifests.
+        """
+        return [unit for unit in range(rank, self.spec.num_units, size) if self._written(unit) is None]
 
     def write(self, unit: int, **blocks: Array) -> None:
         """Write one unit: every chunk once and whole, read back, then its manifest.
@@ -149,7 +85,7 @@ class UnitWriter:
 
         Raises:
             ValueError: A unit that the store does not have or that is written already; a block that is not all rows of
-                the unit, of another type, or holds the value for missing ones.
+                the unit, of another type, or holds a value that the array must not hold.
             ArtifactError: The disk gave back other bytes than were written.
         """
         if not 0 <= unit < self.spec.num_units:
@@ -158,31 +94,34 @@ class UnitWriter:
             raise ValueError(f"unit {unit} has the arrays {sorted(blocks)}, expected all of {self.path.name}")
         for array in self.spec.arrays:
             self._check_block(array, unit, blocks[array.name])
-        if self._manifest(unit) is not None:
+        if self._written(unit) is not None:
             raise ValueError(f"unit {unit} of {self.path.name} is written already: units are written once")
-        chunks: dict[str, dict[str, int | str]] = {}
+        chunks: dict[str, Chunk] = {}
         for array in self.spec.arrays:
             block = blocks[array.name]
             for view, key in enumerate(self.spec.chunk_keys(array, unit)):
                 chunks[key] = self._write_chunk(key, array, block[:, view] if array.per_view else block)
-        write_json(self._manifest_path(unit), {"unit": unit, "chunks": chunks})
+        write_json(self._manifest_path(unit), {"unit": unit, "store": self._identity, "chunks": chunks})
+        self._done[unit] = chunks
 
     def finish(self) -> str:
         """Declare the store complete and return its digest. One process, after all have written their units.
 
+        Units of other processes count by their manifests and sizes: those processes wrote or read them.
+
         Raises:
             ArtifactError: A unit is missing.
         """
-        hashes = {key: file_sha256(self.path / key) for key in metadata_keys(self.spec)}
+        hashes = {key: hashlib.sha256(self._files[key]).hexdigest() for key in metadata_keys(self.spec)}
         for unit in range(self.spec.num_units):
-            chunks = self._manifest(unit)
+            chunks = self._written(unit, compare=False)
             if chunks is None:
                 raise ArtifactError(f"{self.path} lacks unit {unit} of {self.spec.num_units}: run the stage again")
             hashes |= {key: str(chunk["sha256"]) for key, chunk in chunks.items()}
         digest = store_digest(self._facts, hashes)
-        remove_partials(self.path)
-        done = _documents(self.spec, {"format": FORMAT, **self._facts, "digest": digest, "complete": True})
-        _write_bytes(self.path / "zarr.json", done["zarr.json"])
+        self._remove_others(hashes.keys() | {GROUP})
+        self._write_metadata()
+        _write_bytes(self.path / GROUP, metadata_files(self.spec, self._facts, digest)[GROUP])
         return digest
 
     def _check_block(self, array: ArraySpec, unit: int, block: Array) -> None:
@@ -193,94 +132,128 @@ class UnitWriter:
                 f"{array.name} of unit {unit} is {block.dtype} {block.shape}, expected {array.dtype} {wanted}: "
                 "a unit is written whole"
             )
-        if holds_missing(block, array.missing):
-            raise ValueError(f"{array.name} of unit {unit} holds {array.missing}, the mark of missing entries")
+        if damage := value_damage(array, block):
+            raise ValueError(f"{array.name} of unit {unit} {damage}")
 
-    def _write_chunk(self, key: str, array: ArraySpec, rows: Array) -> dict[str, int | str]:
+    def _write_chunk(self, key: str, array: ArraySpec, rows: Array) -> Chunk:
         chunk = np.full(self.spec.chunk_shape(array), array.missing or 0, dtype=np.dtype(array.dtype).newbyteorder("<"))
         chunk.reshape(self.spec.chunk_rows, *rows.shape[1:])[: len(rows)] = rows
-        data = chunk.tobytes()
-        checksum = google_crc32c.value(data)
-        data += checksum.to_bytes(CRC_BYTES, "little")
+        values = chunk.tobytes()
+        data = values + crc32c(np.frombuffer(values, np.uint8)).to_bytes(CRC_BYTES, "little")
         path = self.path / key
         _write_bytes(path, data)
         if path.read_bytes() != data:
             raise ArtifactError(f"{path} does not read back as it was written: the disk or file system is faulty")
-        return {"bytes": len(data), "crc32c": checksum, "sha256": hashlib.sha256(data).hexdigest()}
+        return _describe(data)
 
     def _manifest_path(self, unit: int) -> Path:
         return self.path.parent / RECORD / "units" / f"{self.path.stem}-{unit:06d}.json"
 
-    def _manifest(self, unit: int) -> dict[str, dict[str, int | str]] | None:
-        """Chunks of a unit that is done: its manifest stands, and its files have their sizes."""
-        path = self._manifest_path(unit)
-        if not path.is_file():
+    def _written(self, unit: int, *, compare: bool = True) -> dict[str, Chunk] | None:
+        """Chunks of a unit that is done. The manifest of a unit that does not count as done is removed.
+
+        Args:
+            unit: Its number.
+            compare: Read its files, once per process, and compare them with the manifest; else only their sizes.
+        """
+        if unit in self._done:
+            return self._done[unit]
+        try:
+            chunks = self._manifest(unit)
+            if compare:
+                self._compare(chunks)
+                self._done[unit] = chunks
+        except FileNotFoundError:
             return None
-        chunks: dict[str, dict[str, int | str]] = read_json(path)["chunks"]
-        keys = [key for array in self.spec.arrays for key in self.spec.chunk_keys(array, unit)]
-        if list(chunks) != keys or any(file_size(self.path / key) != chunks[key]["bytes"] for key in keys):
+        except _RefusedError as error:
+            logger.warning("%s: unit %d of %s is made again", error, unit, self.path.name)
+            self._manifest_path(unit).unlink(missing_ok=True)
             return None
         return chunks
 
-    def _refuse_other_store(self, documents: dict[str, bytes]) -> None:
-        found = read_json(self.path / "zarr.json")["attributes"].get(ATTRIBUTES, {})
-        facts = {name: value for name, value in found.items() if name not in NOT_FACTS}
-        arrays = all(
-            (self.path / key).is_file() and (self.path / key).read_bytes() == document
-            for key, document in documents.items()
-            if key != "zarr.json"
-        )
-        if _canonical(facts) != _canonical(self._facts) or not arrays:
-            raise ArtifactError(f"{self.path} holds units of another store than this stage writes: remove it")
+    def _manifest(self, unit: int) -> dict[str, Chunk]:
+        """Chunks of a unit by its manifest.
+
+        Raises:
+            FileNotFoundError: It has none.
+            _RefusedError: It cannot be read, is of another store, or a file of the unit does not have its size.
+        """
+        path = self._manifest_path(unit)
+        try:
+            found = read_json(path)
+            store, chunks = found["store"], {key: dict(chunk) for key, chunk in found["chunks"].items()}
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _RefusedError(f"{path} is damaged ({error})") from error
+        if store != self._identity:
+            raise _RefusedError(f"{path} is of another store")
+        arrays = [(array, key) for array in self.spec.arrays for key in self.spec.chunk_keys(array, unit)]
+        sizes = {key: self.spec.chunk_bytes(array) for array, key in arrays}
+        fields = all(chunk.keys() == _FIELDS for chunk in chunks.values())
+        if found.get("unit") != unit or not fields or {key: chunks[key]["bytes"] for key in chunks} != sizes:
+            raise _RefusedError(f"{path} is damaged (its fields are not those of the unit)")
+        for key, size in sizes.items():
+            if _file_size(self.path / key) != size:
+                raise _RefusedError(f"{self.path / key} is missing or not {size} bytes long")
+        return chunks
+
+    def _compare(self, chunks: Mapping[str, Chunk]) -> None:
+        for key, chunk in chunks.items():
+            if _describe(_read_bytes(self.path / key) or b"") != chunk:
+                raise _RefusedError(f"{self.path / key} is not the file that its manifest records")
+
+    def _write_metadata(self) -> None:
+        """Write the metadata files that differ. Processes that start together write the same bytes: no barrier.
+
+        The group's file comes last. It may also stand complete: then it was finished before, and stays.
+        """
+        for key in sorted(self._files, key=GROUP.__eq__):
+            found = _read_bytes(self.path / key)
+            if found == self._files[key] or (key == GROUP and found is not None and found == self._complete(found)):
+                continue
+            if found is not None:
+                logger.warning("%s is damaged or of another store: written again", self.path / key)
+            _write_bytes(self.path / key, self._files[key])
+
+    def _complete(self, found: bytes) -> bytes | None:
+        """The group's file of this store, complete, with the digest in `found`."""
+        try:
+            digest = str(json.loads(found)["attributes"][ATTRIBUTES]["digest"])
+        except (ValueError, KeyError, TypeError):
+            return None
+        return metadata_files(self.spec, self._facts, digest)[GROUP]
+
+    def _remove_others(self, keys: set[str]) -> None:
+        """Remove the files that are no part of the store: of killed processes, and of another store before it."""
+        remove_partials(self.path)
+        for path in self.path.rglob("[!.]*"):
+            if path.is_file() and path.relative_to(self.path).as_posix() not in keys:
+                logger.warning("%s is no part of the store: removed", path)
+                path.unlink()
 
 
-def store_digest(facts: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
-    """SHA-256 over what a store was made from and the SHA-256 of every file but the group's own, by key."""
-    return hashlib.sha256(_canonical({"facts": dict(facts), "files": dict(hashes)})).hexdigest()
+def _describe(data: bytes) -> Chunk:
+    """What a manifest records of a chunk file."""
+    checksum = int.from_bytes(data[-CRC_BYTES:], "little")
+    return {"bytes": len(data), "crc32c": checksum, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def metadata_keys(spec: StoreSpec) -> list[str]:
-    """The arrays' metadata files below a store."""
-    return [f"{array.name}/zarr.json" for array in spec.arrays]
-
-
-def holds_missing(block: Array, missing: float | None) -> bool:
-    """Whether a block holds the value that stands for entries never written; never if the type has no such value."""
-    if missing is None:
-        return False
-    largest = block.max()  # NaN if there is one: no array of the same size is needed to find it
-    return bool(np.isnan(largest) if np.isnan(missing) else largest == missing)
-
-
-def file_size(path: Path) -> int | None:
+def _file_size(path: Path) -> int | None:
     """Size of a file in bytes; None if there is none."""
     try:
         return path.stat().st_size
-    except FileNotFoundError:
+    except OSError:
         return None
 
 
-def _documents(spec: StoreSpec, facts: Mapping[str, Any]) -> dict[str, bytes]:
-    """The metadata files of a store, by their place below it, as zarr writes them."""
-    files: dict[str, Buffer] = {}
-    group = zarr.create_group(MemoryStore(files), attributes={ATTRIBUTES: dict(facts)})
-    for array in spec.arrays:
-        group.create_array(
-            array.name,
-            shape=array.shape,
-            chunks=spec.chunk_shape(array),
-            dtype=array.dtype,
-            fill_value=array.missing or 0,
-            filters=None,
-            serializer=BytesCodec(endian="little"),
-            compressors=[Crc32cCodec()],
-        )
-    return {key: value.to_bytes() for key, value in files.items()}
+def _read_bytes(path: Path) -> bytes | None:
+    """Bytes of a file; None if it is missing or the disk cannot read it."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
     write_atomic(path, lambda file: file.write(data))
-
-
-def _canonical(facts: Mapping[str, Any]) -> bytes:
-    return json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()

@@ -1,6 +1,7 @@
-"""Reading all of an artifact's stores and tables again: every damage found, by array, chunk and file.
+"""All damage of an artifact's stores and tables, by array, chunk and file: every file is read.
 
-Opening a store checks only sizes and metadata; this is the pass for disks and copies that are not trusted.
+Opening a store checks sizes and metadata, reading it checks each chunk that is read. Only this pass reads all chunks,
+checks their values, and finds chunks that changed places.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from stages.runtime.artifact import file_sha256
 from stages.runtime.errors import ArtifactError
 from stages.stores.entropies import EntropyFacts
 from stages.stores.header import SpecOf, StoreHeader, reader_of
+from stages.stores.layout import CRC_BYTES, ArraySpec, metadata_keys, store_digest, value_damage
 from stages.stores.patches import PatchIndex
 from stages.stores.samples import SampleFacts
 from stages.stores.tokens import TokenFacts
-from stages.stores.units import CRC_BYTES, ArraySpec, holds_missing, metadata_keys, store_digest
 
 
 class Damage(NamedTuple):
-    """A file, and what is wrong with it."""
+    """A damaged file, and what is wrong with it."""
 
     file: Path
     what: str
@@ -37,7 +38,7 @@ STORES: dict[str, SpecOf] = {
 }
 PATCHES = "patches.parquet"
 ORIGINS = {"entropies_digest": "entropies.zarr", "tokens_digest": "tokens.zarr"}
-"""Facts that name, by its digest, the store that something was made from."""
+"""Metadata fields that hold the digest of the store that something was made from."""
 
 
 def artifact_damage(artifact: Path, sources: Iterable[Path]) -> Iterator[Damage]:
@@ -45,8 +46,8 @@ def artifact_damage(artifact: Path, sources: Iterable[Path]) -> Iterator[Damage]
 
     Args:
         artifact: Its folder.
-        sources: Folders of the artifacts it was made from, as far as they are still there: the stores in them must be
-            those that it names.
+        sources: Folders of the artifacts it was made from, those that still exist. The stores in them must be the ones
+            that it names.
     """
     claims: dict[Path, Mapping[str, Any]] = {}
     for name, spec_of in STORES.items():
@@ -67,7 +68,7 @@ def artifact_damage(artifact: Path, sources: Iterable[Path]) -> Iterator[Damage]
 
 
 def store_damage(path: Path, spec_of: SpecOf) -> Iterator[Damage]:
-    """All damage of the store in the folder `path`: metadata, sizes, checksums, entries never written, digest."""
+    """All damage of the store in the folder `path`: metadata, sizes, checksums, values, digest."""
     try:
         header = StoreHeader.read(path, reader_of(path), spec_of)
     except ArtifactError as error:
@@ -76,18 +77,18 @@ def store_damage(path: Path, spec_of: SpecOf) -> Iterator[Damage]:
     found = list(chunk_damage(path, header))
     yield from found
     if not found and _digest(path, header) != header.digest:
-        what = f"{path} does not have the digest {header.digest}: chunks or facts were swapped; run its stage again"
+        what = f"{path} does not have the digest {header.digest}: files changed places or differ; run its stage again"
         yield Damage(path / "zarr.json", what)
 
 
 def chunk_damage(path: Path, header: StoreHeader) -> Iterator[Damage]:
-    """Damage of single files of a store: all that one look at each of them can tell."""
+    """Damage of the single files of a store."""
     for array in header.spec.arrays:
         try:
             header.check_layout(array, reader_of(path))
         except ArtifactError as error:
             yield Damage(path / array.name / "zarr.json", str(error))
-            continue  # facts and metadata disagree on what chunks there are
+            continue  # without the array's metadata its chunks are unknown
         for unit in range(header.spec.num_units):
             for key in header.spec.chunk_keys(array, unit):
                 if what := _damage_of(path, header, array, unit, key):
@@ -95,7 +96,7 @@ def chunk_damage(path: Path, header: StoreHeader) -> Iterator[Damage]:
 
 
 def parquet_damage(path: Path) -> Iterator[Damage]:
-    """Damage of a Parquet file, by row group and column; of the patch index also rows that do not fit together."""
+    """Damage of a Parquet file, by row group and column. The rows of the patch index must also fit together."""
     found = False
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -123,13 +124,11 @@ def _damage_of(path: Path, header: StoreHeader, array: ArraySpec, unit: int, key
         return f"{name} cannot be read ({error.strerror})"
     if what := header.content_damage(array, key, data):
         return what
-    if array.missing is not None:
-        dtype = np.dtype(array.dtype).newbyteorder("<")
-        values = np.frombuffer(data, dtype, count=(len(data) - CRC_BYTES) // dtype.itemsize)
-        rows = values.reshape(header.spec.chunk_rows, -1)
-        if holds_missing(rows[: header.spec.count_rows([unit])], array.missing):
-            return f"{name} holds entries that were never written: run its stage again"
-    return None
+    dtype = np.dtype(array.dtype).newbyteorder("<")
+    values = np.frombuffer(data, dtype, count=(len(data) - CRC_BYTES) // dtype.itemsize)
+    rows = values.reshape(header.spec.chunk_rows, -1)
+    what = value_damage(array, rows[: header.spec.count_rows([unit])])
+    return f"{name} {what}: run its stage again" if what else None
 
 
 def _digest(path: Path, header: StoreHeader) -> str:
@@ -140,7 +139,7 @@ def _digest(path: Path, header: StoreHeader) -> str:
 
 
 def _digests(sources: Iterable[Path]) -> dict[str, str]:
-    """Digests of the stores in some artifacts and of those that these name in turn, by the facts that name them."""
+    """Digests of the stores in some artifacts and of those that these name, by the keys of ORIGINS."""
     found: dict[str, str] = {}
     for source in sources:
         for fact, name in ORIGINS.items():
@@ -150,7 +149,7 @@ def _digests(sources: Iterable[Path]) -> dict[str, str]:
 
 
 def _facts(path: Path, spec_of: SpecOf) -> Mapping[str, Any]:
-    """Facts and digest of a store; none where there is no readable one."""
+    """Attributes and digest of a store; empty if it is missing or cannot be read."""
     try:
         header = StoreHeader.read(path, reader_of(path), spec_of)
     except ArtifactError:
@@ -159,7 +158,7 @@ def _facts(path: Path, spec_of: SpecOf) -> Mapping[str, Any]:
 
 
 def _text_facts(path: Path) -> Mapping[str, str]:
-    """What the schema of a Parquet file says of it; nothing where it cannot be read."""
+    """Metadata in the schema of a Parquet file; empty if it cannot be read."""
     try:
         metadata = pq.read_schema(path).metadata or {}
         return {key.decode(): value.decode() for key, value in metadata.items()}

@@ -1,37 +1,91 @@
-"""Training checkpoints: written aside and renamed, the newest whole one is where a killed run goes on."""
+"""Training checkpoints, each with its SHA-256 beside it. A killed run resumes from the newest one that is undamaged."""
 
 from __future__ import annotations
 
 import logging
 import re
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
-from stages.runtime.artifact import write_atomic
+from stages.runtime.artifact import file_sha256, write_atomic
 
 logger = logging.getLogger(__name__)
-_NAME = re.compile(r"step-(\d{9})\.pt")
+_NAME = re.compile(r"(step-\d{9})\.(pt|sha256)")
+
+
+class _HashedFile:
+    """A file that computes the SHA-256 of what is written to it, so that it need not be read again."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest = file, sha256()
+
+    def write(self, data: bytes) -> int:
+        """Write, as any file does."""
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        """Flush, as any file does."""
+        self._file.flush()
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> None:
-    """Write the state after `step` optimiser steps, then remove all but the newest `keep` checkpoints."""
-    write_atomic(folder / f"step-{step:09d}.pt", lambda file: torch.save(state, file))
-    for path in _newest_first(folder)[keep:]:
-        path.unlink()
+    """Write the state after `step` optimiser steps, then remove all but the newest `keep` checkpoints.
+
+    The digest is written after the state: a checkpoint without one is not whole.
+    """
+    path = folder / f"step-{step:09d}.pt"
+    digests: list[str] = []
+
+    def write(file: IO[bytes]) -> None:
+        hashed = _HashedFile(file)
+        torch.save(state, cast("IO[bytes]", hashed))  # it only writes and flushes
+        digests.append(hashed.digest.hexdigest())
+
+    write_atomic(path, write)
+    write_atomic(_digest_path(path), lambda file: file.write(_line(path, digests[0])))
+    kept = {path.stem for path in _newest_first(folder)[:keep]}
+    for found in list(folder.iterdir()):
+        if (name := _NAME.fullmatch(found.name)) and name[1] not in kept:
+            found.unlink()
 
 
 def load_latest(folder: Path, map_location: torch.device) -> dict[str, Any] | None:
-    """State of the newest readable checkpoint, or None when there is none. An unreadable one is named and passed by."""
+    """State of the newest undamaged checkpoint, or None when there is none. A warning names each damaged one."""
     for path in _newest_first(folder):
-        try:
-            state: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:  # on damaged bytes torch.load raises almost anything
-            logger.warning("checkpoint %s cannot be read (%s): going on from the one before", path, error)
+        if damage := _damage(path):
+            logger.warning("checkpoint %s %s: resuming from the one before", path, damage)
             continue
+        state: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
         return state
     return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's bytes, as the rest of a sentence."""
+    try:
+        digest = _digest_path(path).read_bytes()
+    except FileNotFoundError:
+        return "has no digest beside it, its writer was killed"
+    except OSError as error:
+        return f"cannot be compared with its digest ({error.strerror})"
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if digest == _line(path, found) else f"is damaged: {_digest_path(path).name} is not its digest"
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _line(path: Path, digest: str) -> bytes:
+    """A digest as `sha256sum --check` reads it."""
+    return f"{digest}  {path.name}\n".encode()
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 from pathlib import Path
 
-from stages.runtime.artifact import RECORD
+from stages.runtime.artifact import RECORD, write_atomic
+
+logger = logging.getLogger(__name__)
 
 
 class MetricLog:
@@ -28,12 +30,20 @@ class MetricLog:
     def _truncate(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        steps = [_step(line) for line in lines]
+        # A torn last line, without a newline, is no damage: its writer was killed.
+        damaged = sum(found is None and line.endswith(b"\n") for line, found in zip(lines, steps, strict=True))
+        if damaged:
+            logger.warning("%s is damaged, lines dropped: %d", self.path, damaged)
+        kept = [line for line, found in zip(lines, steps, strict=True) if found is not None and found <= step]
+        write_atomic(self.path, lambda file: file.write(b"".join(kept)))
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Lines that end in a newline: a killed writer may leave a torn last one."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+def _step(line: bytes) -> int | None:
+    """Step of a line; None if it is damaged or torn."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None

@@ -151,7 +151,7 @@ def test_killed_after_the_discriminators_start_it_ends_the_same_bit_for_bit(
     monkeypatch.setattr(ImageFiles, "training_pixels", breaks)
     with pytest.raises(KeyboardInterrupt):
         tokenizer(config, inputs, tmp_path, runtime)
-    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-000000006.pt"]
+    assert [path.name for path in (tmp_path / CHECKPOINTS).glob("*.pt")] == ["step-000000006.pt"]
     monkeypatch.undo()
     tokenizer(config, inputs, tmp_path, runtime)
     assert (tmp_path / "vq.safetensors").read_bytes() == (tiny_artifacts["tokenizer"] / "vq.safetensors").read_bytes()

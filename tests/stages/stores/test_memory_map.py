@@ -46,6 +46,21 @@ def test_rows_of_every_size_are_where_the_pitch_says(
     assert np.array_equal(found.reshape(5, mapped.pitch, *shape)[:, :rows], values)
 
 
+def test_the_bytes_of_a_file_are_its_rows_and_its_tail(tmp_path: Path) -> None:
+    for rows in (2048, 7):  # rows that end with a page, and rows that end inside one
+        mapped = SideBySide(3, rows, (2,), "<u2", tail=4)
+        for place in range(3):
+            path = tmp_path / f"{rows}-{place}.bin"
+            path.write_bytes(bytes([place + 1]) * rows * 4 + b"tail")
+            assert mapped.lay(place, path, rows * 4 + 4) == rows * 4 + 4
+        for place in range(3):
+            assert mapped.file(place).tobytes() == bytes([place + 1]) * rows * 4 + b"tail"
+        found = mapped.rows()
+        assert [found[place * mapped.pitch + rows - 1].tobytes() for place in range(3)] == [
+            bytes([place + 1]) * 4 for place in range(3)
+        ]
+
+
 def test_a_file_of_another_size_or_none_is_told_and_not_mapped(tmp_path: Path) -> None:
     mapped, _ = files(tmp_path, 1, 4, (3,), "<u2")
     assert mapped.lay(0, tmp_path / "none.bin", 28) is None

@@ -5,7 +5,6 @@ import pytest
 import tensorstore
 import zarr
 
-from stages.runtime.errors import ArtifactError
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.samples import SampleFacts, SampleStore, sample_writer
 from stages.stores.verify import artifact_damage
@@ -52,22 +51,17 @@ def test_entropies_come_back_bit_for_bit(entropies: tuple[Path, np.ndarray]) -> 
     assert not list(artifact_damage(store.location.parent, []))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_entropies_that_are_no_numbers_are_not_handed_out(entropies: tuple[Path, np.ndarray], value: float) -> None:
-    path, _ = entropies
-    data = np.memmap(path / "entropy/c/1/0/0", "<f4", mode="r+", shape=(ROWS, T))
-    data[1, 3] = value
-    data.flush()
-    with pytest.raises(ArtifactError, match="no numbers"):
-        EntropyStore.open(path).fetch(np.array([4]), np.array([0]))
-
-
-def test_entropies_never_computed_cannot_be_written(entropies: tuple[Path, np.ndarray]) -> None:
+@pytest.mark.parametrize(
+    ("value", "said"), [(np.nan, "never written"), (np.inf, "non-finite"), (-np.inf, "non-finite")]
+)
+def test_non_finite_entropies_cannot_be_written(
+    entropies: tuple[Path, np.ndarray], tmp_path: Path, value: float, said: str
+) -> None:
     path, values = entropies
-    writer = entropy_writer(path, EntropyStore.open(path).facts)
+    writer = entropy_writer(tmp_path / "other" / "entropies.zarr", EntropyStore.open(path).facts)
     block = values[:ROWS].copy()
-    block[0, 0, 7] = np.nan
-    with pytest.raises(ValueError, match="mark of missing"):
+    block[0, 0, 7] = value
+    with pytest.raises(ValueError, match=f"entropy of unit 0 holds .*{said}"):
         writer.write(0, entropy=block)
 
 

@@ -137,11 +137,19 @@ def test_a_store_lacking_a_unit_cannot_be_finished(tmp_path: Path) -> None:
         TokenStore.open(tmp_path / "tokens.zarr")
 
 
-def test_units_of_another_store_are_not_mixed_in(store: Path) -> None:
-    with pytest.raises(ArtifactError, match="units of another store"):
-        token_writer(store, facts(vq_sha256="1" * 64))
-    with pytest.raises(ArtifactError, match="units of another store"):
-        token_writer(store, facts(num_images=N + 1))
+def test_units_of_another_store_are_not_mixed_in(tmp_path: Path, store: Path) -> None:
+    """The same folder, then other metadata, or fewer images: as if only the second store had been written."""
+    for number, change in enumerate(({"vq_sha256": "1" * 64}, {"num_images": N - 4, "num_train": 5})):
+        writer = token_writer(store, facts(**change))
+        units = list(range(writer.spec.num_units))
+        assert writer.pending() == units
+        with pytest.raises(ArtifactError, match="complete=False"):
+            TokenStore.open(store)
+        alone = token_writer(tmp_path / str(number) / "tokens.zarr", facts(**change))
+        for one in (writer, alone):
+            write(one, units)
+        assert writer.finish() == alone.finish()
+        assert content(store) == content(alone.path)
 
 
 def test_writes_that_are_not_one_whole_unit_are_refused(tmp_path: Path) -> None:
@@ -162,8 +170,12 @@ def test_writes_that_are_not_one_whole_unit_are_refused(tmp_path: Path) -> None:
             writer.write(unit, **good)
     marked = TOKENS[:4].copy()
     marked[1, 1, 3] = 65535
-    with pytest.raises(ValueError, match="mark of missing"):
+    with pytest.raises(ValueError, match=r"tokens of unit 0 holds entries that were never written \(65535\)"):
         writer.write(0, tokens=marked, labels=LABELS[:4])
+    for name, bound in (("tokens", V), ("labels", 3)):
+        outside = {name: np.where(good[name] == good[name].max(), bound, good[name]).astype(np.uint16)}
+        with pytest.raises(ValueError, match=f"{name} of unit 0 holds {bound}, expected values below {bound}"):
+            writer.write(0, **good | outside)
     assert writer.pending() == [0, 1, 2]
 
 
@@ -213,14 +225,6 @@ def test_chunks_that_changed_places_are_found_when_verified(store: Path, tmp_pat
     shutil.move(tmp_path / "aside", store / "tokens/c/0/0/0")
     (damage,) = artifact_damage(store.parent, [])
     assert "does not have the digest" in damage.what
-
-
-def test_tokens_outside_the_codebook_are_not_handed_out(store: Path) -> None:
-    data = np.memmap(store / CHUNK, "<u2", mode="r+", shape=(ROWS, T))
-    data[2, 5] = V
-    data.flush()
-    with pytest.raises(ArtifactError, match=f"holds token {V}, expected below {V}"):
-        TokenStore.open(store).fetch(np.array([6]), np.array([1]))
 
 
 @pytest.mark.parametrize("file", ["zarr.json", "tokens/zarr.json"])
