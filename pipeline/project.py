@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.cache.fingerprint import Code
+from pipeline.cache.code_memory import CodeMemory
+from pipeline.cache.fingerprint import Code, Fingerprint
 from pipeline.graph import COUNTED, NEUTRAL, STAGES, VIEWS, Stage
 
 
@@ -20,14 +21,27 @@ class Project:
     """What decides a result."""
     view_code: Code = field(init=False, repr=False, compare=False)
     """What decides a result or shows it."""
+    _memories: dict[Path, CodeMemory] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "code", Code(self.code_root, frozenset(NEUTRAL), COUNTED))
         object.__setattr__(self, "view_code", Code(self.code_root, frozenset(NEUTRAL) - {VIEWS}, COUNTED))
 
+    def fingerprint(self, stage: Stage, home: Path) -> Fingerprint:
+        """Fingerprint of the code that makes a stage's artifacts; `home` holds what is remembered of it."""
+        return self._memory(self.code, home).fingerprint(stage.entry)
+
+    def view_fingerprint(self, stage: Stage, home: Path) -> Fingerprint:
+        """Fingerprint of the code that draws a stage's view."""
+        return self._memory(self.view_code, home).fingerprint(stage.view_entry)
+
     def has_view(self, stage: Stage) -> bool:
         """Whether something is drawn from a stage's artifacts."""
-        return self.view_code.module(stage.view_entry[0]) is not None
+        return self.view_code.file_of(stage.view_entry[0]) is not None
+
+    def _memory(self, code: Code, home: Path) -> CodeMemory:
+        path = home / (".code.json" if code is self.code else ".view_code.json")
+        return self._memories.setdefault(path, CodeMemory(code, path))
 
 
 DPAR = Project(STAGES, Path(__file__).resolve().parent.parent)

@@ -116,7 +116,7 @@ def run_stage(
                 return result
             before = found
     path, view_error = cache.path(before.key), None
-    if not views.is_current(stage, path, project):
+    if not views.is_current(stage, path, cache.home, project):
         view_error = views.draw(stage, settings, runtime, path, _known(settings, runtime, project), project)
     result = _result(cache, before, "waited" if waited else "cached", view_error)
     observer.stage_finished(result)

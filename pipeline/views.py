@@ -39,7 +39,7 @@ def read_metrics(artifact: Path) -> dict[str, float]:
     return metrics if is_flat else {}
 
 
-def is_current(stage: Stage, artifact: Path, project: Project = DPAR) -> bool:
+def is_current(stage: Stage, artifact: Path, home: Path, project: Project = DPAR) -> bool:
     """Whether an artifact's view was drawn by the code of now; true for a stage that has none."""
     if not project.has_view(stage):
         return True
@@ -47,7 +47,7 @@ def is_current(stage: Stage, artifact: Path, project: Project = DPAR) -> bool:
         made = read_json(artifact / VIEWS / _MADE)
     except (OSError, ValueError):
         return False
-    return bool(made == {"code": project.view_code.fingerprint(stage.view_entry).digests})
+    return bool(made == {"code": project.view_fingerprint(stage, home).digests})
 
 
 def draw(
@@ -87,7 +87,7 @@ def draw(
                 code_root=project.code_root,
                 locks=(lock,),
             )
-            write_json(work / _MADE, {"code": project.view_code.fingerprint(stage.view_entry).digests})
+            write_json(work / _MADE, {"code": project.view_fingerprint(stage, cache.home).digests})
             old = artifact / VIEWS
             if old.exists():
                 os.rename(old, work / "old")
@@ -108,12 +108,12 @@ def draw_all(
     Returns:
         Each stage whose view was drawn anew, and why it could not be drawn.
     """
-    artifacts = cached_paths(plan(settings, runtime, project))
+    artifacts, home = cached_paths(plan(settings, runtime, project)), Cache(runtime.home).home
     drawn = {}
-    for name in names:
-        stage = project.graph[name]
-        if name in artifacts and project.has_view(stage) and (force or not is_current(stage, artifacts[name], project)):
-            drawn[name] = draw(stage, settings, runtime, artifacts[name], artifacts, project)
+    for stage in (project.graph[name] for name in names if name in artifacts):
+        artifact = artifacts[stage.name]
+        if project.has_view(stage) and (force or not is_current(stage, artifact, home, project)):
+            drawn[stage.name] = draw(stage, settings, runtime, artifact, artifacts, project)
     return drawn
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +20,11 @@ from conf.evaluate import EvaluateConfig
 from conf.schema import RuntimeConfig
 from models.vq import VQModel
 from stages.images.decode import center_crop, decode, float_to_pixels
-from stages.runtime.artifact import RECORD, read_arrays, write_atomic, write_json
+from stages.runtime.artifact import RECORD, read_arrays, write_atomic
 from stages.runtime.distributed import World, barrier, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
+from stages.scores.feature_sets import ExtractorInfo, FeatureSets
 from stages.scores.features import INCEPTION_SHA256, Extractor, Inception, Lite0
 from stages.scores.statistics import FeatureStats
 from stages.scores.unigram import sample_marginals
@@ -36,8 +36,6 @@ from stages.weights.own import load_vq
 Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 Features = npt.NDArray[np.float32]
-Arrays = dict[str, npt.NDArray[Any]]
-FEATURES, EXTRACTOR = "features.npz", "extractor.json"
 _UNIT = 512  # images whose features are one file, the unit of work and of resume
 
 
@@ -62,7 +60,19 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: Runt
         if world.is_main:
             reference = Reference.collect(folder, sets.pop("reference"), config.compared)
             found = {name: _collected(folder, name, images) for name, images in sets.items()}
-            _write_features(config, output, extractor, reference, found)
+            info = ExtractorInfo(
+                name=extractor.name,
+                weights_sha256=extractor.sha256,
+                fid_inception=extractor.sha256 == INCEPTION_SHA256,
+                input_size=extractor.input_size,
+            )
+            FeatureSets(
+                extractor=info,
+                features={name: arrays["features"] for name, arrays in found.items()},
+                samples_logits=found["samples"]["logits"],
+                reference=reference.stats,
+                compared=reference.compared,
+            ).write(output)
 
 
 @dataclass(frozen=True)
@@ -119,9 +129,7 @@ class ImageSets:
         random = np.random.default_rng(self.seed + 1).integers(self.tokens.codebook_size, size=shape)
         return sets | {
             "heldout": ImageSet(heldout, self._real),
-            "reconstruction": ImageSet(
-                heldout, lambda rows: self._decode(self.tokens.fetch(rows, np.zeros_like(rows)))
-            ),
+            "reconstruction": ImageSet(heldout, self._reconstructed),
             "marginals": ImageSet(np.arange(count), lambda rows: self._decode(marginals[rows])),
             "random": ImageSet(np.arange(count), lambda rows: self._decode(random[rows])),
         }
@@ -190,29 +198,6 @@ def _finished(folder: Path, name: str, unit: int) -> dict[str, Features]:
     arrays = _load(folder, name, unit)
     assert arrays is not None  # it was just made, or found whole
     return arrays
-
-
-def _write_features(
-    config: EvaluateConfig, output: Path, extractor: Extractor, reference: Reference, found: dict[str, Arrays]
-) -> None:
-    write_json(
-        output / EXTRACTOR,
-        {
-            "name": extractor.name,
-            "weights_sha256": extractor.sha256,
-            "fid_inception": extractor.sha256 == INCEPTION_SHA256,
-            "input_size": config.input_size if extractor.name == "lite0" else 299,
-        },
-    )
-    kept: Arrays = {name: arrays["features"] for name, arrays in found.items()}
-    kept |= {
-        "samples_logits": found["samples"]["logits"],
-        "reference_count": np.array(reference.stats.n),
-        "reference_mean": reference.stats.mean,
-        "reference_covariance": reference.stats.covariance,
-        "reference_compared": reference.compared,
-    }
-    write_atomic(output / FEATURES, lambda file: np.savez(file, allow_pickle=False, **kept))
 
 
 if __name__ == "__main__":

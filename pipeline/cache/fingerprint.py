@@ -195,10 +195,20 @@ class Code:
         assert module is not None
         return module
 
-    def _load(self, name: str) -> Module | None:
+    @property
+    def looked_up(self) -> list[str]:
+        """Names of all modules that were looked for, found or not."""
+        return sorted(self._modules)
+
+    def file_of(self, name: str) -> Path | None:
+        """The file of a module or package, None when there is none."""
         base = self.root.joinpath(*name.split("."))
         path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
-        return load_module(path, name) if path.is_file() else None
+        return path if path.is_file() else None
+
+    def _load(self, name: str) -> Module | None:
+        path = self.file_of(name)
+        return None if path is None else load_module(path, name)
 
     def _forget_if_changed(self) -> None:
         if any(self._load(name) is not module for name, module in self._modules.items()):

@@ -33,7 +33,7 @@ def key_parts(
         "schema": SCHEMA,
         "stage": stage.name,
         "settings": section.key_fields(),
-        "code": project.code.fingerprint(stage.entry).digests,
+        "code": project.fingerprint(stage, home).digests,
         "inputs": dict(sorted(input_digests.items())),
         "packages": {name: _minor_version(name) for name in stage.packages},
         "external": external_digest(stage, section, home),

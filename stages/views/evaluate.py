@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from conf.evaluate import EvaluateConfig
 from conf.schema import RuntimeConfig
-from stages.evaluate import EXTRACTOR, FEATURES
-from stages.runtime.artifact import read_json, write_json
-from stages.runtime.errors import ArtifactError
+from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
+from stages.scores.feature_sets import Features, FeatureSets
 from stages.scores.frechet import frechet_distance
 from stages.scores.inception_score import inception_score
 from stages.scores.precision_recall import precision_recall
 from stages.scores.statistics import FeatureStats
 from stages.scores.table import RUNGS, SCORES
 
-Features = npt.NDArray[np.float32]
 _SPLITS = 10
 
 
@@ -30,43 +24,33 @@ _SPLITS = 10
 class Found:
     """Features of a finished artifact, and the settings of the scores."""
 
-    arrays: dict[str, npt.NDArray[Any]]
+    sets: FeatureSets
     config: EvaluateConfig
-
-    @property
-    def samples(self) -> Features:
-        """Of all samples, (N, D)."""
-        return self.arrays["samples"]
 
     @property
     def splits(self) -> int:
         """Parts of the Inception score."""
-        return min(_SPLITS, len(self.arrays["samples_logits"]))
-
-    @property
-    def reference(self) -> FeatureStats:
-        """Of the training images."""
-        count = int(self.arrays["reference_count"])
-        return FeatureStats(count, self.arrays["reference_mean"], self.arrays["reference_covariance"] * (count - 1))
+        return min(_SPLITS, len(self.sets.samples_logits))
 
     def distance(self, features: Features) -> float:
         """Fréchet distance of some images to the training images."""
-        return frechet_distance(self.reference, FeatureStats.of(features))
+        return frechet_distance(self.sets.reference, FeatureStats.of(features))
 
 
 def _precision_recall(found: Found) -> dict[str, float]:
-    compared = found.arrays["reference_compared"]
-    precision, recall = precision_recall(compared, found.samples, neighbours=found.config.neighbours)
+    sets = found.sets
+    precision, recall = precision_recall(sets.compared, sets.features["samples"], neighbours=found.config.neighbours)
     return {"precision": precision, "recall": recall}
 
 
 def _inception_score(found: Found) -> dict[str, float]:
-    logits = found.arrays["samples_logits"]
-    return {"inception_score": inception_score(logits, splits=found.splits, seed=found.config.seed)[0]}
+    return {
+        "inception_score": inception_score(found.sets.samples_logits, splits=found.splits, seed=found.config.seed)[0]
+    }
 
 
 COMPUTED: dict[tuple[str, ...], Callable[[Found], dict[str, float]]] = {
-    ("frechet",): lambda found: {"frechet": found.distance(found.samples)},
+    ("frechet",): lambda found: {"frechet": found.distance(found.sets.features["samples"])},
     ("inception_score",): _inception_score,
     ("precision", "recall"): _precision_recall,
 }
@@ -78,41 +62,36 @@ assert sorted(name for names in COMPUTED for name in names) == sorted(SCORES), (
 
 def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `metrics.json` (flat) and `scores.json` (how they were made)."""
-    path = inputs["evaluate"] / FEATURES
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            found = Found(dict(saved), config)
-    except Exception as error:  # on damaged bytes zipfile and NumPy raise almost anything
-        raise ArtifactError(f"{path} is damaged ({error}): `dpar verify --deep` names what is") from error
-    extractor = read_json(inputs["evaluate"] / EXTRACTOR)
+    sets = FeatureSets.open(inputs["evaluate"])
+    found, extractor = Found(sets, config), sets.extractor
     scores: dict[str, float] = {}
     for compute in COMPUTED.values():
         scores |= compute(found)
-    metrics = {SCORES[name].names[extractor["name"]]: value for name, value in scores.items()}
-    metrics |= _ladder(found, SCORES["frechet"].names[extractor["name"]])
-    metrics |= {"num_samples": len(found.samples), "num_reference": found.reference.n}
+    metrics = {SCORES[name].names[extractor.name]: value for name, value in scores.items()}
+    metrics |= _ladder(found, SCORES["frechet"].names[extractor.name])
+    metrics |= {"num_samples": len(sets.features["samples"]), "num_reference": sets.reference.n}
     write_json(output / "metrics.json", metrics)
     write_json(
         output / "scores.json",
         {
-            "extractor": extractor,
+            "extractor": asdict(extractor),
             "reference": "training images, center crop",
             "inception_score_splits": found.splits,
             "inception_score_order": f"shuffled with seed {config.seed}",
             "neighbours": config.neighbours,
-            "compared_reference": len(found.arrays["reference_compared"]),
-            "num_images": {name: len(found.arrays[name]) for name in RUNGS if name in found.arrays}
-            | {"reference": found.reference.n},
+            "compared_reference": len(sets.compared),
+            "num_images": {name: len(features) for name, features in sets.features.items()}
+            | {"reference": sets.reference.n},
         },
     )
 
 
 def _ladder(found: Found, name: str) -> dict[str, float]:
     """Distance of each set to the reference; on the ladder the samples are as many as the held-out images."""
-    if "heldout" not in found.arrays:
+    if "heldout" not in found.sets.features:
         return {}
-    count = len(found.arrays["heldout"])
-    rungs = {rung: found.distance(found.arrays[rung][:count]) for rung in RUNGS}
+    count = len(found.sets.features["heldout"])
+    rungs = {rung: found.distance(found.sets.features[rung][:count]) for rung in RUNGS}
     return {f"{name}_{rung}": value for rung, value in rungs.items()} | {
         "ratio_to_marginals": rungs["samples"] / rungs["marginals"],
         "ratio_to_random": rungs["samples"] / rungs["random"],

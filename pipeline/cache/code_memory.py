@@ -1,0 +1,66 @@
+"""Fingerprints of code kept in a file, so that a command need not read all code again.
+
+A fingerprint holds as long as each module that was read for it, or looked for and not found, has the same metadata:
+size, times and inode of its file. A lost or damaged memory costs time, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache import fingerprint, module_code
+from pipeline.cache.fingerprint import Code, Fingerprint, Place
+from stages.runtime.artifact import read_json, write_json
+
+
+class CodeMemory:
+    """The fingerprints of some code, remembered in the file `path`."""
+
+    def __init__(self, code: Code, path: Path) -> None:
+        self._code, self._path = code, path
+        self._rules = _digest([str(code.root), *sorted(code.neutral), "|", *sorted(code.counted), *_own_code()])
+        self._entries: dict[str, Any] | None = None
+
+    def fingerprint(self, entry: Place) -> Fingerprint:
+        """Fingerprint of the function `entry`, see `Code.fingerprint`."""
+        name = f"{self._rules}:{':'.join(entry)}"
+        entries = self._read()
+        known = entries.get(name)
+        if known is not None and all(self._metadata(module) == was for module, was in known["modules"].items()):
+            return Fingerprint(known["digests"], known["definitions"])
+        fresh = self._code.fingerprint(entry)
+        modules = {module: self._metadata(module) for module in self._code.looked_up}
+        entries[name] = {"modules": modules, **asdict(fresh)}
+        write_json(self._path, entries)
+        return fresh
+
+    def _read(self) -> dict[str, Any]:
+        if self._entries is None:
+            try:
+                found = read_json(self._path)
+            except (OSError, ValueError):
+                found = {}
+            self._entries = found if isinstance(found, dict) else {}
+        return self._entries
+
+    def _metadata(self, module: str) -> list[int] | None:
+        path = self._code.file_of(module)
+        return None if path is None else _metadata(path)
+
+
+def _own_code() -> list[str]:
+    """The code that makes fingerprints, for another way to make them gives others."""
+    return [json.dumps(_metadata(Path(str(module.__file__)))) for module in (fingerprint, module_code)]
+
+
+def _metadata(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _digest(words: list[str]) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
