@@ -31,23 +31,19 @@ _MADE = "made.json"
 
 def read_metrics(artifact: Path) -> dict[str, float]:
     """The numbers of an artifact's view; none while it is not drawn, or damaged."""
-    try:
-        metrics = read_json(artifact / VIEWS / METRICS)
-    except (OSError, ValueError):
-        return {}
-    is_flat = isinstance(metrics, dict) and all(isinstance(value, (int, float)) for value in metrics.values())
-    return metrics if is_flat else {}
+    return _metrics(artifact) or {}
 
 
 def is_current(stage: Stage, artifact: Path, home: Path, project: Project = DPAR) -> bool:
-    """Whether an artifact's view was drawn by the code of now; true for a stage that has none."""
+    """Whether an artifact's view is whole and was drawn by the code of now; true for a stage that has none."""
     if not project.has_view(stage):
         return True
     try:
         made = read_json(artifact / VIEWS / _MADE)
     except (OSError, ValueError):
         return False
-    return bool(made == {"code": project.view_fingerprint(stage, home).digests})
+    drawn_by_this_code = made == {"code": project.view_fingerprint(stage, home).digests}
+    return drawn_by_this_code and _metrics(artifact) is not None
 
 
 def draw(
@@ -142,3 +138,13 @@ def _job(
         output=work,
         runtime=runtime.model_dump(mode="json"),
     )
+
+
+def _metrics(artifact: Path) -> dict[str, float] | None:
+    """The numbers of a view, None unless they are a flat object of numbers."""
+    try:
+        metrics = read_json(artifact / VIEWS / METRICS)
+    except (OSError, ValueError):
+        return None
+    is_flat = isinstance(metrics, dict) and all(isinstance(value, (int, float)) for value in metrics.values())
+    return metrics if is_flat else None

@@ -63,7 +63,7 @@ def demo_gates(metrics: Mapping[str, float]) -> list[Gate]:
     wanted = {name for pair in BELOW_EACH_OTHER for name in pair} | {name for name, _, _ in BOUNDS}
     missing = sorted(wanted - metrics.keys())
     if missing:
-        raise ArtifactError(f"evaluate has no {', '.join(missing)}: make it again, `dpar run --force evaluate`")
+        raise ArtifactError(f"evaluate has no {', '.join(missing)}: draw them again, `dpar views --preset demo`")
     return [
         *(gate(f"{low} < {high}", metrics[low], "<", metrics[high]) for low, high in BELOW_EACH_OTHER),
         *(gate(f"{name} {relation} {bound}", metrics[name], relation, bound) for name, relation, bound in BOUNDS),

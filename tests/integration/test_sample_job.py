@@ -60,7 +60,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(
     assert 2 <= len(finished) < UNITS
 
     lock = os.open(tmp_path / "lock", os.O_CREAT)
-    launch(STAGES["sample"], job, runtime, code_root=DPAR.code_root, lock=lock, on_progress=lambda _: None)
+    launch("sample", "stages.sample", job, runtime, code_root=DPAR.code_root, locks=(lock,), spmd=True)
     os.close(lock)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished units are not drawn again"
     sample(config, inputs, tmp_path / "undisturbed", runtime)

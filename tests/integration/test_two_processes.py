@@ -41,7 +41,7 @@ def run_on_two(tmp_path: Path, image_root: Path, tiny_artifacts: dict[str, Path]
             runtime=runtime.model_dump(mode="json"),
         )
         lock = os.open(tmp_path / "lock", os.O_CREAT)
-        launch(stage, job, runtime, code_root=DPAR.code_root, lock=lock, on_progress=lambda _: None)
+        launch(name, stage.entry[0], job, runtime, code_root=DPAR.code_root, locks=(lock,), spmd=True)
         os.close(lock)
         return output
 

@@ -53,11 +53,32 @@ def {name}(config, inputs, output, runtime):
         raise InputError("the test asked for it")
     x = {number}
     (output / "number.json").write_text(json.dumps(x))
-    (output / "metrics.json").write_text(json.dumps({{"x": x}}))
 
 
 if __name__ == "__main__":
     main({name}, Config)
+"""
+VIEW = """
+import json
+from pathlib import Path
+from conf.section import Section
+from stages.runtime.job import main
+
+
+class Config(Section):
+    value: int = 1
+
+
+def alpha(config, inputs, output, runtime):
+    if (Path(runtime.home) / "fail-view").exists():
+        raise ValueError("the test asked for it")
+    x = json.loads((inputs["alpha"] / "number.json").read_text())
+    (output / "metrics.json").write_text(json.dumps({"x": x}))
+    (output / "figure.png").write_bytes(b"drawn")
+
+
+if __name__ == "__main__":
+    main(alpha, Config)
 """
 STAGES = {
     "alpha": STAGE.format(name="alpha", imports="from stages.helper import increase", number="increase(config.value)"),
@@ -174,6 +195,9 @@ def tiny(tmp_path: Path) -> Tiny:
     """The small project, nothing made yet."""
     shutil.copytree(ROOT / "stages" / "runtime", tmp_path / "stages" / "runtime")
     shutil.copy(ROOT / "stages" / "__init__.py", tmp_path / "stages")
+    (tmp_path / "stages" / "views").mkdir()
+    (tmp_path / "stages" / "views" / "__init__.py").touch()
+    (tmp_path / "stages" / "views" / "alpha.py").write_text(VIEW)
     (tmp_path / "stages" / "helper.py").write_text(HELPER)
     for name, text in STAGES.items():
         (tmp_path / "stages" / f"{name}.py").write_text(text)

@@ -57,7 +57,16 @@ def run(tmp_path: Path) -> Iterator[Run]:
         runtime = RuntimeConfig(home=tmp_path, processes=processes)
         settings = runtime.model_dump(mode="json")
         job = Job(stage="alpha", config={}, inputs={}, output=tmp_path / "work", runtime=settings)
-        launch(STAGE, job, runtime, code_root=tmp_path, lock=lock, on_progress=on_progress)
+        launch(
+            STAGE.name,
+            STAGE.entry[0],
+            job,
+            runtime,
+            code_root=tmp_path,
+            locks=(lock,),
+            spmd=STAGE.spmd,
+            on_progress=on_progress,
+        )
 
     yield run
     os.close(lock)

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report import collect, read_metrics
-from stages.runtime.errors import ArtifactError
+from pipeline.report import collect, numbers
+from pipeline.views import read_metrics
 
 SCORES = {
     "fd_lite0": 0.4,
@@ -20,11 +20,11 @@ SCORES = {
 
 def artifact(home: Path, stage: str, metrics: dict[str, float] | None, *pictures: str) -> Path:
     path = home / stage / f"{stage}-0123"
-    path.mkdir(parents=True)
+    (path / "views").mkdir(parents=True)
     if metrics is not None:
-        (path / "metrics.json").write_text(json.dumps(metrics))
+        (path / "views" / "metrics.json").write_text(json.dumps(metrics))
     for name in pictures:
-        (path / name).write_bytes(b"png")
+        (path / "views" / name).write_bytes(b"png")
     return path
 
 
@@ -65,13 +65,28 @@ def test_a_run_that_stops_early_reports_its_last_stage_with_numbers(tmp_path: Pa
     assert report.ladder == report.pictures == ()
 
 
+def test_numbers_of_earlier_stages_stand_behind_the_scores(tmp_path: Path) -> None:
+    report = collect(
+        {
+            "tokenizer": artifact(tmp_path, "tokenizer", {"psnr": 20.5, "num_images": 9}),
+            "train": artifact(tmp_path, "train", {"heldout_loss": 3.5, "unigram_loss": 5.25}),
+            "evaluate": artifact(tmp_path, "evaluate", SCORES),
+        }
+    )
+    found = numbers(report)
+    carried = {"tokenizer_psnr": 20.5, "train_heldout_loss": 3.5, "train_unigram_loss": 5.25}
+    assert found == SCORES | carried
+    assert list(found)[-3:] == list(carried)
+    assert all(score.meaning for score in report.scores if score.name in carried)
+
+
 def test_only_pictures_that_exist_are_named(tmp_path: Path) -> None:
-    sample = artifact(tmp_path, "sample", None, "patches.png")
-    assert [path for path, _ in collect({"sample": sample}).pictures] == [sample / "patches.png"]
+    index = artifact(tmp_path, "patch_index", None, "patches.png")
+    assert [path for path, _ in collect({"patch_index": index}).pictures] == [index / "views" / "patches.png"]
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"fid": "2.5"}'])
-def test_damaged_metrics_are_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / "metrics.json").write_text(text)
-    with pytest.raises(ArtifactError, match=r"metrics\.json.*dpar verify"):
-        read_metrics(tmp_path)
+def test_damaged_numbers_are_none(tmp_path: Path, text: str) -> None:
+    path = artifact(tmp_path, "evaluate", SCORES)
+    (path / "views" / "metrics.json").write_text(text)
+    assert read_metrics(path) == {}

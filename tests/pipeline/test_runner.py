@@ -193,7 +193,7 @@ def test_the_record_is_no_part_of_the_contents(tiny: Tiny) -> None:
     manifest = tiny.cache.lookup(first.key)
     assert manifest is not None
     assert manifest.stage == "alpha"
-    assert set(manifest.files) == {"number.json", "metrics.json"}
+    assert set(manifest.files) == {"number.json"}
     assert first.metrics == {"x": 2}
     assert tiny.run("alpha", force=True).digest == first.digest
 

@@ -26,7 +26,8 @@ def test_a_missed_gate_is_the_exit_code(
     metrics |= dict.fromkeys(("entropy_model_heldout_loss", "train_heldout_loss"), 4.0)
     metrics |= dict.fromkeys(("entropy_model_unigram_loss", "train_unigram_loss"), 5.0)
     metrics |= {name: 0.1 * place for place, name in enumerate(gates.LADDER)}
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"fd_lite0_reconstruction": reconstruction}))
+    (tmp_path / "views").mkdir()
+    (tmp_path / "views" / "metrics.json").write_text(json.dumps(metrics | {"fd_lite0_reconstruction": reconstruction}))
     cached = [StageStatus(stage, "cached", "unchanged", f"{stage}-0", tmp_path) for stage in STAGES]
     monkeypatch.setattr("pipeline.plan.plan", lambda *settings: cached)
     assert run_command(["bench", "demo", "--json"]) == code

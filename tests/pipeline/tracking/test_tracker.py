@@ -48,8 +48,8 @@ class Run:
 
     def finish(self, tracker: Tracker, stage: str, inputs: dict[str, str], **metrics: float) -> StageResult:
         work, path = self.cache.work(f"{stage}-1"), self.cache.path(f"{stage}-1")
-        (work / "metrics.json").write_text(json.dumps(metrics))
-        (work / "grid.png").write_bytes(b"a picture")
+        (work / "views").mkdir()
+        (work / "views" / "grid.png").write_bytes(b"a picture")
         manifest = {"key": f"{stage}-1", "stage": stage, "parts": {"inputs": inputs}, "digest": f"digest of {stage}"}
         manifest |= {"files": {}, "created": 1.0, "duration_s": 2.0}
         (work / "manifest.json").write_text(json.dumps(manifest))
