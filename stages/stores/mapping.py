@@ -46,7 +46,7 @@ class SideBySide:
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
 
     def lay(self, place: int, path: Path, wanted: int) -> int | None:
-        """Map a file's rows and tail at a place, if it has the wanted size; its size, None without a file.
+        """Map a file's rows and tail at a place, if it has the wanted size. Returns its size, None without a file.
 
         Raises:
             OSError: It cannot be opened or mapped.
@@ -71,8 +71,8 @@ class SideBySide:
     def file(self, place: int) -> NDArray[np.uint8]:
         """Bytes of the file at a place, its rows and its tail, now in memory. They keep the mapping alive, too.
 
-        Where the kernel can, other threads run while the disk is read, and what cannot be read is an error instead of
-        the end of the process.
+        On Linux 5.14 and later, other threads run while the disk is read, and a file that cannot be read is an error.
+        Elsewhere it ends the process with SIGBUS.
 
         Raises:
             OSError: The file was cut since it was mapped, or the disk cannot read it.
