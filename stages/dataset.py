@@ -127,8 +127,8 @@ def _check(root: Path, images: Listing) -> Checked:
 def _stamp(root: Path, images: Listing) -> NDArray[np.uint8]:
     """Digest of the files' names, sizes, times and inodes: a block counts as read only while its files stay untouched.
 
-    The change time and the inode tell of a file replaced by one of the same size and modification time. Of a link they
-    are those of the file that it leads to.
+    The change time and the inode reveal a file that was replaced by one of the same size and modification time. Links
+    are followed.
     """
     digest = blake2b(digest_size=16)
     for relpath, _, offset, size in images:
@@ -144,7 +144,7 @@ def _stamp(root: Path, images: Listing) -> NDArray[np.uint8]:
 
 
 def _recall(path: Path, stamp: NDArray[np.uint8]) -> Checked | None:
-    """What a killed attempt found out about these files; None if it did not come that far or its record is damaged."""
+    """Result of an earlier attempt for these files; None if there is none, or its record is damaged."""
     saved = read_arrays(path)
     if saved is None:
         return None

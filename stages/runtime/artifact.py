@@ -69,7 +69,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
     import numpy as np  # commands that only look at artifacts start faster without it
 
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             return {name: saved[name] for name in saved.files}
     except FileNotFoundError:
         return None

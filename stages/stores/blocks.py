@@ -80,7 +80,12 @@ class MappedArray:
     def _check(self, chunk: int) -> None:
         unit, view = divmod(chunk, self.array.num_views)
         key = self.header.spec.chunk_keys(self.array, unit)[view]
-        if damage := self.header.content_damage(self.array, key, self.files.file(chunk)):
+        try:
+            data = self.files.file(chunk)
+        except OSError as error:
+            name = self.header.chunk_name(self.array, key)
+            raise ArtifactError(f"{name} cannot be read ({error.strerror}): run its stage again") from error
+        if damage := self.header.content_damage(self.array, key, data):
             raise ArtifactError(damage)
         self.known_good[chunk] = True
 

@@ -22,7 +22,7 @@ class EntropyFacts:
 
     num_images: int
     num_train: int
-    """The first so many images are for training, the others held out."""
+    """Training images; they come first, the held-out ones after them."""
     num_views: int
     num_tokens: int
     grid: int
@@ -30,11 +30,11 @@ class EntropyFacts:
     chunk_rows: int
     codebook_size: int
     tokens_digest: str
-    """Of the token store that the entropies belong to."""
+    """Digest of the token store that the entropies belong to."""
     model_sha256: str
-    """Of the entropy model's weights file."""
+    """SHA-256 of the entropy model's weights file."""
     precision: str
-    """Type of the forward pass."""
+    """Precision of the forward pass."""
 
     def spec(self) -> StoreSpec:
         """Layout of the store."""

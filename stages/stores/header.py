@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.runtime.errors import ArtifactError
-from stages.stores.layout import ATTRIBUTES, CRC_BYTES, FORMAT, NOT_FACTS, ArraySpec, StoreSpec, crc32c
+from stages.stores.layout import ATTRIBUTES, CRC_BYTES, FORMAT, NOT_FACTS, ArraySpec, StoreSpec
 
 Read = Callable[[str], bytes]
 SpecOf = Callable[[dict[str, Any]], StoreSpec]
-_WHOLE = crc32c(np.zeros(CRC_BYTES, np.uint8))
+_WHOLE = google_crc32c.value(bytes(CRC_BYTES))
 """CRC-32C of any data followed by their own CRC-32C. No data at all are followed by zeros."""
 
 
@@ -105,7 +106,7 @@ class StoreHeader:
         """What is wrong with the bytes of a chunk's file: size and checksum."""
         if what := self.size_damage(array, key, len(data)):
             return what
-        if crc32c(np.frombuffer(data, np.uint8)) != _WHOLE:
+        if google_crc32c.value(data) != _WHOLE:
             return f"{self.chunk_name(array, key)} is damaged, its checksum differs: run its stage again"
         return None
 

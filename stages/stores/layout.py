@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -22,8 +21,6 @@ FORMAT = 2
 ATTRIBUTES = "dpar"
 CRC_BYTES = 4
 NOT_FACTS = frozenset({"format", "complete", "digest"})  # attributes that do not describe what is stored
-_CRC_PIECE = 1 << 20
-"""Bytes that the checksum takes at once. It holds the interpreter's lock, also while a disk delivers mapped pages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,14 +98,6 @@ class StoreSpec:
     def keys(self, array: ArraySpec) -> Iterator[str]:
         """Files of all chunks of an array, unit by unit, and in a unit view by view."""
         return (key for unit in range(self.num_units) for key in self.chunk_keys(array, unit))
-
-
-def crc32c(data: NDArray[np.uint8]) -> int:
-    """CRC-32C of some bytes."""
-    checksum = 0
-    for first in range(0, len(data), _CRC_PIECE):
-        checksum = google_crc32c.extend(checksum, data[first : first + _CRC_PIECE])
-    return checksum
 
 
 def value_damage(array: ArraySpec, block: Array) -> str | None:

@@ -7,9 +7,11 @@ descriptor each, and every batch a loop over the files that it touches.
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import mmap
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 _MAP_FIXED = 0x10  # of Linux and macOS alike; the module mmap does not have it
+_MADV_POPULATE_READ = 22
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -43,7 +46,7 @@ class SideBySide:
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
 
     def lay(self, place: int, path: Path, wanted: int) -> int | None:
-        """Map a file's rows and tail at a place, if it has the wanted size; its size, None without a file.
+        """Map a file's rows and tail at a place, if it has the wanted size. Returns its size, None without a file.
 
         Raises:
             OSError: It cannot be opened or mapped.
@@ -66,7 +69,20 @@ class SideBySide:
         return flat.reshape(-1, *self._row_shape)
 
     def file(self, place: int) -> NDArray[np.uint8]:
-        """Bytes of the file at a place, its rows and its tail. They keep the mapping alive, too."""
+        """Bytes of the file at a place, its rows and its tail, now in memory. They keep the mapping alive, too.
+
+        On Linux 5.14 and later, other threads run while the disk is read, and a file that cannot be read is an error.
+        Elsewhere it ends the process with SIGBUS.
+
+        Raises:
+            OSError: The file was cut since it was mapped, or the disk cannot read it.
+        """
+        if sys.platform == "linux" and _LIBC.madvise(
+            self._address + place * self._stride, self._bytes, _MADV_POPULATE_READ
+        ):
+            error = ctypes.get_errno()
+            if error != errno.EINVAL:  # a kernel before Linux 5.14
+                raise OSError(error, "it was cut, or the disk is faulty")
         return np.frombuffer(self._memory, np.uint8, self._bytes, place * self._stride)
 
     def _map(self, address: int, descriptor: int, path: Path) -> None:
@@ -80,6 +96,7 @@ def _libc() -> ctypes.CDLL:
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype = ctypes.c_void_p
     library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return library
 
 

@@ -50,7 +50,7 @@ def sample_writer(path: Path, facts: SampleFacts) -> UnitWriter:
 
 
 class SampleStore:
-    """A finished sample store. The images stay on disk and are read in blocks; the rest fits in memory."""
+    """A finished sample store. Images stay on disk and are read in blocks; the other arrays are in memory."""
 
     def __init__(self, store: BlockStore) -> None:
         self._store = store

@@ -22,7 +22,7 @@ class TokenFacts:
 
     num_images: int
     num_train: int
-    """The first so many images are for training, the others held out."""
+    """Training images; they come first, the held-out ones after them."""
     num_classes: int
     num_views: int
     num_tokens: int
@@ -36,7 +36,7 @@ class TokenFacts:
     """Kind of the views, as in the settings."""
     view_names: list[str]
     vq_sha256: str
-    """Of the tokenizer's weights file."""
+    """SHA-256 of the tokenizer's weights file."""
 
     def spec(self) -> StoreSpec:
         """Layout of the store."""
@@ -111,11 +111,11 @@ class TokenStore:
         return block
 
     def training_blocks(self) -> Iterator[NDArray[np.uint16]]:
-        """Tokens (n, T) of the first view of all training images, some at a time, in their order."""
+        """Tokens (n, T) of the first view of all training images in order, block by block."""
         return self._first_view(0, self.num_train)
 
     def heldout_blocks(self) -> Iterator[NDArray[np.uint16]]:
-        """The same of the held-out images, which come after them."""
+        """Tokens (n, T) of the first view of all held-out images in order, block by block."""
         return self._first_view(self.num_train, self.num_images)
 
     def _first_view(self, first: int, last: int) -> Iterator[NDArray[np.uint16]]:
@@ -125,7 +125,7 @@ class TokenStore:
                 yield self.read_block(unit, 0)[max(first - rows.start, 0) : last - rows.start]
 
     def rows(self, unit: int) -> slice:
-        """Images of a unit; there are `num_units` of them."""
+        """Images of a unit."""
         return self._store.header.spec.rows(unit)
 
     @property

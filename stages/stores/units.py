@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from stages.runtime.artifact import RECORD, read_json, remove_partials, write_atomic, write_json
@@ -28,7 +29,6 @@ from stages.stores.layout import (
     Array,
     ArraySpec,
     StoreSpec,
-    crc32c,
     identity,
     metadata_files,
     metadata_keys,
@@ -139,7 +139,7 @@ class UnitWriter:
         chunk = np.full(self.spec.chunk_shape(array), array.missing or 0, dtype=np.dtype(array.dtype).newbyteorder("<"))
         chunk.reshape(self.spec.chunk_rows, *rows.shape[1:])[: len(rows)] = rows
         values = chunk.tobytes()
-        data = values + crc32c(np.frombuffer(values, np.uint8)).to_bytes(CRC_BYTES, "little")
+        data = values + google_crc32c.value(values).to_bytes(CRC_BYTES, "little")
         path = self.path / key
         _write_bytes(path, data)
         if path.read_bytes() != data:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +29,17 @@ from pipeline.bench.gates import Figures, Gate, gate
 from stages.patch_index import patch_index
 from stages.runtime.artifact import read_json
 from stages.runtime.distributed import World
+from stages.stores.blocks import MappedArray, open_store
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
-from stages.stores.patches import PatchIndex
+from stages.stores.patches import PatchIndex, write_patches
 from stages.stores.tokens import TokenStore
+from stages.stores.verify import STORES
 from stages.training.patched import PatchedData
 from stages.training.stream import SampleStream
 
 MEAN_LENGTH = 1.94
 NAIVE_IMAGES = 64
+Entropies = npt.NDArray[np.float32]
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -97,6 +102,38 @@ def rule_figures(store: EntropyStore, rule: PatchRule, rounds: int) -> tuple[lis
     ], {"patch rule, images/s": rule_rate, "one read pass, images/s": len(block) / seconds["read"]}
 
 
+def check_figures(folder: Path, index: PatchIndex, rule: PatchRule, rounds: int) -> tuple[list[Gate], dict[str, float]]:
+    """What comparing chunks with their checksums adds to passes over the entropies of a store just opened."""
+    tables = PatchTables.of(rule, TOKENS)
+    path = folder / "again.parquet"
+    passes: dict[str, Callable[[Iterator[Entropies]], object]] = {
+        "copy": lambda blocks: [block.copy() for block in blocks],
+        "mean": lambda blocks: [block[:, 1:].sum(dtype=np.float64) for block in blocks],
+        "rule": lambda blocks: [tables.packed_starts(block) for block in blocks],
+        "index": lambda blocks: write_patches(
+            path, index.facts, map(tables.packed_starts, blocks), rule={}, chunk_rows=CHUNK_ROWS
+        ),
+    }
+
+    def read(work: Callable[[Iterator[Entropies]], object], *, trusted: bool) -> None:
+        array = open_store(folder / "entropies.zarr", STORES["entropies.zarr"]).arrays["entropy"]
+        assert isinstance(array, MappedArray)
+        array.known_good[:] = trusted
+        work(array.block(unit) for unit in range(array.header.spec.num_units))
+
+    contenders = {name: partial(read, work, trusted=False) for name, work in passes.items()}
+    contenders |= {f"{name}, trusted": partial(read, work, trusted=True) for name, work in passes.items()}
+    found = interleaved(contenders, rounds)
+    added = {name: found[name] / found[f"{name}, trusted"] - 1 for name in passes}
+    return [
+        gate("checksums / reading, cutting into patches and writing, as patch_index must", added["index"], "<", 0.2),
+    ], {
+        "checksums / cutting into patches alone": added["rule"],
+        "checksums / a pass for the mean entropy": added["mean"],
+        "checksums / a bare copy of the entropies": added["copy"],
+    }
+
+
 def index_figures(path: Path, num_images: int) -> tuple[list[Gate], dict[str, float]]:
     """Bytes that the patch starts of an image take, in memory and on disk."""
     metadata = pq.ParquetFile(path).metadata
@@ -145,6 +182,7 @@ def measure(folder: Path, num_images: int, rounds: int) -> tuple[list[Gate], Fig
     index = PatchIndex.open(folder / "patches.parquet", tokens.digest)
     parts = [
         rule_figures(store, rule, rounds),
+        check_figures(folder, index, rule, rounds),
         index_figures(index.path, num_images),
         loader_figures(PatchedData(tokens, index), rounds),
     ]

@@ -1,5 +1,7 @@
 """How fast a token store is read, beside one mapped file without checksums, chunks or metadata; and what it takes.
 
+The cost of checksums is that of the first read of each chunk: stores just opened are read with and without it.
+
 196,608 images of 16 x 16 tokens in 24 whole chunks; for opening, a store of ImageNet in 20 views.
 """
 
@@ -15,10 +17,11 @@ from typing import TypeVar
 import numpy as np
 import zarr
 from report import report
-from synthetic import CHUNK_ROWS, TOKENS, lay_out_tokens, token_facts, write_tokens
+from synthetic import CHUNK_ROWS, CODEBOOK, TOKENS, lay_out_tokens, token_facts, write_tokens
 from timing import interleaved
 
 from pipeline.bench.gates import Gate, gate
+from stages.stores.blocks import MappedArray, open_store
 from stages.stores.header import StoreHeader, reader_of
 from stages.stores.tokens import TokenStore
 from stages.stores.verify import STORES, chunk_damage
@@ -26,6 +29,8 @@ from stages.stores.verify import STORES, chunk_damage
 IMAGENET_IMAGES, IMAGENET_VIEWS = 1_281_167, 20
 BATCH, BATCHES = 256, 200
 ZARR_ROWS = 16
+# No training step of DPAR-B at 256 px is shorter: 3 x 19.21 GMAC an image, at the peak of an H100, 989 TFLOP/s.
+LEAST_STEP_S_AN_IMAGE = 2 * 3 * 19.21e9 / 989e12
 Item = TypeVar("Item")
 
 
@@ -43,6 +48,73 @@ def copy_blocks(store: TokenStore) -> None:
     """Read all blocks one after the other."""
     for unit in range(store.num_units):
         store.read_block(unit, 0).copy()
+
+
+def just_opened(path: Path, *, trusted: bool) -> MappedArray:
+    """The tokens of a store just opened: no chunk is known to be good, or all are taken to be."""
+    array = open_store(path, STORES["tokens.zarr"]).arrays["tokens"]
+    assert isinstance(array, MappedArray)
+    array.known_good[:] = trusted
+    return array
+
+
+def copy_just_opened(path: Path, *, trusted: bool) -> None:
+    """The least that reading a whole store can be: a copy of every block."""
+    array = just_opened(path, trusted=trusted)
+    for unit in range(array.header.spec.num_units):
+        array.block(unit).copy()
+
+
+def count_just_opened(path: Path, *, trusted: bool) -> None:
+    """The pass that the tokenize stage makes over its store: how often each code occurs."""
+    array = just_opened(path, trusted=trusted)
+    for unit in range(array.header.spec.num_units):
+        np.bincount(array.block(unit).ravel(), minlength=CODEBOOK)
+
+
+def check_figures(path: Path, rounds: int) -> tuple[list[Gate], dict[str, float]]:
+    """What comparing chunks with their checksums costs a pass over a store, and the training steps that read it."""
+    array = just_opened(path, trusted=True)
+    spec = array.header.spec
+    chunks = np.random.default_rng(0).integers(0, spec.num_units, (BATCHES, BATCH))
+    found = interleaved(
+        {
+            "copy": lambda: copy_just_opened(path, trusted=True),
+            "copy, checked": lambda: copy_just_opened(path, trusted=False),
+            "count": lambda: count_just_opened(path, trusted=True),
+            "count, checked": lambda: count_just_opened(path, trusted=False),
+            "known": each(list(chunks), lambda batch: array.known_good[batch].all()),
+        },
+        rounds,
+    )
+    added = {name: found[f"{name}, checked"] - found[name] for name in ("copy", "count")}
+    a_chunk = max(added.values()) / spec.num_units
+    imagenet = token_facts(IMAGENET_IMAGES, IMAGENET_VIEWS).spec().num_units * IMAGENET_VIEWS
+    an_image, known = a_chunk * imagenet / IMAGENET_IMAGES, found["known"] / BATCHES
+    return [
+        gate(
+            "checksums / a pass that counts the codes, as tokenize makes it", added["count"] / found["count"], "<", 0.2
+        ),
+        gate(
+            "checksums of ImageNet in 20 views, over the first epoch / training steps of DPAR-B at an H100's peak",
+            an_image / LEAST_STEP_S_AN_IMAGE,
+            "<",
+            0.05,
+        ),
+        gate(
+            "looking up that the chunks of a batch of 256 are known / such a step",
+            known / (BATCH * LEAST_STEP_S_AN_IMAGE),
+            "<",
+            0.05,
+        ),
+    ], {
+        "checksums / a bare copy of all blocks": added["copy"] / found["copy"],
+        "checksum of a chunk of 4 MiB, ms": 1000 * a_chunk,
+        "looking up that the chunks of a batch of 256 are known, us": 1e6 * known,
+        "ImageNet in 20 views: all checksums of a process, s": a_chunk * imagenet,
+        "ImageNet in 20 views: checksums of the first batch of 256, at most, s": a_chunk * BATCH,
+        "a training step on a batch of 256 at an H100's peak, s": BATCH * LEAST_STEP_S_AN_IMAGE,
+    }
 
 
 def read_figures(folder: Path, num_images: int, rounds: int) -> tuple[list[Gate], dict[str, float]]:
@@ -122,8 +194,13 @@ def main() -> None:
     num_images = options.chunks * CHUNK_ROWS
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder) / "tokens.zarr", num_images)
-        parts = [read_figures(Path(folder), num_images, options.rounds), open_figures(Path(folder), options.rounds)]
-    report([found for gates, _ in parts for found in gates], {"token store": parts[0][1] | parts[1][1]})
+        parts = [
+            read_figures(Path(folder), num_images, options.rounds),
+            check_figures(Path(folder) / "tokens.zarr", options.rounds),
+            open_figures(Path(folder), options.rounds),
+        ]
+    figures = {name: value for _, more in parts for name, value in more.items()}
+    report([found for gates, _ in parts for found in gates], {"token store": figures})
 
 
 if __name__ == "__main__":

@@ -92,7 +92,9 @@ def main() -> None:
         print(f"{name:<9} {len(targets):3} rooms  {levels(targets):2} levels  {count:3} arrows")
     for what, values in zip(("files", "functions"), lengths(root), strict=True):
         spread = statistics.quantiles(values, n=10)
-        print(f"{what:<9} {len(values):4}  median {statistics.median(values):.0f}  p90 {spread[8]:.0f}  max {max(values)}")
+        print(
+            f"{what:<9} {len(values):4}  median {statistics.median(values):.0f}  p90 {spread[8]:.0f}  max {max(values)}"
+        )
 
 
 if __name__ == "__main__":

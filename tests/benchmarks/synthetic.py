@@ -1,13 +1,15 @@
-"""Token stores to measure on: codes as skewed as real ones, or a store of ImageNet's size that takes no room."""
+"""Token stores to measure on: codes as skewed as real ones, or a store of ImageNet's size that takes little room."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.stores.layout import CRC_BYTES
 from stages.stores.tokens import TokenFacts, token_writer
 
 CODEBOOK, ZIPF_EXPONENT = 16_384, 0.6
@@ -54,14 +56,17 @@ def draw(generator: np.random.Generator, edges: NDArray[np.float64], count: int)
 
 
 def lay_out_tokens(path: Path, num_images: int, num_views: int) -> None:
-    """Lay out a store that opens but holds only zeros: files with holes, which take no room on disk."""
+    """Lay out a store that holds only zeros: files with holes, which take a page each on disk for their checksum."""
     writer = token_writer(path, token_facts(num_images, num_views))
     for array in writer.spec.arrays:
+        size = writer.spec.chunk_bytes(array) - CRC_BYTES
+        checksum = google_crc32c.value(bytes(size)).to_bytes(CRC_BYTES, "little")
         for unit in range(writer.spec.num_units):
             for key in writer.spec.chunk_keys(array, unit):
                 (path / key).parent.mkdir(parents=True, exist_ok=True)
                 with (path / key).open("wb") as file:
-                    file.truncate(writer.spec.chunk_bytes(array))
+                    file.seek(size)
+                    file.write(checksum)
     group = json.loads((path / "zarr.json").read_text())
     group["attributes"]["dpar"] |= {"digest": "0" * 64, "complete": True}
     (path / "zarr.json").write_text(json.dumps(group))

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import re
 import shutil
 import struct
@@ -252,6 +253,71 @@ def test_a_file_changed_since_the_killed_attempt_is_read_again(tmp_path: Path) -
     (tmp_path / "images" / "a" / "a1.png").write_bytes((tmp_path / "images" / "b" / "b2.png").read_bytes())
     index = run(tmp_path / "images", tmp_path / "out")
     assert index.read(tmp_path / "images", 1) == (tmp_path / "images" / "b" / "b2.png").read_bytes()
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every image that is read and decoded."""
+    read: list[str] = []
+    original = stages.dataset._check
+    monkeypatch.setattr(
+        stages.dataset, "_check", lambda root, images: read.extend(images.relpaths) or original(root, images)
+    )
+    return read
+
+
+def test_a_file_replaced_by_one_of_its_size_and_time_is_read_again(tmp_path: Path, reads: list[str]) -> None:
+    make_images(tmp_path / "images")
+    path = tmp_path / "images" / "a" / "a1.png"
+    run(tmp_path / "images", tmp_path / "out")
+    assert len(reads) == 20
+    run(tmp_path / "images", tmp_path / "out")
+    assert len(reads) == 20
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(InputError, match="broken"):
+        run(tmp_path / "images", tmp_path / "out", max_broken_fraction=0)
+    assert len(reads) == 40
+
+
+def test_a_link_that_leads_to_another_file_of_its_size_and_time_is_read_again(tmp_path: Path, reads: list[str]) -> None:
+    make_images(tmp_path / "images")
+    path, first, second = tmp_path / "images" / "a" / "a1.png", tmp_path / "1.png", tmp_path / "2.png"
+    shutil.copy(path, first)
+    shutil.copy(path, second)
+    os.utime(first, ns=(10**18, 10**18))
+    os.utime(second, ns=(10**18, 10**18))
+    for target, expected in ((first, 20), (first, 20), (second, 40)):
+        path.unlink()
+        path.symlink_to(target)
+        run(tmp_path / "images", tmp_path / "out")
+        assert len(reads) == expected
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "not a zip", "a flipped bit", "other arrays"])
+def test_a_damaged_record_of_a_killed_attempt_is_made_again(
+    tmp_path: Path, reads: list[str], caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    make_images(tmp_path / "images")
+    run(tmp_path / "images", tmp_path / "out", heldout_fraction=0.2)
+    before = content(tmp_path / "out")
+    (record,) = (tmp_path / "out" / "record" / "units").iterdir()
+    whole = record.read_bytes()
+    if damage == "other arrays":
+        np.savez(record, stamp=np.zeros(16, np.uint8))
+    else:
+        middle = whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]
+        record.write_bytes({"cut": whole[:-9], "empty": b"", "not a zip": b"hello"}.get(damage, middle))
+    reads.clear()
+    run(tmp_path / "images", tmp_path / "out", heldout_fraction=0.2)
+    assert len(reads) == 20
+    assert content(tmp_path / "out") == before
+    assert f"{record} is damaged" in caplog.text
+    run(tmp_path / "images", tmp_path / "out", heldout_fraction=0.2)
+    assert len(reads) == 20  # the record is whole again
 
 
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:

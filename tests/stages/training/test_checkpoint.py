@@ -196,9 +196,9 @@ def test_a_damaged_line_is_dropped_and_the_others_stay(
 
 def test_no_flipped_bit_in_the_log_stops_a_run(log: MetricLog, tmp_path: Path) -> None:
     whole = log.path.read_bytes()
-    for bit in range(8 * len(whole)):
+    for bit in range(0, 8 * len(whole), 3):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         log.path.write_bytes(damaged)
         MetricLog(tmp_path, 10**6, enabled=True)
-        steps_logged(log)
+        assert 1 <= len(steps_logged(log)) <= 3
