@@ -20,6 +20,7 @@ from stages.images.decode import float_to_pixels, pixels_to_float
 from stages.runtime.artifact import write_json
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
+from stages.runtime.randomness import Purpose, seed_torch
 from stages.stores.image_index import ImageIndex
 from stages.training.images import ImageBatch, ImageFiles, VQObjective
 from stages.training.loop import Training, train_model
@@ -75,7 +76,7 @@ def reconstruction_scores(model: VQModel, images: ImageFiles, world: World) -> d
 def _train(
     config: TokenizerConfig, images: ImageFiles, output: Path, runtime: RuntimeConfig, world: World
 ) -> tuple[VQModel, dict[str, float]]:
-    torch.manual_seed(config.seed)
+    seed_torch(config.seed, Purpose.WEIGHTS)
     model = VQModel(config.model)
     discriminator = PatchDiscriminator() if config.adversarial else None
     logger.info("training %s a discriminator", "without" if discriminator is None else "with")
