@@ -11,21 +11,26 @@ from conf.section import NOT_IN_KEY, Probability, Section
 
 
 class DatasetConfig(Section):
-    """Which images there are."""
+    """The images, their classes and their split."""
 
     source: Literal["image_folder", "imagenet_tar", "twemoji"] = Field(
         "image_folder",
-        description="`image_folder`: root/<class>/<image>; `imagenet_tar`: ImageNet as published, class tars in a tar "
-        "or in a folder, never unpacked; `twemoji`: emoji from the installed package.",
+        description="Layout of the images: `image_folder`, root/<class>/<image>; `imagenet_tar`, ImageNet's class "
+        "tars in a tar or in a folder; `twemoji`, emoji from the installed package.",
     )
     root: Path | None = Field(
-        None, description="Folder of class folders (image_folder), or tar (imagenet_tar).", json_schema_extra=NOT_IN_KEY
+        None,
+        description="Folder of the class folders or class tars, or the tar of the class tars.",
+        json_schema_extra=NOT_IN_KEY,
     )
     heldout_fraction: float = Field(
-        0.0, ge=0, le=0.5, description="Share of each class, by hash of the file name, that is never trained on."
+        0.0,
+        ge=0,
+        le=0.5,
+        description="Share of each class that is held out from training, chosen by hash of the file name.",
     )
     max_broken_fraction: Probability = Field(
-        0.01, description="Above this share of undecodable images the stage fails."
+        0.01, description="Largest share of images that cannot be decoded; above it the stage fails."
     )
 
     @model_validator(mode="after")

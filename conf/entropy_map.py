@@ -12,5 +12,5 @@ class EntropyMapConfig(Section):
 
     batch_size: PositiveInt = Field(64, description="Views in one forward pass of one process.")
     precision: Precision = Field(
-        "bfloat16", description="Of the forward pass; entropies are float32 from float32 logits."
+        "bfloat16", description="Type of the forward pass; entropies are computed in float32 from float32 logits."
     )

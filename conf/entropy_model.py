@@ -15,11 +15,15 @@ from models.config import (
 
 
 class EntropyModelConfig(Section):
-    """The unconditional transformer that says how surprising a token is."""
+    """The unconditional transformer whose uncertainty decides where patches start."""
 
-    model: GPTSize = Field(default_factory=lambda: GPT_SIZES["B"], description="A name (T, B, L …) or the size itself.")
-    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=1_500_000))
-    dropout: Probability = 0.1
+    model: GPTSize = Field(
+        default_factory=lambda: GPT_SIZES["B"], description="Size of the model: a name (T, B, L …) or its numbers."
+    )
+    training: TrainingConfig = Field(
+        default_factory=lambda: TrainingConfig(steps=1_500_000), description="Training of the model."
+    )
+    dropout: Probability = Field(0.1, description="Dropout probability in the transformer's layers.")
     seed: Seed = 0
 
     @model_validator(mode="before")

@@ -14,17 +14,27 @@ class EvaluateConfig(Section):
     """Scores of the samples against the training images."""
 
     extractor: Literal["lite0", "inception"] = Field(
-        "lite0", description="EfficientNet-Lite0 from the demo packages, or the FID Inception from a weights file."
+        "lite0",
+        description="Network that computes features: EfficientNet-Lite0 from the demo packages, or FID's Inception "
+        "from a weights file.",
     )
-    weights: Path | None = Field(None, description="Inception weights file.", json_schema_extra=NOT_IN_KEY)
-    input_size: int = Field(224, ge=64, le=512, description="Side that images are resized to for EfficientNet-Lite0.")
-    batch_size: PositiveInt = 64
-    max_reference: PositiveInt | None = Field(None, description="At most this many reference images; null takes all.")
-    neighbours: PositiveInt = Field(3, description="k of precision and recall.")
+    weights: Path | None = Field(
+        None, description="Weights file of the Inception network.", json_schema_extra=NOT_IN_KEY
+    )
+    input_size: int = Field(
+        224, ge=64, le=512, description="Side that images are resized to for EfficientNet-Lite0, pixels."
+    )
+    batch_size: PositiveInt = Field(64, description="Images in one forward pass of one process.")
+    max_reference: PositiveInt | None = Field(
+        None, description="Most reference images; null takes all training images."
+    )
+    neighbours: PositiveInt = Field(3, description="Neighbours k of precision and recall.")
     compared: PositiveInt = Field(
-        10_000, description="Reference images that precision and recall look at, at most; their cost is quadratic."
+        10_000, description="Most reference images that precision and recall use; their cost is quadratic."
     )
-    ladder: bool = Field(True, description="Also score held-out images, reconstructions, marginals and random tokens.")
+    ladder: bool = Field(
+        True, description="Whether held-out images, reconstructions, marginals and random tokens are scored too."
+    )
     seed: Seed = 0
 
     def unread_inputs(self, settings: Any) -> frozenset[str]:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from conf.schema import RuntimeConfig, Settings
 
 CONF_DIR = Path(__file__).resolve().parent
+_PLAIN_FIELDS = ("seed",)  # settings of no section
 
 
 class SettingsError(ValueError):
@@ -26,7 +27,8 @@ def load_settings(
     Args:
         preset: Name of a file in conf/preset, without suffix.
         ablation: Name of a file in conf/ablation, applied over the preset.
-        overrides: `stage.field=value` pairs, values in YAML; `runtime.field=value` sets runtime settings.
+        overrides: `stage.field=value` pairs or `seed=value`, values in YAML; `runtime.field=value` sets runtime
+            settings.
 
     Raises:
         SettingsError: Unknown name, unknown setting, wrong type, value out of range, or a contradiction.
@@ -85,8 +87,10 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 def _parse_override(text: str) -> dict[str, Any]:
     address, equals, value = text.partition("=")
     parts = address.strip().split(".")
-    if not equals or len(parts) < 2 or not all(parts):
-        raise SettingsError(f"override is {text!r}, expected stage.field=value, e.g. patch_index.max_length=4")
+    if not equals or not all(parts) or (len(parts) == 1 and parts[0] not in _PLAIN_FIELDS):
+        raise SettingsError(
+            f"override is {text!r}, expected stage.field=value or seed=value, e.g. patch_index.max_length=4"
+        )
     try:
         tree: Any = yaml.safe_load(value)
     except yaml.YAMLError as error:

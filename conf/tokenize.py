@@ -12,10 +12,10 @@ from conf.section import Precision, Section
 class TokenizeConfig(Section):
     """VQ tokens of every view of every image."""
 
-    image_size: int = Field(256, ge=16, le=1024, description="Side of the images that are tokenised, pixels.")
+    image_size: int = Field(256, ge=16, le=1024, description="Side of the views, pixels.")
     views: Literal["center", "flip", "ten_crop", "ten_crop_x2"] = Field(
-        "ten_crop_x2", description="1, 2, 10 or 20 views an image: crop ranges 1.1 and 1.05 for the last."
+        "ten_crop_x2", description="Views of each image: 1, 2, 10, or 20 at the crop ranges 1.1 and 1.05."
     )
-    batch_size: PositiveInt = Field(64, description="Views encoded at once by one process.")
+    batch_size: PositiveInt = Field(64, description="Views in one forward pass of one process.")
     chunk_rows: PositiveInt = Field(8192, description="Images in one chunk of the store, the unit of resume.")
-    precision: Precision = "float32"
+    precision: Precision = Field("float32", description="Type of the encoder's forward pass.")

@@ -17,21 +17,26 @@ from models.config import (
 class TokenizerConfig(Section):
     """The VQ tokenizer: imported or trained."""
 
-    source: Literal["checkpoint", "train"] = Field("checkpoint", description="Import weights, or train on the images.")
+    source: Literal["checkpoint", "train"] = Field(
+        "checkpoint", description="Import weights, or train on the images of the dataset."
+    )
     checkpoint: Path | None = Field(
         None,
         description="Weights to import, a LlamaGen .pt or safetensors; not read when training.",
         json_schema_extra=NOT_IN_KEY,
     )
-    model: VQConfig = Field(default_factory=VQConfig)
+    model: VQConfig = Field(default_factory=VQConfig, description="Shape of the VQ model; the default is VQ-16.")
     image_size: int = Field(256, ge=16, le=1024, description="Side of the training crops, pixels.")
     training: TrainingConfig = Field(
-        default_factory=lambda: TrainingConfig(steps=400_000, global_batch_size=128, weight_decay=0.0)
+        default_factory=lambda: TrainingConfig(steps=400_000, global_batch_size=128, weight_decay=0.0),
+        description="Training of the tokenizer and its discriminator.",
     )
-    commitment_weight: float = Field(0.25, ge=0)
-    lpips_weight: float = Field(1.0, ge=0, description="Perceptual loss; 0 leaves it out and needs no VGG weights.")
-    adversarial_weight: float = Field(0.5, ge=0, description="Of the discriminator's losses; 0 leaves it out.")
-    adversarial_start: int = Field(20_000, ge=0, description="Steps before the discriminator comes in.")
+    commitment_weight: float = Field(0.25, ge=0, description="Weight of the encoder's commitment loss.")
+    lpips_weight: float = Field(
+        1.0, ge=0, description="Weight of the perceptual loss; 0 leaves it out and needs no VGG weights."
+    )
+    adversarial_weight: float = Field(0.5, ge=0, description="Weight of the discriminator's losses; 0 trains none.")
+    adversarial_start: int = Field(20_000, ge=0, description="Steps before the discriminator starts.")
     seed: Seed = 0
 
     @model_validator(mode="after")

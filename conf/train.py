@@ -25,10 +25,12 @@ from models.config import (
 class JointHeadConfig(Section):
     """An entropy head that learns together with the model. Without one, stage `entropy_head` trains it afterwards."""
 
-    kind: HeadChoice = Field("none", description="As of entropy_head.kind.")
-    weight: float = Field(1.0, gt=0, description="Of its squared error beside the tokens' cross-entropy.")
+    kind: HeadChoice = Field("none", description="Kind of the head, see entropy_head.kind.")
+    weight: float = Field(1.0, gt=0, description="Weight of the head's squared error beside the tokens' cross-entropy.")
     stop_gradient: bool = Field(
-        True, description="The encoder does not learn from the head: the model is the same as without one, bit for bit."
+        True,
+        description="Whether the head's loss stops before the encoder: the model then equals one without a head, bit "
+        "for bit.",
     )
 
     def key_fields(self) -> dict[str, Any]:
@@ -52,11 +54,20 @@ class TrainConfig(Section):
         description="Weights to import, a LlamaGen .pt or safetensors; not read when training.",
         json_schema_extra=NOT_IN_KEY,
     )
-    position_embedding: PositionEmbedding = Field("dynamic", description="Of the global stack (paper, section 3.3).")
-    npp: NextPatchSchedule = Field(default_factory=NextPatchSchedule, description="From blocks of tokens to tokens.")
-    entropy_head: JointHeadConfig = Field(default_factory=JointHeadConfig)
-    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=1_500_000))
-    dropout: Probability = 0.1
+    position_embedding: PositionEmbedding = Field(
+        "dynamic", description="Positions of the global stack (paper, section 3.3)."
+    )
+    npp: NextPatchSchedule = Field(
+        default_factory=NextPatchSchedule,
+        description="Schedule of Next Patch Prediction: from blocks of tokens to single ones.",
+    )
+    entropy_head: JointHeadConfig = Field(
+        default_factory=JointHeadConfig, description="Head that learns with the model."
+    )
+    training: TrainingConfig = Field(
+        default_factory=lambda: TrainingConfig(steps=1_500_000), description="Training of the model."
+    )
+    dropout: Probability = Field(0.1, description="Dropout probability; DPAR has dropout in its global stack only.")
     class_dropout_prob: Probability = Field(0.1, description="Share of samples trained without their class, for CFG.")
     seed: Seed = 0
 

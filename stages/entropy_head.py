@@ -32,6 +32,7 @@ from stages.patches.thresholds import EntropySample
 from stages.runtime.artifact import read_json, write_atomic, write_json
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
+from stages.runtime.randomness import Purpose, seed_torch
 from stages.stores.blocks import Integers
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
@@ -78,7 +79,7 @@ def _head(config: EntropyHeadConfig, inputs: Inputs, model: DPAR, output: Path, 
 
 def _train(config: EntropyHeadConfig, model: DPAR, data: EntropyData, output: Path, world: World) -> EntropyHead:
     assert config.kind != "none"
-    torch.manual_seed(config.seed)
+    seed_torch(config.seed, Purpose.WEIGHTS)
     head = EntropyHead(HeadShape.of(model.config, config.kind))
     train_model(data.training(head, HeadObjective(model, head), config.training, config.seed, world), output, world)
     return head.eval()

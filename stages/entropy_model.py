@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from conf.entropy_model import EntropyModelConfig
 from conf.schema import RuntimeConfig
 from models.config import GPTConfig
 from models.gpt import GPT
 from stages.runtime.distributed import process_group
 from stages.runtime.job import Inputs, main
+from stages.runtime.randomness import Purpose, seed_torch
 from stages.stores.tokens import TokenStore
 from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
@@ -27,7 +26,7 @@ def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runt
     """Write `model.safetensors` and its config; the record holds its held-out loss."""
     with process_group(runtime) as world:
         data = TokenData(TokenStore.open(inputs["tokenize"] / "tokens.zarr"))
-        torch.manual_seed(config.seed)
+        seed_torch(config.seed, Purpose.WEIGHTS)
         model = GPT(
             GPTConfig(
                 **asdict(config.model),

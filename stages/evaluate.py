@@ -24,6 +24,7 @@ from stages.runtime.artifact import RECORD, read_arrays, write_atomic
 from stages.runtime.distributed import World, barrier, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
+from stages.runtime.randomness import Purpose, stream
 from stages.scores.feature_sets import ExtractorInfo, FeatureSets
 from stages.scores.features import INCEPTION_SHA256, Extractor, Inception, Lite0
 from stages.scores.statistics import FeatureStats
@@ -126,7 +127,7 @@ class ImageSets:
         blocks = self.tokens.training_blocks()
         marginals = sample_marginals(blocks, self.index.num_train, self.tokens.num_tokens, count, self.seed)
         shape = (count, self.tokens.num_tokens)
-        random = np.random.default_rng(self.seed + 1).integers(self.tokens.codebook_size, size=shape)
+        random = stream(self.seed, Purpose.RANDOM_TOKENS).integers(self.tokens.codebook_size, size=shape)
         return sets | {
             "heldout": ImageSet(heldout, self._real),
             "reconstruction": ImageSet(heldout, self._reconstructed),

@@ -18,7 +18,8 @@ from stages.runtime.artifact import write_json
 from stages.runtime.distributed import barrier, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
-from stages.sampling.sampler import LABEL_STREAM, Drawer, stream
+from stages.runtime.randomness import Purpose, stream
+from stages.sampling.sampler import Drawer
 from stages.stores.samples import SampleFacts, sample_writer
 from stages.stores.tokens import TokenStore
 
@@ -63,7 +64,7 @@ def draw_labels(
     "uniform" draws each on its own, as LlamaGen and ADM do. "balanced" and "data" fix the counts (equal, or the
     training images' shares, by largest remainder) and shuffle, so that any part of the samples is about as mixed.
     """
-    generator = stream(config.seed, LABEL_STREAM, 0)
+    generator = stream(config.seed, Purpose.LABELS)
     if config.labels == "uniform":
         return generator.integers(num_classes, size=config.num_samples)
     weights = np.ones(num_classes)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
-
 from conf.schema import RuntimeConfig
 from conf.tokenizer import TokenizerConfig
 from models.discriminator import PatchDiscriminator
 from models.vq import VQModel
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
+from stages.runtime.randomness import Purpose, seed_torch
 from stages.stores.image_index import ImageIndex
 from stages.training.images import ImageBatch, ImageFiles, VQObjective
 from stages.training.log import MetricLog
@@ -49,7 +48,7 @@ def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: Ru
 
 
 def _train(config: TokenizerConfig, images: ImageFiles, output: Path, runtime: RuntimeConfig, world: World) -> VQModel:
-    torch.manual_seed(config.seed)
+    seed_torch(config.seed, Purpose.WEIGHTS)
     model = VQModel(config.model)
     discriminator = PatchDiscriminator() if config.adversarial else None
     logger.info("training %s a discriminator", "without" if discriminator is None else "with")

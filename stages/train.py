@@ -21,6 +21,7 @@ from models.gpt import GPT
 from stages.runtime.artifact import read_json
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
+from stages.runtime.randomness import Purpose, seed_torch
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
@@ -76,7 +77,7 @@ def _train(
     config: TrainConfig, store: TokenStore, inputs: Inputs, output: Path, world: World, *, compiled: bool
 ) -> tuple[GPT | DPAR, EntropyHead | None]:
     """A model trained from the start, or from where a killed run was, and the head beside it."""
-    torch.manual_seed(config.seed)
+    seed_torch(config.seed, Purpose.WEIGHTS)
     job = _job(config, store, inputs)
     if compiled:
         compile_blocks(job.model)

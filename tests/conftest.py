@@ -16,6 +16,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +26,8 @@ from conf.schema import RuntimeConfig, Settings
 from conf.section import Section
 from pipeline.graph import STAGES
 
+hypothesis.settings.register_profile("dpar", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("dpar")
 CLASSES = ("discs", "squares", "stripes")
 
 

@@ -28,11 +28,11 @@ from stages.images.decode import Pixels, float_to_pixels, pixels_to_float
 from stages.patches.boundary_sources import load_boundaries, require_fit
 from stages.runtime.errors import ArtifactError
 from stages.runtime.job import Inputs
+from stages.runtime.randomness import Purpose, stream
 from stages.stores.tokens import TokenStore
 from stages.weights.own import load_model, load_vq
 
 logger = logging.getLogger(__name__)
-LABEL_STREAM, TOKEN_STREAM = 0, 1
 
 
 class Drawn(TypedDict):
@@ -129,7 +129,7 @@ class Drawer:
     def _uniforms(self, numbers: npt.NDArray[np.int64]) -> Float[Tensor, "B T"]:
         """One number in [0, 1) for each (sample, position), from the sample's own counter-based stream."""
         num_tokens = self.model.config.num_tokens
-        rows = [stream(self.config.seed, TOKEN_STREAM, int(number)).random(num_tokens) for number in numbers]
+        rows = [stream(self.config.seed, Purpose.TOKENS, int(number)).random(num_tokens) for number in numbers]
         return torch.from_numpy(np.stack(rows).astype(np.float32)).clamp_(max=1 - 2**-24)
 
 
@@ -138,11 +138,6 @@ def ready_to_draw(model: nn.Module, config: SampleConfig) -> None:
     if config.precision == "bfloat16":
         model.bfloat16()
     pack_linear_layers(model)
-
-
-def stream(seed: int, purpose: int, number: int) -> np.random.Generator:
-    """A generator of its own for each (seed, purpose, number)."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, purpose << 56 | number], dtype=np.uint64)))
 
 
 def resize(images: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B 3 H W"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from stages.runtime.randomness import Purpose, stream
 from stages.scores.statistics import finite_doubles
 
 
@@ -19,7 +20,7 @@ def inception_score(logits: npt.NDArray[np.floating], *, splits: int, seed: int 
     """
     if not 1 <= splits <= len(logits):
         raise ValueError(f"{splits} splits of {len(logits)} samples, expected between 1 and the number of samples")
-    order = np.random.default_rng(seed).permutation(len(logits))
+    order = stream(seed, Purpose.INCEPTION_SCORE).permutation(len(logits))
     wide = finite_doubles(logits, "logits")[order]
     wide -= wide.max(axis=1, keepdims=True)
     log_p = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+from stages.runtime.randomness import Purpose, stream
+
 Tokens = npt.NDArray[np.integer]
 _SMOOTHINGS = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
 
@@ -37,7 +39,7 @@ def sample_marginals(
     train: Iterable[Tokens], num_train: int, num_tokens: int, count: int, seed: int
 ) -> npt.NDArray[np.int64]:
     """`count` images (count, T) whose every token is that of a random one of the training images at its position."""
-    rows = np.random.default_rng(seed).integers(num_train, size=(count, num_tokens))
+    rows = stream(seed, Purpose.MARGINALS).integers(num_train, size=(count, num_tokens))
     drawn, first = np.empty(rows.shape, dtype=np.int64), 0
     for block in train:
         here = (rows >= first) & (rows < first + len(block))

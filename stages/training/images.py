@@ -21,7 +21,9 @@ from models.discriminator import PatchDiscriminator, discriminator_loss, generat
 from models.lpips import LPIPS
 from models.vq import VQModel
 from stages.images.decode import Pixels, center_crop, decode, pixels_to_float, random_crop
+from stages.runtime import randomness
 from stages.runtime.distributed import World
+from stages.runtime.randomness import Purpose
 from stages.stores.image_index import ImageIndex
 from stages.training.stream import SampleStream
 
@@ -49,7 +51,7 @@ class ImageFiles:
         images, epochs = stream.rank_slice(step, world)
 
         def crop(image: np.int64, epoch: np.int64) -> Pixels:
-            generator = np.random.default_rng([stream.seed, int(epoch), int(image)])
+            generator = randomness.stream(stream.seed, Purpose.CROPS, int(epoch), int(image))
             return random_crop(self._decode(image), self.size, generator)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -11,7 +11,6 @@ before its step, this equals training them in turn, as GANs usually are.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -30,6 +29,7 @@ from stages.runtime.distributed import World, all_reduce_sum, barrier, return_fr
 from stages.runtime.errors import ArtifactError
 from stages.runtime.prefetch import prefetch
 from stages.runtime.progress import Progress
+from stages.runtime.randomness import Purpose, seed_torch
 from stages.training.checkpoint import load_latest, save_checkpoint
 from stages.training.log import MetricLog
 from stages.training.optim import learning_rate
@@ -52,7 +52,7 @@ class Training(Generic[Batch]):
             checkpoints, and a checkpoint of another state is refused.
         validate: Held-out metrics, computed at every checkpoint.
         config: Steps, batch, optimiser.
-        seed: Of dropout and everything else random in the forward pass.
+        seed: Seed of dropout and of everything else that is random in the forward pass.
         restarts: Steps at which the learning rate's schedule begins anew.
         companions: Weights in `objective` beside those of `model`, by name, each with an optimiser and a gradient norm
             of its own. Each weight needs a gradient in every step, a zero one if need be. They are not averaged.
@@ -105,7 +105,7 @@ def train_step(
     run: Training[Any], objective: nn.Module, state: TrainingState, batch: Any, step: int, world: World
 ) -> dict[str, Tensor]:
     """One step of every optimiser. The named scalars stay on the device: reading them would make the host wait."""
-    torch.manual_seed(_stream_seed(run.seed, step, world.rank))
+    seed_torch(run.seed, Purpose.TRAINING_STEP, step, world.rank)
     bfloat16 = run.config.precision == "bfloat16"
     with torch.autocast(world.device.type, torch.bfloat16, enabled=bfloat16):
         loss, metrics = objective(batch)
@@ -175,8 +175,3 @@ def _check_finite(numbers: dict[str, float], step: int) -> None:
             f"loss is {numbers['loss']} at step {step}, expected a finite number: lower training.learning_rate or "
             "lengthen training.warmup_steps"
         )
-
-
-def _stream_seed(seed: int, step: int, rank: int) -> int:
-    digest = hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

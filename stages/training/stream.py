@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from stages.runtime.distributed import World
 from stages.runtime.errors import InputError
+from stages.runtime.randomness import Purpose, choices, stream
 
 Integers = npt.NDArray[np.int64]
 
@@ -52,16 +53,12 @@ class SampleStream:
         return images, epochs
 
     def views(self, images: Integers, epochs: Integers, num_views: int) -> Integers:
-        """View of each image in its epoch: a hash, so that no generator's state has to be kept."""
-        mixed = images.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= (epochs.astype(np.uint64) << np.uint64(32)) + np.uint64(self.seed)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finaliser
-            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-        return ((mixed ^ (mixed >> np.uint64(31))) % np.uint64(num_views)).astype(np.int64)
+        """A random view of each image in its epoch."""
+        return choices(self.seed, Purpose.VIEWS, epochs * self.num_images + images, num_views)
 
 
 @lru_cache(maxsize=2)  # at the edge of an epoch a batch takes from two
 def _epoch_order(num_images: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
     order = np.arange(num_images, dtype=np.uint32)
-    np.random.Generator(np.random.Philox(key=[seed, epoch])).shuffle(order)
+    stream(seed, Purpose.EPOCHS, epoch).shuffle(order)
     return order

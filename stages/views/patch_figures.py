@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from stages.runtime.artifact import write_atomic
+from stages.runtime.randomness import Purpose, stream
 
 ENTROPY_BINS = 100
 
@@ -74,7 +75,7 @@ def draw_scatter(
     figure = Figure(figsize=(6.4, 5), layout="constrained")
     axes = figure.subplots()
     # Counts are whole numbers and their points would hide each other: they are moved by up to half a patch.
-    shift = np.random.default_rng(0).uniform(-0.4, 0.4, len(num_patches))
+    shift = stream(0, Purpose.SCATTER).uniform(-0.4, 0.4, len(num_patches))
     axes.scatter(png_bytes / 1000, num_patches + shift, s=8, alpha=0.35, linewidths=0, color="tab:blue")
     found = "no correlation: one does not vary" if correlation is None else f"correlation {correlation:.2f}"
     axes.set(xlabel="size as PNG, kB", ylabel="patches", title=f"{found}, {len(num_patches)} images")

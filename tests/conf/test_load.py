@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from conf.load import SettingsError, describe, load_settings, names
+from conf.schema import Settings
 
 
 def test_later_layers_win() -> None:
@@ -19,6 +20,29 @@ def test_later_layers_win() -> None:
     assert runtime.processes == 2
 
 
+def test_the_runs_seed_is_that_of_every_section_without_one_of_its_own() -> None:
+    settings, _ = load_settings("tiny", None, ["seed=3", "train.seed=5", "sample.seed=null"])
+    seeds = {name: section.seed for name, section in settings if hasattr(section, "seed")}
+    assert seeds == {
+        "tokenizer": 3,
+        "entropy_model": 3,
+        "train": 5,
+        "entropy_head": 3,
+        "sample": 3,
+        "evaluate": 3,
+    }
+    assert Settings.model_validate(settings.model_dump(mode="json")) == settings
+    assert {section.seed for _, section in load_settings("tiny")[0] if hasattr(section, "seed")} == {0}
+
+
+def test_keys_see_a_sections_seed_wherever_it_came_from() -> None:
+    shared, own = load_settings("tiny", None, ["seed=3"])[0], load_settings("tiny", None, ["train.seed=3"])[0]
+    plain = load_settings("tiny")[0]
+    assert shared.train.key_fields() == own.train.key_fields()
+    assert shared.train.key_fields() != plain.train.key_fields()
+    assert shared.tokenize.key_fields() == plain.tokenize.key_fields()
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -26,7 +50,10 @@ def test_later_layers_win() -> None:
         ("patch_index.threshold=high", "patch_index.threshold.*found 'high'"),
         ("train.training.steps=0", "train.training.steps.*greater than 0, found 0"),
         ("patch_index.target_mean_length=2", "threshold, target_mean_length"),
-        ("threshold=7", "expected stage.field=value"),
+        ("threshold=7", "expected stage.field=value or seed=value"),
+        ("train=7", "expected stage.field=value or seed=value"),
+        ("seed=-1", "seed: .*greater than or equal to 0, found -1"),
+        ("train.seed=9223372036854775808", "train.seed: .*less than 9223372036854775808"),
         ("patch_index.threshold", "expected stage.field=value"),
         ("patch_index.threshold=[1", "not YAML"),
         ("runtime.device=tpu", "device.*found 'tpu'"),
@@ -59,7 +86,9 @@ def test_every_ablation_changes_the_demo(ablation: str) -> None:
 
 def test_environment_sets_runtime_settings_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DPAR_HOME", str(tmp_path))
-    monkeypatch.setenv("DPAR_TRAIN", "{}")
+    monkeypatch.setenv("DPAR_SEED", "9")
+    monkeypatch.setenv("DPAR_TRAIN", '{"dropout": 0.5}')
     settings, runtime = load_settings()
     assert runtime.home == tmp_path
-    assert settings == load_settings()[0]
+    assert settings.seed == settings.train.seed == 0
+    assert settings.train.dropout == 0.1

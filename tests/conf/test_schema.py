@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -12,13 +13,47 @@ from conf.dataset import DatasetConfig
 from conf.evaluate import EvaluateConfig
 from conf.patch_index import PatchIndexConfig
 from conf.sample import SampleConfig
-from conf.schema import Settings
-from conf.section import TrainingConfig
+from conf.schema import RuntimeConfig, Settings
+from conf.section import Section, TrainingConfig
 from conf.tokenizer import TokenizerConfig
 from conf.train import TrainConfig
 from models.config import DPAR_SIZES, GPT_SIZES
 
 DPAR_B = asdict(DPAR_SIZES["B"])
+
+
+def all_sections(base: type[Section] = Section) -> Iterator[type[Section]]:
+    for section in base.__subclasses__():
+        yield section
+        yield from all_sections(section)
+
+
+FIELDS = {
+    f"{section.__name__}.{name}": (section, field)
+    for section in (*all_sections(), RuntimeConfig)
+    if section.__module__.startswith("conf.")
+    for name, field in section.model_fields.items()
+}
+
+
+@pytest.mark.parametrize("address", FIELDS)
+def test_every_field_is_described_in_a_plain_line(address: str) -> None:
+    section, field = FIELDS[address]
+    if section is Settings and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        described = field.annotation.__doc__  # a stage's section says what it is
+    else:
+        described = field.description
+    assert described
+    assert 10 < len(described) <= 220
+    assert "\n" not in described
+    assert described.endswith(".")
+    assert described[0].isupper()
+    assert described.split()[0] not in {"Of", "Or", "As"}, "begin with the noun"
+
+
+def test_every_section_is_described() -> None:
+    assert len(FIELDS) > 90  # the search above finds them
+    assert [section.__name__ for section in all_sections() if not section.__doc__] == []
 
 
 def test_defaults_are_the_papers_256_px_recipe() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.artifact import read_arrays
+from stages.runtime.artifact import read_arrays
 
 ARRAYS = {
     "counts": np.arange(7, dtype=np.int64),
