@@ -8,31 +8,30 @@ not carry over.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from conf.boundary_sources import BOUNDARY_SOURCES
 from conf.entropy_head import EntropyHeadConfig
 from conf.schema import RuntimeConfig
-from models.boundaries import GivenBoundaries, NextToken
 from models.config import EntropyHeadConfig as HeadShape
 from models.dpar import DPAR
-from models.entropy_head import EntropyHead, entropies_of
-from models.gpt import token_entropy
+from models.entropy_head import EntropyHead
 from models.packed_linear import pack_linear_layers
 from models.patch_tables import PatchTables, unpack_bits
 from models.patching import PatchRule
-from models.sampling import SamplingOptions, sample_dpar
 from models.vq import VQModel
+from stages.families import load_model
 from stages.images.decode import float_to_pixels
-from stages.patches.boundary_sources import SAMPLES, THRESHOLDS, patch_rule
+from stages.patches.boundary_sources import CALIBRATIONS, KnownImages
+from stages.patches.calibration import SourceEntropies, Thresholds
+from stages.patches.rule import SavedRule
 from stages.patches.thresholds import EntropySample
-from stages.runtime.artifact import read_json, write_atomic, write_json
+from stages.runtime.artifact import write_atomic, write_json
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
 from stages.stores.blocks import Integers
@@ -42,7 +41,7 @@ from stages.stores.tokens import TokenStore
 from stages.training.entropies import EntropyData, HeadObjective
 from stages.training.loop import train_model
 from stages.views.pictures import captioned_grid, patches_outlined
-from stages.weights.own import HEAD_FILE, load_head, load_model, load_vq, save_head
+from stages.weights.own import HEAD_FILE, load_head, load_vq, save_head
 
 Entropies = NDArray[np.float32]
 Starts = NDArray[np.bool_]
@@ -54,14 +53,14 @@ def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtim
     """Write the head's weights, `thresholds.json` with the threshold of each source, and `sources.png`.
 
     `entropies.npz` has what each source says of some training views, from which other thresholds can be found, and
-    `metrics.json` how near it comes to the entropy model on held-out images. A rival, or a model on static patches, has
-    no such source: then there is no threshold.
+    `metrics.json` how near it comes to the entropy model on held-out images. A baseline, or a model on static
+    patches, has no such source: then there is no threshold.
     """
     with process_group(runtime) as world:
         model = load_model(inputs["train"], world.device)
-        if not isinstance(model, DPAR) or read_json(inputs["patch_index"] / "rule.json")["mode"] == "static":
+        if not isinstance(model, DPAR) or SavedRule.of(inputs).mode == "static":
             if world.is_main:
-                write_json(output / THRESHOLDS, {})
+                Thresholds({}).save(output)
                 write_json(output / "metrics.json", {})
             return
         head = _head(config, inputs, model, output, world)
@@ -77,10 +76,9 @@ def _head(config: EntropyHeadConfig, inputs: Inputs, model: DPAR, output: Path, 
         return load_head(inputs["train"], world.device)
     if config.kind == "none":
         return None
-    store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
-    entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
-    return _train(config, model, EntropyData(store, index, entropies), output, world)
+    store = TokenStore.of(inputs)
+    data = EntropyData(store, PatchIndex.of(inputs, store), EntropyStore.of(inputs))
+    return _train(config, model, data, output, world)
 
 
 def _train(config: EntropyHeadConfig, model: DPAR, data: EntropyData, output: Path, world: World) -> EntropyHead:
@@ -117,16 +115,15 @@ class Sources:
         device: torch.device,
     ) -> Sources:
         """From finished artifacts."""
-        saved = read_json(inputs["patch_index"] / "rule.json")
-        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+        saved, store = SavedRule.of(inputs), TokenStore.of(inputs)
         return cls(
             model=model,
             head=head,
             store=store,
-            entropies=EntropyStore.open(inputs["entropy_map"] / "entropies.zarr"),
-            index=PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest),
-            rule=patch_rule(saved, store.grid),
-            mean_length=saved["mean_length"],
+            entropies=EntropyStore.of(inputs),
+            index=PatchIndex.of(inputs, store),
+            rule=saved.patch_rule(store.grid),
+            mean_length=saved.mean_length,
             batch_size=config.batch_size,
             device=device,
             vq=load_vq(inputs["tokenizer"], device),
@@ -139,13 +136,9 @@ class Sources:
         for first in range(0, len(images), self.batch_size):
             rows, of_view = images[first : first + self.batch_size], views[first : first + self.batch_size]
             tokens = torch.from_numpy(self.store.fetch(rows, of_view).astype(np.int64)).to(self.device)
-            if source == "entropy_head":
-                assert self.head is not None
-                found = entropies_of(self.model, self.head, tokens)
-            else:
-                labels = torch.from_numpy(self.store.labels[rows].astype(np.int64)).to(self.device)
-                found = own_entropies(self.model, tokens, labels, torch.from_numpy(self.index.starts(rows, of_view)))
-            parts.append(found.cpu().numpy())
+            labels = torch.from_numpy(self.store.labels[rows].astype(np.int64)).to(self.device)
+            images_here = KnownImages(tokens, labels, torch.from_numpy(self.index.starts(rows, of_view)))
+            parts.append(CALIBRATIONS[source].entropies(self.model, self.head, images_here).cpu().numpy())
         return np.concatenate(parts)
 
     def starts(self, entropies: Entropies, threshold: float) -> Starts:
@@ -154,36 +147,13 @@ class Sources:
         return unpack_bits(tables.packed_starts(entropies), self.store.num_tokens)
 
 
-class _Recorded:
-    """Given boundaries, while the model's own entropies are written down."""
-
-    def __init__(self, starts: Tensor) -> None:
-        self._given, self.entropies = GivenBoundaries(starts), list[Tensor]()
-
-    def begin(self, batch: int, num_tokens: int) -> None:
-        """Start a batch of images."""
-        self._given.begin(batch, num_tokens)
-
-    def opens(self, token: NextToken) -> Tensor:
-        """The given answer."""
-        self.entropies.append(token_entropy(token.open_logits()))
-        return self._given.opens(token)
-
-
-def own_entropies(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor) -> Tensor:
-    """Entropies (B, T) of the model's own predictions of known tokens, each as if it opened no patch, nats."""
-    recorded = _Recorded(starts.to(tokens.device))
-    uniforms = torch.zeros(tokens.shape, device=tokens.device)
-    sample_dpar(model, labels, uniforms, SamplingOptions(), recorded, prefix=tokens)
-    first = torch.full_like(recorded.entropies[0], math.log(model.config.codebook_size))
-    return torch.stack([first, *recorded.entropies], dim=1)
-
-
 def _calibrate(sources: Sources, config: EntropyHeadConfig, output: Path) -> None:
     """Find each source's threshold on training views, and hold it against the entropy model on held-out images."""
-    limits = {"own_entropy": config.own_entropy_on}
-    if sources.head is not None:
-        limits = {"entropy_head": config.calibrated_on, **limits}
+    limits = {
+        source: calibration.limit(config)
+        for source, calibration in CALIBRATIONS.items()
+        if sources.head is not None or "head" not in BOUNDARY_SOURCES[source].needs
+    }
     pack_linear_layers(sources.model)
     store, thresholds, asked = sources.store, dict[str, float](), dict[str, Entropies]()
     shown = {"entropy model": sources.index.starts(*_shown_images(store))}
@@ -200,8 +170,8 @@ def _calibrate(sources: Sources, config: EntropyHeadConfig, output: Path) -> Non
             **_nearness(sources, source, thresholds[source], limit),
         }
         shown[source.replace("_", " ")] = sources.starts(sources.ask(source, *_shown_images(store)), thresholds[source])
-    write_atomic(output / SAMPLES, lambda file: np.savez(file, allow_pickle=False, **asked))
-    write_json(output / THRESHOLDS, thresholds)
+    SourceEntropies(asked).save(output)
+    Thresholds(thresholds).save(output)
     write_json(output / "metrics.json", metrics)
     _draw(sources, shown, output / "sources.png")
 

@@ -21,13 +21,13 @@ from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
 from stages.training.loop import train_model
 from stages.training.token_scores import write_scores
-from stages.weights.own import save_model
+from stages.weights.own import GPT_FAMILY, save_model
 
 
 def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `model.safetensors`, its config and the held-out loss beside that of the best unigram model."""
     with process_group(runtime) as world:
-        data = TokenData(TokenStore.open(inputs["tokenize"] / "tokens.zarr"))
+        data = TokenData(TokenStore.of(inputs))
         torch.manual_seed(config.seed)
         model = GPT(
             GPTConfig(
@@ -43,7 +43,7 @@ def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runt
         objective = GPTObjective(model)
         metrics = train_model(data.training(model, objective, config.training, config.seed, world), output, world)
         if world.is_main:
-            save_model(output, "gpt", model, model.config)
+            save_model(output, GPT_FAMILY, model, model.config)
             write_scores(output, metrics, data, first_position=1)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from conf.boundary_sources import calibrated_sources
 from conf.evaluate import EvaluateConfig
 from conf.schema import RuntimeConfig
 from models.vq import VQModel
@@ -39,7 +40,7 @@ Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 Features = npt.NDArray[np.float32]
 RUNGS = ("heldout", "reconstruction", "samples", "marginals", "random")
-_SOURCES = ("entropy_head", "own_entropy")
+_SOURCES = calibrated_sources()
 _SPLITS = 10
 _UNIT = 512  # images whose features are one file, the unit of work and of resume
 
@@ -95,9 +96,9 @@ class ImageSets:
     """The sets that are scored, and the reference."""
 
     def __init__(self, inputs: Inputs, world: World, seed: int) -> None:
-        self.index = ImageIndex.open(inputs["dataset"])
-        self.tokens = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-        self.samples = SampleStore.open(inputs["sample"] / "samples.zarr")
+        self.index = ImageIndex.of(inputs)
+        self.tokens = TokenStore.of(inputs)
+        self.samples = SampleStore.of(inputs)
         self.vq: VQModel = load_vq(inputs["tokenizer"], world.device)
         self.root, self.seed, self.device = inputs["images"], seed, world.device
 

@@ -19,12 +19,13 @@ from conf.patch_index import PatchIndexConfig
 from conf.schema import RuntimeConfig
 from models.patch_tables import Bytes, PatchTables, pack_bits, unpack_bits
 from models.patching import PatchRule, static_patch_starts
+from stages.patches.rule import IndexRule, SavedRule
 from stages.patches.thresholds import Entropies, EntropySample
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
 from stages.stores.entropies import EntropyStore
-from stages.stores.patches import PatchFacts, write_patches
+from stages.stores.patches import PatchFacts, PatchIndex, write_patches
 from stages.views.patch_figures import PatchHistograms
 
 Mark = Callable[[Entropies], Bytes]
@@ -36,19 +37,12 @@ def patch_index(config: PatchIndexConfig, inputs: Inputs, output: Path, runtime:
     Raises:
         InputError: No threshold gives the mean patch length that is wanted.
     """
-    store = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
+    store = EntropyStore.of(inputs)
     sample = EntropySample.of(store)
     threshold = _threshold(config, store, sample)
     mark = _static(config, store) if threshold is None else _by_entropy(config, store, threshold)
     counts = Counts(store.num_tokens)
-    rule = {
-        "mode": config.mode,
-        "threshold": threshold,
-        "threshold_hex": None if threshold is None else threshold.hex(),
-        "max_length": None if threshold is None else config.max_length,
-        "row_boundary": threshold is not None and config.row_boundary,
-        "static_length": config.static_length,
-    }
+    rule = _index_rule(config, store, threshold)
     facts = PatchFacts(
         num_images=store.num_images,
         num_views=store.num_views,
@@ -57,13 +51,13 @@ def patch_index(config: PatchIndexConfig, inputs: Inputs, output: Path, runtime:
         tokens_digest=store.tokens_digest,
     )
     write_patches(
-        output / "patches.parquet",
+        output / PatchIndex.FILE,
         facts,
         _blocks(store, mark, counts, Progress(output, "views", store.num_images * store.num_views)),
-        rule={name: str(value) for name, value in rule.items()},
+        rule={name: str(value) for name, value in rule.fields().items()},
         chunk_rows=store.facts.chunk_rows,
     )
-    write_json(output / "rule.json", rule | {"mean_length": counts.mean_length("training")})
+    SavedRule.save(output, rule, counts.mean_length("training"))
     write_json(output / "metrics.json", counts.metrics() | ({} if threshold is None else {"threshold": threshold}))
     histograms = PatchHistograms(store.num_tokens, math.log(store.codebook_size))
     for block in sample.blocks:
@@ -118,6 +112,13 @@ def _rule(config: PatchIndexConfig, store: EntropyStore, threshold: float) -> Pa
     return PatchRule(
         threshold=threshold, max_length=config.max_length, row_boundary=config.row_boundary, grid=store.grid
     )
+
+
+def _index_rule(config: PatchIndexConfig, store: EntropyStore, threshold: float | None) -> IndexRule:
+    if threshold is not None:
+        return IndexRule.by_entropy(_rule(config, store, threshold))
+    assert config.static_length is not None  # the schema ties it to the mode
+    return IndexRule.static(config.static_length)
 
 
 def _static(config: PatchIndexConfig, store: EntropyStore) -> Mark:

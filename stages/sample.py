@@ -1,4 +1,4 @@
-"""Stage `sample`: images drawn from the class-conditional model, with patch boundaries decided while drawing.
+"""Stage `sample`: images sampled from the class-conditional model, with patch boundaries decided while sampling.
 
 A sample is a function of (seed, sample number): its class and the uniform number behind each of its tokens come from
 counters, so batch size, process count and resume point do not matter.
@@ -15,14 +15,13 @@ from PIL import Image
 
 from conf.sample import SampleConfig
 from conf.schema import RuntimeConfig
-from models.boundaries import EntropyBoundaries, HeadBoundaries, OwnEntropyBoundaries
 from stages.images.decode import center_crop, decode
-from stages.patches.boundary_sources import chosen_source, entropy_sample
+from stages.patches.boundary_sources import entropy_sample
 from stages.runtime.artifact import write_json
 from stages.runtime.distributed import barrier, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
-from stages.sampling.sampler import LABEL_STREAM, Drawer, stream
+from stages.sampling.sampler import LABEL_STREAM, Sampler, stream
 from stages.stores.entropies import EntropyStore
 from stages.stores.image_index import ImageIndex
 from stages.stores.patches import PatchIndex
@@ -38,8 +37,8 @@ _GRID_CLASSES = 20  # rows of the grid: a thousand of them would be no picture
 def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `samples.zarr`, `grid.png`, `patches.png` and the samples' mean patch length."""
     with process_group(runtime) as world:
-        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-        drawer = Drawer.load(config, inputs, store, world.device)
+        store = TokenStore.of(inputs)
+        sampler = Sampler.load(config, inputs, store, world.device)
         facts = SampleFacts(
             num_samples=config.num_samples,
             num_classes=store.num_classes,
@@ -49,29 +48,29 @@ def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeC
             image_size=config.image_size,
             chunk_rows=config.batch_size,
         )
-        writer = sample_writer(output / "samples.zarr", facts)
-        labels = draw_labels(config, store.labels[: store.num_train], store.num_classes)
+        writer = sample_writer(output / SampleStore.FILE, facts)
+        labels = sample_labels(config, store.labels[: store.num_train], store.num_classes)
         units = writer.pending(world.rank, world.size)
         # The other processes are taken to be as far as this one.
         done = max(0, config.num_samples - len(units) * config.batch_size * world.size)
         progress = Progress(output, "images", config.num_samples, done=done, enabled=world.is_main)
         for unit in units:
             numbers = np.arange(config.num_samples)[writer.spec.rows(unit)]
-            writer.write(unit, **drawer.draw(numbers, labels[numbers]))
+            writer.write(unit, **sampler.sample(numbers, labels[numbers]))
             progress.update(min(config.num_samples, progress.done + len(numbers) * world.size))
         barrier()
         if world.is_main:
             writer.finish()
             _draw_pictures(config, inputs, output, store)
-            write_json(output / "metrics.json", _numbers(drawer, inputs, output, store))
+            write_json(output / "metrics.json", _numbers(sampler, inputs, output, store))
 
 
-def draw_labels(
+def sample_labels(
     config: SampleConfig, training_labels: npt.NDArray[np.uint16], num_classes: int
 ) -> npt.NDArray[np.int64]:
     """Class of every sample.
 
-    "uniform" draws each on its own, as LlamaGen and ADM do. "balanced" and "data" fix the counts (equal, or the
+    "uniform" samples each on its own, as LlamaGen and ADM do. "balanced" and "data" fix the counts (equal, or the
     training images' shares, by largest remainder) and shuffle, so that any part of the samples is about as mixed.
     """
     generator = stream(config.seed, LABEL_STREAM, 0)
@@ -94,8 +93,8 @@ def shown_classes(num_classes: int) -> npt.NDArray[np.int64]:
 
 def _draw_pictures(config: SampleConfig, inputs: Inputs, output: Path, store: TokenStore) -> None:
     """A row of samples for each class, or for evenly spread ones; and how real images are cut into patches."""
-    samples = SampleStore.open(output / "samples.zarr")
-    index = ImageIndex.open(inputs["dataset"])
+    samples = SampleStore.open(output / SampleStore.FILE)
+    index = ImageIndex.of(inputs)
     rows = {
         index.classes[label]: samples.images(np.flatnonzero(samples.labels == label)[: config.grid_columns])
         for label in shown_classes(store.num_classes)
@@ -104,19 +103,19 @@ def _draw_pictures(config: SampleConfig, inputs: Inputs, output: Path, store: To
     _real_patches(inputs, store, index).save(output / "patches.png")
 
 
-def _numbers(drawer: Drawer, inputs: Inputs, output: Path, store: TokenStore) -> dict[str, float]:
+def _numbers(sampler: Sampler, inputs: Inputs, output: Path, store: TokenStore) -> dict[str, float]:
     """What a person compares: the samples' mean patch length, and the threshold that made it.
 
     A threshold that no entropy or every entropy exceeds is allowed, at the ends of an ablation, and said.
     """
-    samples = SampleStore.open(output / "samples.zarr")
+    samples = SampleStore.open(output / SampleStore.FILE)
     numbers = {
         "num_samples": len(samples),
         "sample_mean_patch_length": store.num_tokens / samples.patch_starts.sum(axis=1).mean(),
     }
-    if isinstance(drawer.boundaries, EntropyBoundaries | HeadBoundaries | OwnEntropyBoundaries):
-        threshold = drawer.boundaries.rule.threshold
-        share = entropy_sample(chosen_source(drawer.config, inputs), inputs).share_above(threshold)
+    if "threshold" in sampler.rule:
+        threshold = sampler.rule["threshold"]
+        share = entropy_sample(sampler.rule["source"], inputs).share_above(threshold)
         if share in (0.0, 1.0):
             logger.warning(
                 "the threshold %.6g is exceeded by %s entropy of the training images: patches are %s",
@@ -134,8 +133,8 @@ def _real_patches(inputs: Inputs, store: TokenStore, index: ImageIndex) -> Image
     _, places = np.unique(store.labels[newest_first], return_index=True)
     rows = newest_first[places][:_PICTURE_ROWS]
     views = np.zeros_like(rows)
-    entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr").fetch(rows, views)
-    starts = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest).starts(rows, views)
+    entropies = EntropyStore.of(inputs).fetch(rows, views)
+    starts = PatchIndex.of(inputs, store).starts(rows, views)
     size = store.facts.image_size
     images = np.stack([center_crop(decode(index.read(inputs["images"], int(row))), size) for row in rows])
     return patch_picture(images, starts, entropies, store.grid)

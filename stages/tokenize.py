@@ -31,7 +31,7 @@ from stages.stores.image_index import CLASSES_FILE, ImageIndex
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
 from stages.weights.own import VQ_FILE, load_vq
 
-STORE = "tokens.zarr"
+STORE = TokenStore.FILE
 
 
 def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
