@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from conf.section import Probability, Section, Seed, TrainingConfig
-from conf.sizes import expand_size
+from conf.sizes import named_size
 from models.config import (
     GPT_SIZES,
     GPTSize,
@@ -26,7 +26,7 @@ class EntropyModelConfig(Section):
     dropout: Probability = Field(0.1, description="Dropout probability in the transformer's layers.")
     seed: Seed = 0
 
-    @model_validator(mode="before")
+    @field_validator("model", mode="before")
     @classmethod
-    def _named_size(cls, data: Any) -> Any:
-        return expand_size(data, GPT_SIZES)
+    def _size(cls, size: Any) -> Any:
+        return named_size(size, GPT_SIZES)

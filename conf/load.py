@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from conf.schema import RuntimeConfig, Settings
+from conf.train import DEFAULT_FAMILY, without_other_families
 
 CONF_DIR = Path(__file__).resolve().parent
 _PLAIN_FIELDS = ("seed",)  # settings of no section
@@ -33,12 +34,14 @@ def load_settings(
     Raises:
         SettingsError: Unknown name, unknown setting, wrong type, value out of range, or a contradiction.
     """
-    tree = _read_yaml(CONF_DIR / "base.yaml")
-    for kind, name in (("preset", preset), ("ablation", ablation)):
-        if name is not None:
-            tree = _merge(tree, _read_yaml(_named_file(kind, name)))
+    start, change = _read_yaml(CONF_DIR / "base.yaml"), dict[str, Any]()
+    if preset is not None:
+        start = _merge(start, _read_yaml(_named_file("preset", preset)))
+    if ablation is not None:
+        change = _read_yaml(_named_file("ablation", ablation))
     for override in overrides:
-        tree = _merge(tree, _parse_override(override))
+        change = _merge(change, _parse_override(override))
+    tree = _merge(_for_family(start, _family(_merge(start, change))), change)
     runtime = tree.pop("runtime", {})
     try:
         return Settings.model_validate(_absolute_paths(tree)), RuntimeConfig(**runtime)
@@ -98,6 +101,20 @@ def _parse_override(text: str) -> dict[str, Any]:
     for part in reversed(parts):
         tree = {part: tree}
     return dict(tree)
+
+
+def _family(tree: Mapping[str, Any]) -> Any:
+    return (tree.get("train") or {}).get("family", DEFAULT_FAMILY)
+
+
+def _for_family(tree: dict[str, Any], family: Any) -> dict[str, Any]:
+    """A preset as it stands for another family than its own: what only its own family has is left out.
+
+    An ablation or an override that gives such a setting is refused by the section: it would have no effect.
+    """
+    if family == _family(tree):
+        return tree
+    return tree | {"train": without_other_families(tree.get("train") or {}, family)}
 
 
 def _absolute_paths(tree: dict[str, Any]) -> dict[str, Any]:

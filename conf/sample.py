@@ -68,9 +68,10 @@ class SampleConfig(Section):
         """What decides boundaries is read, and nothing else of what could decide them."""
         decides = set[str]()
         if self.boundaries is not None:
-            decides = {"patch_index"} | BOUNDARY_SOURCES[self.boundaries].reads
-            if self.boundaries == "entropy_model" and self.target_mean_length is not None:
-                decides.add("entropy_map")  # its threshold is found on the stored entropies
+            source = BOUNDARY_SOURCES[self.boundaries]
+            decides = {"patch_index"} | source.reads
+            if self.target_mean_length is not None:
+                decides |= source.reads_for_target
         return frozenset({"entropy_model", "entropy_map", "patch_index", "entropy_head"} - decides)
 
     @property

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, SerializeAsAny, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from conf.boundary_sources import BoundarySource
+from conf.boundary_sources import Need, by_entropy, usable_sources
 from conf.dataset import DatasetConfig
 from conf.entropy_head import EntropyHeadConfig
 from conf.entropy_map import EntropyMapConfig
@@ -23,7 +23,7 @@ from conf.sample import SampleConfig
 from conf.section import Section, Seed
 from conf.tokenize import TokenizeConfig
 from conf.tokenizer import TokenizerConfig
-from conf.train import TrainConfig
+from conf.train import DPARSettings, TrainConfig
 
 
 class Settings(Section):
@@ -36,7 +36,7 @@ class Settings(Section):
     entropy_model: EntropyModelConfig = Field(default_factory=EntropyModelConfig)
     entropy_map: EntropyMapConfig = Field(default_factory=EntropyMapConfig)
     patch_index: PatchIndexConfig = Field(default_factory=lambda: PatchIndexConfig(threshold=7.8))
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    train: SerializeAsAny[TrainConfig] = Field(default_factory=DPARSettings)
     entropy_head: EntropyHeadConfig = Field(default_factory=EntropyHeadConfig)
     sample: SampleConfig = Field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
@@ -58,45 +58,45 @@ class Settings(Section):
                 f"tokenize.image_size is {self.tokenize.image_size}, expected a multiple of {downsample}, "
                 "the downsampling of tokenizer.model"
             )
-        grid, largest = self.tokenize.image_size // downsample, self.train.npp.sides[0]
-        if self.train.family == "npp" and grid % largest:
-            raise ValueError(
-                f"train.npp.levels is {self.train.npp.levels}, so blocks of {largest} x {largest} tokens, on a grid of "
-                f"{grid} x {grid}: expected a side that divides the grid, take fewer levels"
-            )
+        if problem := self.train.grid_problem(self.tokenize.image_size // downsample):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
     def _resolve_boundaries(self) -> Self:
         """Put the source of boundaries that null stands for into the settings, so that keys and stages know it."""
-        if self.sample.boundaries is None and self.train.family == "dpar":
-            source: BoundarySource = "entropy_model"
-            if self.patch_index.mode == "static":
-                source = "static"
-            elif {self.entropy_head.kind, self.train.entropy_head.kind} != {"none"}:
-                source = "entropy_head"
+        if self.sample.boundaries is None and self.train.has_patches:
+            source = usable_sources(self._offered)[0]
             self.__dict__["sample"] = self.sample.model_copy(update={"boundaries": source})  # the model is frozen
         return self
+
+    @property
+    def _offered(self) -> frozenset[Need]:
+        """What the model offers to sources of boundaries, see `SourceInfo.needs`."""
+        offered = set[Need]()
+        if self.train.has_patches and self.patch_index.mode == "entropy":
+            offered.add("entropies")
+            if self.entropy_head.kind != "none" or self.train.trains_head:
+                offered.add("head")
+        return frozenset(offered)
 
     @model_validator(mode="after")
     def _sampling_agrees(self) -> Self:
         sample, num_tokens = self.sample, (self.tokenize.image_size // self.tokenizer.model.downsample) ** 2
-        by_entropy = self.train.family == "dpar" and self.patch_index.mode == "entropy"
-        if sample.own_rule and (not by_entropy or sample.boundaries == "static"):
+        usable = usable_sources(self._offered) if self.train.has_patches else []
+        found = (
+            f"train.family is {self.train.family}, patch_index.mode {self.patch_index.mode} and sample.boundaries "
+            f"{sample.boundaries}"
+        )
+        if sample.own_rule and not by_entropy(sample.boundaries):
             raise ValueError(
-                f"sample.{next(iter(sample.own_rule))} is set, train.family is {self.train.family}, "
-                f"patch_index.mode {self.patch_index.mode} and sample.boundaries {sample.boundaries}, expected family "
-                "dpar, mode entropy and no static boundaries: only there do entropies say where patches start"
+                f"sample.{next(iter(sample.own_rule))} is set, {found}, expected a family with patches, mode entropy "
+                "and boundaries that are not static: only there do entropies say where patches start"
             )
-        if sample.boundaries not in (None, "static") and not by_entropy:
+        if sample.boundaries is not None and sample.boundaries not in usable:
             raise ValueError(
-                f"sample.boundaries is {sample.boundaries}, train.family {self.train.family} and patch_index.mode "
-                f"{self.patch_index.mode}, expected family dpar and mode entropy"
-            )
-        if sample.boundaries == "entropy_head" and {self.entropy_head.kind, self.train.entropy_head.kind} == {"none"}:
-            raise ValueError(
-                "sample.boundaries is entropy_head, entropy_head.kind and train.entropy_head.kind are none, expected a "
-                "head"
+                f"{found}, expected boundaries of {' or '.join(usable) or 'none'}: see patch_index.mode, "
+                "entropy_head.kind and train.entropy_head.kind"
             )
         if sample.cfg_interval is not None and sample.cfg_interval[1] > num_tokens:
             raise ValueError(

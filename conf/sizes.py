@@ -1,10 +1,13 @@
-"""Names of model sizes in the settings."""
+"""Names of model sizes in the settings. Keys hold the numbers, so that a new name changes no key."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from models.config import GPT_SIZES
+from pydantic import TypeAdapter
+
+from models.config import GPT_SIZES, DPARSize
 
 
 def gpt_size_name(dim: int, num_layers: int) -> str | None:
@@ -13,11 +16,21 @@ def gpt_size_name(dim: int, num_layers: int) -> str | None:
     return next(names, None)
 
 
-def expand_size(data: Any, sizes: dict[str, Any]) -> Any:
-    """Replace a size's name by the size, so that keys hold numbers and a new name changes no key."""
-    if not isinstance(data, dict) or not isinstance(data.get("model"), str):
-        return data
-    name = data["model"]
-    if name not in sizes:
-        raise ValueError(f"model is {name!r}, expected one of {', '.join(sizes)} or the size itself")
-    return data | {"model": sizes[name]}
+def named_size(size: Any, sizes: Mapping[str, Any]) -> Any:
+    """The size that a name stands for; what is no name as it is.
+
+    Raises:
+        ValueError: No size has this name.
+    """
+    if not isinstance(size, str):
+        return size
+    if size not in sizes:
+        raise ValueError(f"model is {size!r}, expected one of {', '.join(sizes)} or the size itself")
+    return sizes[size]
+
+
+def gpt_size(size: Any) -> Any:
+    """The same for a GPT, where a DPAR size stands for the GPT of its width and of as many layers in all."""
+    if isinstance(size, dict) and "global_layers" in size:
+        size = TypeAdapter(DPARSize).validate_python(size)
+    return size.as_gpt() if isinstance(size, DPARSize) else named_size(size, GPT_SIZES)

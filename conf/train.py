@@ -1,16 +1,21 @@
-"""Settings of stage `train`."""
+"""Settings of stage `train`: one section for each model family, chosen by `train.family`.
+
+`stages.families` says how a family is built, trained and sampled, and `pipeline.bench.family_costs` what it costs. All
+three tables have the same entries, which is checked on import.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from conf.entropy_head import HeadChoice
 from conf.section import NOT_IN_KEY, Probability, Section, Seed, TrainingConfig
-from conf.sizes import expand_size
+from conf.sizes import gpt_size, named_size
 from models.config import (
     DPAR_SIZES,
     GPT_SIZES,
@@ -20,6 +25,75 @@ from models.config import (
     PositionEmbedding,
     check_position_embedding,
 )
+
+DEFAULT_FAMILY = "dpar"
+_Entry = TypeVar("_Entry")
+
+
+class TrainConfig(Section):
+    """The class-conditional model: what every family has. Validation gives the section of the family that is named."""
+
+    has_patches: ClassVar[bool] = False
+    """Whether the model works on patches, so that something must decide where they start in samples."""
+
+    family: str = Field(
+        DEFAULT_FAMILY, description="DPAR on patches, or a baseline on tokens: LlamaGen, or LlamaGen trained by NPP."
+    )
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=1_500_000))
+    seed: Seed = 0
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_family(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(data, TrainConfig) or not isinstance(data, dict):
+            return handler(data)
+        family = data.get("family", cls.model_fields["family"].default)
+        section = FAMILIES.get(family)
+        if section is None:
+            raise ValueError(f"train.family is {family!r}, expected one of {', '.join(FAMILIES)}")
+        if cls is TrainConfig:
+            return section.model_validate(data)  # type: ignore[return-value]
+        for name in data:
+            if owners := _owners(name, family):
+                raise ValueError(
+                    f"train.{name} is set and train.family {family}, expected family {' or '.join(owners)}: "
+                    f"{family} has no such setting"
+                )
+        return handler(data)
+
+    @model_validator(mode="after")
+    def _warmup_fits_levels(self) -> Self:
+        ends = [0, *self.restarts, self.training.steps]
+        shortest = min(end - first for first, end in pairwise(ends))
+        if self.training.warmup_steps >= shortest:
+            raise ValueError(
+                f"train.training.warmup_steps is {self.training.warmup_steps}, expected fewer than the {shortest} "
+                f"steps of the shortest level of train.npp, which end at steps {ends[1:]}"
+            )
+        return self
+
+    @property
+    def restarts(self) -> tuple[int, ...]:
+        """Steps at which the schedule of the learning rate begins anew."""
+        return ()
+
+    @property
+    def imported(self) -> Path | None:
+        """The file that the weights are imported from; None where the model is trained."""
+        return None
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether an entropy head learns together with the model."""
+        return False
+
+    def grid_problem(self, grid: int) -> str | None:
+        """Why the family cannot train on images of `grid` x `grid` tokens; None where it can."""
+        return None
+
+    def unread_inputs(self, settings: Any) -> frozenset[str]:
+        """Baselines read neither patches nor entropies."""
+        return frozenset({"entropy_map", "patch_index"})
 
 
 class JointHeadConfig(Section):
@@ -38,68 +112,37 @@ class JointHeadConfig(Section):
         return {"kind": "none"} if self.kind == "none" else super().key_fields()
 
 
-class TrainConfig(Section):
-    """The class-conditional model."""
+class TransformerSettings(TrainConfig):
+    """What the transformers have in common."""
 
-    family: Literal["dpar", "llamagen", "npp"] = Field(
-        "dpar", description="DPAR on patches, or a rival on tokens: LlamaGen, or LlamaGen trained by NPP."
-    )
-    model: DPARSize | GPTSize = Field(
-        default_factory=lambda: DPAR_SIZES["B"],
-        description="A name (B, L, XL …) or the size itself; of DPAR's, a rival takes the width and all layers.",
-    )
-    source: Literal["train", "checkpoint"] = Field("train", description="Train, or import LlamaGen's released weights.")
-    checkpoint: Path | None = Field(
-        None,
-        description="Weights to import, a LlamaGen .pt or safetensors; not read when training.",
-        json_schema_extra=NOT_IN_KEY,
-    )
-    position_embedding: PositionEmbedding = Field(
-        "dynamic", description="Positions of the global stack (paper, section 3.3)."
-    )
-    npp: NextPatchSchedule = Field(
-        default_factory=NextPatchSchedule,
-        description="Schedule of Next Patch Prediction: from blocks of tokens to single ones.",
-    )
-    entropy_head: JointHeadConfig = Field(
-        default_factory=JointHeadConfig, description="Head that learns with the model."
-    )
-    training: TrainingConfig = Field(
-        default_factory=lambda: TrainingConfig(steps=1_500_000), description="Training of the model."
-    )
     dropout: Probability = Field(0.1, description="Dropout probability; DPAR has dropout in its global stack only.")
     class_dropout_prob: Probability = Field(0.1, description="Share of samples trained without their class, for CFG.")
-    seed: Seed = 0
 
-    @model_validator(mode="before")
-    @classmethod
-    def _named_size(cls, data: Any) -> Any:
-        family = data.get("family", "dpar") if isinstance(data, dict) else "dpar"
-        return expand_size(data, DPAR_SIZES if family == "dpar" else GPT_SIZES)
 
-    @field_validator("model")
+class DPARSettings(TransformerSettings):
+    """DPAR on patches."""
+
+    has_patches: ClassVar[bool] = True
+
+    family: Literal["dpar"] = "dpar"
+    source: Literal["train"] = Field("train", description="There are no weights of DPAR to import.")
+    model: DPARSize = Field(
+        default_factory=lambda: DPAR_SIZES["B"], description="A name (B, L, XL …) or the size itself."
+    )
+    position_embedding: PositionEmbedding = Field("dynamic", description="Of the global stack (paper, section 3.3).")
+    entropy_head: JointHeadConfig = Field(default_factory=JointHeadConfig)
+
+    @field_validator("model", mode="before")
     @classmethod
-    def _rival(cls, model: DPARSize | GPTSize, info: ValidationInfo) -> DPARSize | GPTSize:
-        """So that the family alone has to be changed to get the model that a DPAR is held against."""
-        rival = info.data.get("family", "dpar") != "dpar"
-        return model.as_gpt() if rival and isinstance(model, DPARSize) else model
+    def _size(cls, size: Any) -> Any:
+        if isinstance(size, GPTSize):
+            raise ValueError("train.model is a GPTSize and train.family dpar, expected a DPARSize")
+        return named_size(size, DPAR_SIZES)
 
     @model_validator(mode="after")
-    def _fits_family(self) -> Self:
-        if self.family == "dpar":
-            if not isinstance(self.model, DPARSize):
-                raise ValueError("train.model is a GPTSize and train.family dpar, expected a DPARSize")
-            check_position_embedding(self.model.dim, self.model.num_heads, self.position_embedding)
-        if self.source == "checkpoint" and (self.family == "dpar" or self.checkpoint is None):
-            raise ValueError(
-                f"train.source is checkpoint, train.family {self.family} and train.checkpoint {self.checkpoint}, "
-                "expected family llamagen or npp and LlamaGen's weights, e.g. c2i_B_256.pt"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _head_has_its_encoder(self) -> Self:
-        if self.entropy_head.kind != "none" and self.training.ema_decay is not None:
+    def _consistent(self) -> Self:
+        check_position_embedding(self.model.dim, self.model.num_heads, self.position_embedding)
+        if self.trains_head and self.training.ema_decay is not None:
             raise ValueError(
                 f"train.entropy_head.kind is {self.entropy_head.kind} and train.training.ema_decay "
                 f"{self.training.ema_decay}, expected none of the two: the head would learn from an encoder that is "
@@ -107,33 +150,100 @@ class TrainConfig(Section):
             )
         return self
 
+    @property
+    def trains_head(self) -> bool:
+        """Whether an entropy head learns together with the model."""
+        return self.entropy_head.kind != "none"
+
+    def unread_inputs(self, settings: Any) -> frozenset[str]:
+        """DPAR reads entropies only to train a head with it."""
+        return frozenset() if self.trains_head else frozenset({"entropy_map"})
+
+
+class LlamaGenSettings(TransformerSettings):
+    """LlamaGen: a transformer on tokens, trained here or imported."""
+
+    family: Literal["llamagen"] = "llamagen"
+    source: Literal["train", "checkpoint"] = Field("train", description="Train, or import LlamaGen's released weights.")
+    checkpoint: Path | None = Field(
+        None,
+        description="Weights to import, a LlamaGen .pt or safetensors; not read when training.",
+        json_schema_extra=NOT_IN_KEY,
+    )
+    model: GPTSize = Field(
+        default_factory=lambda: GPT_SIZES["B"],
+        description="A name (B, L, XL …) or the size itself; a DPAR size stands for its width and all its layers.",
+    )
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _size(cls, size: Any) -> Any:
+        """So that the family alone has to be changed to get the model that a DPAR is compared with."""
+        return gpt_size(size)
+
     @model_validator(mode="after")
-    def _warmup_fits_levels(self) -> Self:
-        ends = [0, *self.restarts, self.training.steps]
-        shortest = min(end - first for first, end in pairwise(ends))
-        if self.training.warmup_steps >= shortest:
+    def _has_weights_to_import(self) -> Self:
+        if self.source == "checkpoint" and self.checkpoint is None:
             raise ValueError(
-                f"train.training.warmup_steps is {self.training.warmup_steps}, expected fewer than the {shortest} "
-                f"steps of the shortest level of train.npp, which end at steps {ends[1:]}"
+                "train.source is checkpoint and train.checkpoint None, expected LlamaGen's weights, e.g. c2i_B_256.pt"
             )
         return self
 
     @property
-    def restarts(self) -> tuple[int, ...]:
-        """Steps at which a level of NPP begins, the first left out; none of another family."""
-        return self.npp.ends(self.training.steps)[:-1] if self.family == "npp" else ()
-
-    def unread_inputs(self, settings: Any) -> frozenset[str]:
-        """Baselines read neither patches nor entropies; DPAR reads entropies only to train a head with it."""
-        if self.family != "dpar":
-            return frozenset({"entropy_map", "patch_index"})
-        return frozenset({"entropy_map"}) if self.entropy_head.kind == "none" else frozenset()
+    def imported(self) -> Path | None:
+        """The file that the weights are imported from; None where the model is trained."""
+        return self.checkpoint if self.source == "checkpoint" else None
 
     def key_fields(self) -> dict[str, Any]:
-        """Another family's settings are in no key. Importing depends on the weights (by digest) and their shape."""
+        """Importing depends on the weights (by digest) and their shape."""
         fields = super().key_fields()
-        if self.source == "checkpoint":
-            return {name: fields[name] for name in ("source", "family", "model")}
-        of_dpar = {"position_embedding", "entropy_head"}
-        unread = {"dpar": {"npp"}, "llamagen": {"npp", *of_dpar}, "npp": of_dpar}
-        return {name: value for name, value in fields.items() if name not in unread[self.family]}
+        return {name: fields[name] for name in ("source", "family", "model")} if self.imported else fields
+
+
+class NPPSettings(LlamaGenSettings):
+    """LlamaGen trained by Next Patch Prediction."""
+
+    family: Literal["npp"] = "npp"  # type: ignore[assignment]
+    npp: NextPatchSchedule = Field(default_factory=NextPatchSchedule, description="From blocks of tokens to tokens.")
+
+    @property
+    def restarts(self) -> tuple[int, ...]:
+        """Steps at which a level begins, the first left out."""
+        return self.npp.ends(self.training.steps)[:-1]
+
+    def grid_problem(self, grid: int) -> str | None:
+        """The side of the largest blocks must divide the grid."""
+        largest = self.npp.sides[0]
+        if grid % largest == 0:
+            return None
+        return (
+            f"train.npp.levels is {self.npp.levels}, so blocks of {largest} x {largest} tokens, on a grid of "
+            f"{grid} x {grid}: expected a side that divides the grid, take fewer levels"
+        )
+
+
+FAMILIES: dict[str, type[TrainConfig]] = {
+    "dpar": DPARSettings,
+    "llamagen": LlamaGenSettings,
+    "npp": NPPSettings,
+}
+assert {name: section.model_fields["family"].default for name, section in FAMILIES.items()} == {
+    name: name for name in FAMILIES
+}
+
+
+def for_every_family(table: Mapping[str, _Entry]) -> dict[str, _Entry]:
+    """The table, checked to have an entry for each family and no other."""
+    assert set(table) == set(FAMILIES), f"entries {sorted(table)}, families {sorted(FAMILIES)}"
+    return dict(table)
+
+
+def without_other_families(fields: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """`fields` of this section without those that other families have and `family` has not."""
+    return {name: value for name, value in fields.items() if not _owners(name, family)}
+
+
+def _owners(name: str, family: str) -> list[str]:
+    """Families that have a setting of this name, if `family` has none."""
+    owners = [owner for owner, section in FAMILIES.items() if name in section.model_fields]
+    return [] if family in owners or family not in FAMILIES else owners

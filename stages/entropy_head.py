@@ -8,28 +8,26 @@ not carry over.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from conf.boundary_sources import BOUNDARY_SOURCES
 from conf.entropy_head import EntropyHeadConfig
 from conf.schema import RuntimeConfig
-from models.boundaries import GivenBoundaries, NextToken
 from models.config import EntropyHeadConfig as HeadShape
 from models.dpar import DPAR
-from models.entropy_head import EntropyHead, entropies_of
-from models.gpt import token_entropy
+from models.entropy_head import EntropyHead
 from models.packed_linear import pack_linear_layers
 from models.patching import PatchRule
-from models.sampling import SamplingOptions, sample_dpar
-from stages.patches.boundary_sources import HELDOUT_SAMPLES, SAMPLES, THRESHOLDS, patch_rule
+from stages.families import load_model
+from stages.patches.boundary_sources import CALIBRATIONS, KnownImages
+from stages.patches.calibration import HELDOUT_FILE, SourceEntropies, Thresholds
+from stages.patches.rule import SavedRule
 from stages.patches.thresholds import EntropySample
-from stages.runtime.artifact import read_json, write_atomic, write_json
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.randomness import Purpose, seed_torch
@@ -39,7 +37,7 @@ from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
 from stages.training.entropies import EntropyData, HeadObjective
 from stages.training.loop import train_model
-from stages.weights.own import HEAD_FILE, load_head, load_model, save_head
+from stages.weights.own import HEAD_FILE, load_head, save_head
 
 Entropies = NDArray[np.float32]
 _HELDOUT = 4096  # held-out images that sources are asked about, at most
@@ -54,9 +52,9 @@ def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtim
     """
     with process_group(runtime) as world:
         model = load_model(inputs["train"], world.device)
-        if not isinstance(model, DPAR) or read_json(inputs["patch_index"] / "rule.json")["mode"] == "static":
+        if not isinstance(model, DPAR) or SavedRule.of(inputs).mode == "static":
             if world.is_main:
-                write_json(output / THRESHOLDS, {})
+                Thresholds({}).save(output)
             return
         head = _head(config, inputs, model, output, world)
         if world.is_main:
@@ -71,10 +69,9 @@ def _head(config: EntropyHeadConfig, inputs: Inputs, model: DPAR, output: Path, 
         return load_head(inputs["train"], world.device)
     if config.kind == "none":
         return None
-    store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
-    entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
-    return _train(config, model, EntropyData(store, index, entropies), output, world)
+    store = TokenStore.of(inputs)
+    data = EntropyData(store, PatchIndex.of(inputs, store), EntropyStore.of(inputs))
+    return _train(config, model, data, output, world)
 
 
 def _train(config: EntropyHeadConfig, model: DPAR, data: EntropyData, output: Path, world: World) -> EntropyHead:
@@ -109,15 +106,14 @@ class Sources:
         device: torch.device,
     ) -> Sources:
         """From finished artifacts."""
-        saved = read_json(inputs["patch_index"] / "rule.json")
-        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+        saved, store = SavedRule.of(inputs), TokenStore.of(inputs)
         return cls(
             model=model,
             head=head,
             store=store,
-            index=PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest),
-            rule=patch_rule(saved, store.grid),
-            mean_length=saved["mean_length"],
+            index=PatchIndex.of(inputs, store),
+            rule=saved.patch_rule(store.grid),
+            mean_length=saved.mean_length,
             batch_size=config.batch_size,
             device=device,
         )
@@ -129,46 +125,19 @@ class Sources:
         for first in range(0, len(images), self.batch_size):
             rows, of_view = images[first : first + self.batch_size], views[first : first + self.batch_size]
             tokens = torch.from_numpy(self.store.fetch(rows, of_view).astype(np.int64)).to(self.device)
-            if source == "entropy_head":
-                assert self.head is not None
-                found = entropies_of(self.model, self.head, tokens)
-            else:
-                labels = torch.from_numpy(self.store.labels[rows].astype(np.int64)).to(self.device)
-                found = own_entropies(self.model, tokens, labels, torch.from_numpy(self.index.starts(rows, of_view)))
-            parts.append(found.cpu().numpy())
+            labels = torch.from_numpy(self.store.labels[rows].astype(np.int64)).to(self.device)
+            images_here = KnownImages(tokens, labels, torch.from_numpy(self.index.starts(rows, of_view)))
+            parts.append(CALIBRATIONS[source].entropies(self.model, self.head, images_here).cpu().numpy())
         return np.concatenate(parts)
-
-
-class _Recorded:
-    """Given boundaries, while the model's own entropies are written down."""
-
-    def __init__(self, starts: Tensor) -> None:
-        self._given, self.entropies = GivenBoundaries(starts), list[Tensor]()
-
-    def begin(self, batch: int, num_tokens: int) -> None:
-        """Start a batch of images."""
-        self._given.begin(batch, num_tokens)
-
-    def opens(self, token: NextToken) -> Tensor:
-        """The given answer."""
-        self.entropies.append(token_entropy(token.open_logits()))
-        return self._given.opens(token)
-
-
-def own_entropies(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor) -> Tensor:
-    """Entropies (B, T) of the model's own predictions of known tokens, each as if it opened no patch, nats."""
-    recorded = _Recorded(starts.to(tokens.device))
-    uniforms = torch.zeros(tokens.shape, device=tokens.device)
-    sample_dpar(model, labels, uniforms, SamplingOptions(), recorded, prefix=tokens)
-    first = torch.full_like(recorded.entropies[0], math.log(model.config.codebook_size))
-    return torch.stack([first, *recorded.entropies], dim=1)
 
 
 def _calibrate(sources: Sources, config: EntropyHeadConfig, output: Path) -> None:
     """Find each source's threshold on training views, and ask it about held-out images."""
-    limits = {"own_entropy": config.own_entropy_on}
-    if sources.head is not None:
-        limits = {"entropy_head": config.calibrated_on, **limits}
+    limits = {
+        source: calibration.limit(config)
+        for source, calibration in CALIBRATIONS.items()
+        if sources.head is not None or "head" not in BOUNDARY_SOURCES[source].needs
+    }
     pack_linear_layers(sources.model)
     store, thresholds = sources.store, dict[str, float]()
     calibrated, heldout = dict[str, Entropies](), dict[str, Entropies]()
@@ -180,9 +149,9 @@ def _calibrate(sources: Sources, config: EntropyHeadConfig, output: Path) -> Non
         thresholds[source] = sample.find_threshold(sources.mean_length, sources.rule, "patch_index")
         images = np.arange(store.num_train, len(store))[: min(limit, _HELDOUT)]
         heldout[source] = sources.ask(source, images, np.zeros_like(images))
-    write_atomic(output / SAMPLES, lambda file: np.savez(file, allow_pickle=False, **calibrated))
-    write_atomic(output / HELDOUT_SAMPLES, lambda file: np.savez(file, allow_pickle=False, **heldout))
-    write_json(output / THRESHOLDS, thresholds)
+    SourceEntropies(calibrated).save(output)
+    SourceEntropies(heldout).save(output, HELDOUT_FILE)
+    Thresholds(thresholds).save(output)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from stages.runtime.distributed import World, barrier, process_group
 from stages.runtime.errors import ArtifactError
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
-from stages.stores.entropies import EntropyFacts, entropy_writer
+from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.tokens import TokenStore
 from stages.weights.own import MODEL_FILE, load_gpt
 
-STORE = "entropies.zarr"
+STORE = EntropyStore.FILE
 
 
 def entropy_map(config: EntropyMapConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
@@ -34,7 +34,7 @@ def entropy_map(config: EntropyMapConfig, inputs: Inputs, output: Path, runtime:
         ArtifactError: The entropy model was made for other tokens.
     """
     with process_group(runtime) as world:
-        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+        store = TokenStore.of(inputs)
         model = load_gpt(inputs["entropy_model"], world.device)
         _check_model(model, store, inputs["entropy_model"])
         writer = entropy_writer(output / STORE, _facts(config, store, inputs["entropy_model"]))

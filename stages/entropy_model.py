@@ -19,13 +19,13 @@ from stages.stores.tokens import TokenStore
 from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
 from stages.training.loop import train_model
-from stages.weights.own import save_model
+from stages.weights.own import GPT_FAMILY, save_model
 
 
 def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `model.safetensors` and its config; the record holds its held-out loss."""
     with process_group(runtime) as world:
-        data = TokenData(TokenStore.open(inputs["tokenize"] / "tokens.zarr"))
+        data = TokenData(TokenStore.of(inputs))
         seed_torch(config.seed, Purpose.WEIGHTS)
         model = GPT(
             GPTConfig(
@@ -41,7 +41,7 @@ def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runt
         objective = GPTObjective(model)
         train_model(data.training(model, objective, config.training, config.seed, world), output, world)
         if world.is_main:
-            save_model(output, "gpt", model, model.config)
+            save_model(output, GPT_FAMILY, model, model.config)
 
 
 if __name__ == "__main__":

@@ -103,9 +103,9 @@ class ImageSets:
     """The sets that are scored, and the reference."""
 
     def __init__(self, inputs: Inputs, world: World, seed: int) -> None:
-        self.index = ImageIndex.open(inputs["dataset"])
-        self.tokens = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-        self.samples = SampleStore.open(inputs["sample"] / "samples.zarr")
+        self.index = ImageIndex.of(inputs)
+        self.tokens = TokenStore.of(inputs)
+        self.samples = SampleStore.of(inputs)
         self.vq: VQModel = load_vq(inputs["tokenizer"], world.device)
         self.root, self.seed, self.device = inputs["images"], seed, world.device
 

@@ -19,12 +19,12 @@ from conf.patch_index import PatchIndexConfig
 from conf.schema import RuntimeConfig
 from models.patch_tables import Bytes, PatchTables, pack_bits
 from models.patching import PatchRule, static_patch_starts
+from stages.patches.rule import IndexRule, SavedRule
 from stages.patches.thresholds import EntropySample
-from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
 from stages.stores.entropies import EntropyStore
-from stages.stores.patches import PatchFacts, write_patches
+from stages.stores.patches import PatchFacts, PatchIndex, write_patches
 from stages.stores.tokens import TokenStore
 
 Mark = Callable[[int, int], Bytes]
@@ -39,32 +39,25 @@ def patch_index(config: PatchIndexConfig, inputs: Inputs, output: Path, runtime:
     """
     store: EntropyStore | TokenStore
     if config.mode == "static":
-        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+        store = TokenStore.of(inputs)
         threshold, mark = None, _static(config, store)
         digests = {"entropies_digest": "", "tokens_digest": store.digest}
     else:
-        store = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
+        store = EntropyStore.of(inputs)
         threshold = _threshold(config, store)
         mark = _by_entropy(config, store, threshold)
         digests = {"entropies_digest": store.digest, "tokens_digest": store.tokens_digest}
-    rule = {
-        "mode": config.mode,
-        "threshold": threshold,
-        "threshold_hex": None if threshold is None else threshold.hex(),
-        "max_length": None if threshold is None else config.max_length,
-        "row_boundary": threshold is not None and config.row_boundary,
-        "static_length": config.static_length,
-    }
+    rule = _index_rule(config, store, threshold)
     facts = PatchFacts(num_images=store.num_images, num_views=store.num_views, num_tokens=store.num_tokens, **digests)
     counts = Counts()
     write_patches(
-        output / "patches.parquet",
+        output / PatchIndex.FILE,
         facts,
         _blocks(store, mark, counts, Progress(output, "views", store.num_images * store.num_views)),
-        rule={name: str(value) for name, value in rule.items()},
+        rule={name: str(value) for name, value in rule.fields().items()},
         chunk_rows=store.facts.chunk_rows,
     )
-    write_json(output / "rule.json", rule | {"mean_length": store.num_tokens * counts.views / counts.patches})
+    SavedRule.save(output, rule, store.num_tokens * counts.views / counts.patches)
 
 
 @dataclass
@@ -95,10 +88,17 @@ def _by_entropy(config: PatchIndexConfig, store: EntropyStore, threshold: float)
     return lambda unit, view: starts(store.read_block(unit, view))
 
 
-def _rule(config: PatchIndexConfig, store: EntropyStore, threshold: float) -> PatchRule:
+def _rule(config: PatchIndexConfig, store: EntropyStore | TokenStore, threshold: float) -> PatchRule:
     return PatchRule(
         threshold=threshold, max_length=config.max_length, row_boundary=config.row_boundary, grid=store.grid
     )
+
+
+def _index_rule(config: PatchIndexConfig, store: EntropyStore | TokenStore, threshold: float | None) -> IndexRule:
+    if threshold is not None:
+        return IndexRule.by_entropy(_rule(config, store, threshold))
+    assert config.static_length is not None  # the schema ties it to the mode
+    return IndexRule.static(config.static_length)
 
 
 def _static(config: PatchIndexConfig, store: TokenStore) -> Mark:

@@ -1,4 +1,4 @@
-"""Stage `sample`: images drawn from the class-conditional model, with patch boundaries decided while drawing.
+"""Stage `sample`: images sampled from the class-conditional model, with patch boundaries decided while sampling.
 
 A sample is a function of (seed, sample number): its class and the uniform number behind each of its tokens come from
 counters, so batch size, process count and resume point do not matter.
@@ -19,8 +19,8 @@ from stages.runtime.distributed import barrier, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
 from stages.runtime.randomness import Purpose, stream
-from stages.sampling.sampler import Drawer
-from stages.stores.samples import SampleFacts, sample_writer
+from stages.sampling.sampler import Sampler
+from stages.stores.samples import SampleFacts, SampleStore, sample_writer
 from stages.stores.tokens import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `samples.zarr`, and `boundaries.json` with the rule that cut the samples, empty for a model on tokens."""
     with process_group(runtime) as world:
-        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-        drawer = Drawer.load(config, inputs, store, world.device)
+        store = TokenStore.of(inputs)
+        sampler = Sampler.load(config, inputs, store, world.device)
         facts = SampleFacts(
             num_samples=config.num_samples,
             num_classes=store.num_classes,
@@ -40,28 +40,28 @@ def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeC
             image_size=config.image_size,
             chunk_rows=config.batch_size,
         )
-        writer = sample_writer(output / "samples.zarr", facts)
-        labels = draw_labels(config, store.labels[: store.num_train], store.num_classes)
+        writer = sample_writer(output / SampleStore.FILE, facts)
+        labels = sample_labels(config, store.labels[: store.num_train], store.num_classes)
         units = writer.pending(world.rank, world.size)
         # The other processes are taken to be as far as this one.
         done = max(0, config.num_samples - len(units) * config.batch_size * world.size)
         progress = Progress(output, "images", config.num_samples, done=done, enabled=world.is_main)
         for unit in units:
             numbers = np.arange(config.num_samples)[writer.spec.rows(unit)]
-            writer.write(unit, **drawer.draw(numbers, labels[numbers]))
+            writer.write(unit, **sampler.sample(numbers, labels[numbers]))
             progress.update(min(config.num_samples, progress.done + len(numbers) * world.size))
         barrier()
         if world.is_main:
             writer.finish()
-            write_json(output / "boundaries.json", drawer.rule)
+            write_json(output / "boundaries.json", sampler.rule)
 
 
-def draw_labels(
+def sample_labels(
     config: SampleConfig, training_labels: npt.NDArray[np.uint16], num_classes: int
 ) -> npt.NDArray[np.int64]:
     """Class of every sample.
 
-    "uniform" draws each on its own, as LlamaGen and ADM do. "balanced" and "data" fix the counts (equal, or the
+    "uniform" samples each on its own, as LlamaGen and ADM do. "balanced" and "data" fix the counts (equal, or the
     training images' shares, by largest remainder) and shuffle, so that any part of the samples is about as mixed.
     """
     generator = stream(config.seed, Purpose.LABELS)

@@ -28,10 +28,10 @@ from stages.runtime.job import Inputs, main
 from stages.runtime.prefetch import prefetch
 from stages.runtime.progress import Progress
 from stages.stores.image_index import CLASSES_FILE, ImageIndex
-from stages.stores.tokens import TokenFacts, token_writer
+from stages.stores.tokens import TokenFacts, TokenStore, token_writer
 from stages.weights.own import VQ_FILE, load_vq
 
-STORE = "tokens.zarr"
+STORE = TokenStore.FILE
 
 
 def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:

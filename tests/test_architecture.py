@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from conf.schema import RuntimeConfig, Settings
+from conf.train import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "prefect", "mlflow", "pyarrow", "zarr", "numpy")
@@ -22,7 +23,8 @@ def _fields(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, tuple[
             yield f"{prefix}{name}", (section.__name__, name)
 
 
-ADDRESSES = dict([*_fields("", Settings), *_fields("runtime.", RuntimeConfig)])
+FAMILY_FIELDS = [field for section in FAMILIES.values() for field in _fields("train.", section)]
+ADDRESSES = dict([*_fields("", Settings), *FAMILY_FIELDS, *_fields("runtime.", RuntimeConfig)])
 
 
 def test_layers_hold() -> None:

@@ -1,30 +1,28 @@
-"""What the paper's models and their rivals cost, beside what the paper says. torch is imported only to count."""
+"""What the paper's models and their baselines cost, beside what the paper says."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from conf.boundary_sources import BoundarySource
-from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig, NextPatchSchedule
+from pipeline.bench.family_costs import (
+    CLASSES,
+    FAMILY_COSTS,
+    PAPER_LENGTHS,
+    PIXELS,
+    PatchCost,
+    Question,
+    gpt_cost,
+)
 from stages.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from models.flops import Cost, DPARCost, Macs, Sampling
+    from models.flops import Cost, Macs, Sampling
 
-CODEBOOK, CLASSES, PIXELS = 16384, 1000, 16  # of LlamaGen's tokenizer, of ImageNet, of a token's side
-EPOCHS = 300  # of NPP's training: its levels end with whole ones
-MODELS = (
-    *(f"{family}-{name}" for family in ("llamagen", "npp") for name in GPT_SIZES),
-    *(f"dpar-{name}" for name in DPAR_SIZES),
-)
+MODELS = tuple(f"{family}-{size}" for family, cost in FAMILY_COSTS.items() for size in cost.sizes)
 ENTROPY_MODELS = ("B", "T")
-PAPER_LENGTHS = {256: 1.81, 384: 2.06}
-EXTRAPOLATED_LENGTHS = {128: 1.38, 512: 2.24}  # by a straight line through the paper's over the logarithm of the size
 IMAGE_SIZES = range(2 * PIXELS, 1024 + 1, PIXELS)
-LengthSource = Literal["paper", "extrapolated", "given"]
 PAPER_GMACS = {
     ("llamagen-B", 256): 24.98,
     ("dpar-B", 256): 19.21,
@@ -42,21 +40,6 @@ PAPER_GMACS = {
     ("dpar-XXL", 384): 459.63,
 }
 """Forward, linear layers alone, at the paper's mean lengths (supplement, table S1, there called GFLOPs)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PatchCost:
-    """What only a model on patches has.
-
-    Attributes:
-        mean_length: Tokens a patch.
-        length_source: Whose number that is.
-        boundaries: What each way to decide where patches start adds to the model's own sampling.
-    """
-
-    mean_length: float
-    length_source: LengthSource
-    boundaries: Mapping[BoundarySource, Sampling]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +75,7 @@ class CostRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingCost:
-    """What it costs to draw one image with caches.
+    """What it costs to sample one image with caches.
 
     Attributes:
         boundaries: What decides where patches start; static: nothing must be computed. None for a model on tokens.
@@ -101,7 +84,7 @@ class SamplingCost:
         saved_percent: Linear MACs that LlamaGen needs more, both guided, of LlamaGen's; None for LlamaGen itself.
     """
 
-    boundaries: BoundarySource | None
+    boundaries: str | None
     plain: Macs
     guided: Macs
     saved_percent: float | None
@@ -140,10 +123,10 @@ def measure(
 
 def sampling_costs(row: CostRow) -> list[SamplingCost]:
     """Sampling; of a model on patches, by each way to decide where they start."""
-    drawn = row.cost.sampling
+    alone = row.cost.sampling
     if row.patches is None:
-        return [_sampling_cost(row, None, drawn)]
-    return [_sampling_cost(row, source, drawn + added) for source, added in row.patches.boundaries.items()]
+        return [_sampling_cost(row, None, alone)]
+    return [_sampling_cost(row, source, alone + added) for source, added in row.patches.boundaries.items()]
 
 
 def as_json(row: CostRow) -> dict[str, Any]:
@@ -164,7 +147,7 @@ def as_json(row: CostRow) -> dict[str, Any]:
     }
 
 
-def _sampling_cost(row: CostRow, boundaries: BoundarySource | None, sampling: Sampling) -> SamplingCost:
+def _sampling_cost(row: CostRow, boundaries: str | None, sampling: Sampling) -> SamplingCost:
     guided, llamagen = sampling.macs(guided=True), row.llamagen
     return SamplingCost(
         boundaries=boundaries,
@@ -178,82 +161,18 @@ def _saved_percent(macs: Macs, of: Macs) -> float:
     return 100 * (1 - macs.linear / of.linear)
 
 
-def _row(name: str, size: int, mean_length: float | None, entropy_model: str) -> CostRow:
-    family, _, kind = name.partition("-")
-    num_tokens = (size // PIXELS) ** 2
-    llamagen = _gpt(kind.partition("-")[0], num_tokens, CLASSES)
-    paper = PAPER_GMACS.get((name, size))
-    if family == "llamagen":
-        return CostRow(model=name, image_size=size, cost=llamagen, llamagen=None, patches=None, paper_gmacs=paper)
-    if family == "npp":
-        cost = _npp(kind, size)
-        return CostRow(model=name, image_size=size, cost=cost, llamagen=llamagen, patches=None, paper_gmacs=paper)
-    length, source = _length(size, mean_length)
-    dpar = _dpar(kind, num_tokens, length)
-    patches = PatchCost(
-        mean_length=length,
-        length_source=source,
-        boundaries=_boundaries(dpar, _dpar_config(kind, num_tokens), _gpt(entropy_model, num_tokens, None)),
+def _row(name: str, image_size: int, mean_length: float | None, entropy_model: str) -> CostRow:
+    family, _, size = name.partition("-")
+    asked = Question(size=size, image_size=image_size, mean_length=mean_length, entropy_model=entropy_model)
+    counted = FAMILY_COSTS[family]
+    cost, patches = counted.count(asked)
+    baseline = None if counted.baseline is None else gpt_cost(counted.baseline(size), asked.num_tokens, CLASSES)
+    of_the_papers_length = patches is None or patches.mean_length == PAPER_LENGTHS.get(image_size)
+    return CostRow(
+        model=name,
+        image_size=image_size,
+        cost=cost,
+        llamagen=baseline,
+        patches=patches,
+        paper_gmacs=PAPER_GMACS.get((name, image_size)) if of_the_papers_length else None,
     )
-    if length != PAPER_LENGTHS.get(size):
-        paper = None  # it is one at the paper's patch length
-    return CostRow(model=name, image_size=size, cost=dpar, llamagen=llamagen, patches=patches, paper_gmacs=paper)
-
-
-def _boundaries(dpar: DPARCost, config: DPARConfig, entropy_model: Cost) -> dict[BoundarySource, Sampling]:
-    from models.flops import Sampling, head_sampling
-
-    return {
-        "static": Sampling(),
-        "entropy_head": head_sampling(config),
-        "entropy_model": entropy_model.sampling,
-        "own_entropy": dpar.own_entropy,
-    }
-
-
-def _length(size: int, given: float | None) -> tuple[float, LengthSource]:
-    if given is not None:
-        return given, "given"
-    if size in PAPER_LENGTHS:
-        return PAPER_LENGTHS[size], "paper"
-    if size in EXTRAPOLATED_LENGTHS:
-        return EXTRAPOLATED_LENGTHS[size], "extrapolated"
-    raise InputError(f"the mean patch length at {size} pixels is not known, expected one: add --mean-length")
-
-
-@cache
-def _gpt(kind: str, num_tokens: int, num_classes: int | None) -> Cost:
-    from models.flops import gpt_cost
-
-    return gpt_cost(_gpt_config(kind, num_tokens, num_classes))
-
-
-def _npp(kind: str, image_size: int) -> Cost:
-    from models.flops import npp_cost
-
-    schedule = NextPatchSchedule()
-    block = schedule.sides[0] * PIXELS
-    if image_size % block:
-        raise InputError(
-            f"image size is {image_size}, expected a multiple of {block} pixels for NPP, the side of its largest blocks"
-        )
-    return npp_cost(_gpt_config(kind, (image_size // PIXELS) ** 2, CLASSES), schedule, EPOCHS)
-
-
-def _gpt_config(kind: str, num_tokens: int, num_classes: int | None) -> GPTConfig:
-    size = asdict(GPT_SIZES[kind])
-    return GPTConfig(**size, codebook_size=CODEBOOK, num_tokens=num_tokens, num_classes=num_classes)
-
-
-def _dpar_config(kind: str, num_tokens: int) -> DPARConfig:
-    size = asdict(DPAR_SIZES[kind])
-    return DPARConfig(**size, codebook_size=CODEBOOK, num_tokens=num_tokens, num_classes=CLASSES)
-
-
-def _dpar(kind: str, num_tokens: int, mean_length: float) -> DPARCost:
-    from models.flops import dpar_cost
-
-    try:
-        return dpar_cost(_dpar_config(kind, num_tokens), mean_length)
-    except ValueError as error:
-        raise InputError(str(error)) from error

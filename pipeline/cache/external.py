@@ -36,7 +36,7 @@ def external_digest(stage: Stage, section: Section, home: Path) -> str | None:
         if root.is_file():
             return _remembered(root, _headers_digest, home / ".digests.json")
         return _listing_digest(root, home / ".listings.json")
-    path: Path | None = getattr(section, stage.external)
+    path: Path | None = getattr(section, stage.external, None)  # DPAR, for one, imports nothing
     if getattr(section, "source", None) == "train":  # what is trained reads no weights
         path = None
     if path is None:

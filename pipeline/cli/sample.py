@@ -1,4 +1,4 @@
-"""Commands of `dpar` that show samples: a quick look at a model, and finished samples for other programs."""
+"""Commands of `dpar` that show samples: a preview of a model, and finished samples for other programs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sample(
     classes: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Numbers or names; all classes if not given.")
     ] = None,
-    count: Annotated[int, typer.Option("--n", min=1, max=MOST, help="Images to draw.")] = 16,
+    count: Annotated[int, typer.Option("--n", min=1, max=MOST, help="Images to sample.")] = 16,
     seed: Annotated[int | None, typer.Option(metavar="SEED", help="As sample.seed.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(metavar="SCALE", help="As sample.cfg_scale.")] = None,
     boundaries: Annotated[str | None, typer.Option(metavar="SOURCE", help="As sample.boundaries.")] = None,
@@ -42,7 +42,7 @@ def sample(
     out: Annotated[Path, typer.Option(metavar="PNG", help="Where to write the picture.")] = Path("samples.png"),
     as_json: AsJson = False,
 ) -> None:
-    """Draw a few images from a trained model, or continue a real one.
+    """Sample a few images from a trained model, or continue a real one.
 
     What stage sample reads must be cached. Nothing is written but the picture.
     """
@@ -51,20 +51,20 @@ def sample(
     if out.suffix.lower() != ".png":
         raise InputError(f"--out is {out}, expected the name of a PNG file, as samples.png")
     given = {"seed": seed, "cfg_scale": cfg_scale, "boundaries": boundaries}
-    wished = [f"sample.{name}={value}" for name, value in given.items() if value is not None]
-    settings, runtime = load(preset, ablation, [*overrides, *wished])
+    given_settings = [f"sample.{name}={value}" for name, value in given.items() if value is not None]
+    settings, runtime = load(preset, ablation, [*overrides, *given_settings])
     read = {"dataset", *inputs_read(STAGES["sample"], settings)}
     inputs = require_cached(settings, runtime, read, "dpar run --until sample")
-    from stages.sampling import preview as quick_look
+    from stages.sampling.preview import Prefix, Request, continue_image, preview
 
     words = [word.strip() for word in classes.split(",")] if classes else []
-    wish = quick_look.Wish(classes=words, count=count, patches=patches, output=out)
+    request = Request(classes=words, count=count, patches=patches, output=out)
     with _progress("sample") as on_progress:
         if init is None:
-            found = quick_look.look(settings.sample, inputs, runtime, wish, on_progress)
+            found = preview(settings.sample, inputs, runtime, request, on_progress)
         else:
-            beginning = quick_look.Beginning(image=init, keep_rows=keep_rows)
-            found = quick_look.continue_image(settings.sample, inputs, runtime, wish, beginning, on_progress)
+            prefix = Prefix(image=init, keep_rows=keep_rows)
+            found = continue_image(settings.sample, inputs, runtime, request, prefix, on_progress)
     if as_json:
         show_json({"output": str(out), **asdict(found)})
         return
@@ -91,7 +91,7 @@ def export(
     from stages.sampling.export import export_npz, export_png
     from stages.stores.samples import SampleStore
 
-    store = SampleStore.open(artifact / "samples.zarr")
+    store = SampleStore.of({"sample": artifact})
     with _progress("export") as on_progress:
         if npz is not None:
             export_npz(store, npz, on_progress)

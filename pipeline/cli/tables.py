@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import fill
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from conf.boundary_sources import BoundarySource
+from conf.boundary_sources import BOUNDARY_SOURCES
+from pipeline.bench.boundary_costs import BOUNDARY_COSTS
+from pipeline.bench.family_costs import FAMILY_COSTS
 from pipeline.bench.flops import CostRow, sampling_costs
 from pipeline.bench.gates import Gate
 from pipeline.cli.display import number, plain_table
@@ -18,19 +21,12 @@ TRAINING_NOTE = """\
 linear, attn: of one forward; attention as whole squares. train: both, forward
 and backward. paper: its number for `linear`, diff: ours to it. saved: linear,
 to LlamaGen. Entropies are stored once, training does not pay for them again."""
-NPP_NOTE = """\
-npp: LlamaGen trained by Next Patch Prediction, half of its steps on blocks of
-2 x 2 tokens; linear, attn: of its mean forward. Its own paper (arXiv 2412.15321)
-says a training of about 0.6 of LlamaGen's, so about 40% saved."""
 SAMPLING_NOTE = """\
 Every position is computed once, and with guidance (CFG) twice. saved: linear
 with CFG, to LlamaGen."""
 BOUNDARIES_NOTE = """\
 Of DPAR guidance runs only the global stack, the decoder and the head twice. Its
-rows: what decides where patches start, at one mean length. static: known before,
-DPAR alone. entropy head: a narrow block on DPAR's encoder. entropy model: DPAR
-and that model. own entropy: of DPAR's prediction with the open patch; where the
-patch closes, decoder and head run again."""
+rows: what decides where patches start, at one mean length."""
 EXTRAPOLATED_NOTE = """\
 ~ The paper has no mean length for this image size: extrapolated from its 1.81
 at 256 px and 2.06 at 384 px."""
@@ -65,12 +61,12 @@ def figure_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
 def print_costs(console: Console, rows: Sequence[CostRow], entropy_model: str) -> None:
     """Training and sampling, beside LlamaGen and the paper, each with a note on how to read it."""
     training, sampling = [TRAINING_NOTE], [SAMPLING_NOTE]
-    if any(row.model.startswith("npp-") for row in rows):
-        training.append(NPP_NOTE)
+    shown = {row.model.partition("-")[0] for row in rows}
+    training += [cost.note for family, cost in FAMILY_COSTS.items() if family in shown and cost.note is not None]
     if any(row.patches is not None and row.patches.length_source == "extrapolated" for row in rows):
         training.append(EXTRAPOLATED_NOTE)
     if any(row.patches is not None for row in rows):
-        sampling.append(BOUNDARIES_NOTE)
+        sampling += [BOUNDARIES_NOTE, *_source_notes()]
     console.print(Text("Training, GMACs an image", style="bold"))
     console.print(training_table(rows))
     console.print(Text("\n".join(training), style="dim"))
@@ -107,7 +103,7 @@ def sampling_table(rows: Iterable[CostRow], entropy_model: str) -> Table:
     for row in rows:
         for cost in sampling_costs(row):
             table.add_row(
-                _sampled(row.model, cost.boundaries, entropy_model),
+                _sampled(row, cost.boundaries, entropy_model),
                 str(row.image_size),
                 _giga(cost.plain.linear),
                 _giga(cost.plain.attention),
@@ -118,16 +114,20 @@ def sampling_table(rows: Iterable[CostRow], entropy_model: str) -> Table:
     return table
 
 
-def _sampled(model: str, boundaries: BoundarySource | None, entropy_model: str) -> str:
-    if boundaries is None:
-        return model
-    labels: dict[BoundarySource, str] = {
-        "static": f"{model} static",
-        "entropy_model": f"  entropy model {entropy_model}",
-        "entropy_head": "  entropy head",
-        "own_entropy": "  own entropy",
-    }
-    return labels[boundaries]
+def _sampled(row: CostRow, source: str | None, entropy_model: str) -> str:
+    """First column of a sampling row: the model in its first row, beside or above the sources of boundaries."""
+    if source is None or row.patches is None:
+        return row.model
+    first = source == next(iter(row.patches.boundaries))
+    size = f" {entropy_model}" if "entropy_model" in BOUNDARY_SOURCES[source].reads else ""
+    return f"{row.model if first else ' '} {BOUNDARY_SOURCES[source].label}{size}"
+
+
+def _source_notes() -> list[str]:
+    """What each source computes, in lines of 80 columns."""
+    return [
+        fill(f"{BOUNDARY_SOURCES[source].label}: {BOUNDARY_SOURCES[source].meaning}.", 80) for source in BOUNDARY_COSTS
+    ]
 
 
 def _length(row: CostRow) -> str:

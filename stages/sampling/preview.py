@@ -1,6 +1,6 @@
-"""A quick look at a finished model: a few images, or continuations of a real one, as one picture and without the cache.
+"""Preview of a finished model: a few samples, or continuations of a real image, as one picture. It is not cached.
 
-The samples are those that stage `sample` would draw for the same seed, numbers and classes.
+The samples are those of stage `sample` for the same seed, numbers and classes.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from stages.images.decode import DecodeError, Pixels, center_crop, decode
 from stages.runtime.distributed import process_group
 from stages.runtime.errors import InputError
 from stages.runtime.job import Inputs
-from stages.sampling.sampler import Drawer
+from stages.sampling.sampler import Sampler
 from stages.stores.image_index import ImageIndex
 from stages.stores.tokens import TokenStore
 from stages.views.pictures import captioned_grid, enlarged, patches_outlined, save_png
 
 OnProgress = Callable[[int, int], None]
-"""Called with the images that are drawn, and all of them."""
-_TOGETHER = 8  # images drawn at once: few, so that something is seen to happen
-_WIDEST = 6  # pictures beside each other
-_BLANK = 235  # grey of what is not given yet
+"""Called with the number of images that are done, and of all."""
+_BATCH = 8  # images sampled together: few, so that progress is visible
+_MAX_COLUMNS = 6
+_BLANK = 235  # grey of the rows that are not kept
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What to look at.
+class Request:
+    """What to sample.
 
     Attributes:
         classes: Names or numbers; none stands for all classes, evenly spread where there are more than images.
@@ -52,16 +52,16 @@ class Wish:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beginning:
-    """What is given of an image: the first `keep_rows` rows of tokens of its middle square; None is half of them."""
+class Prefix:
+    """Prefix to continue: the first `keep_rows` token rows of the image's center crop. None keeps half of the rows."""
 
     image: Path
     keep_rows: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """What was drawn, and how fast; loading the models is not counted."""
+class PreviewReport:
+    """The classes that were sampled, and how fast. Loading the models is not timed."""
 
     classes: list[str]
     """Of each image."""
@@ -71,58 +71,60 @@ class Look:
     device: str
 
 
-def look(config: SampleConfig, inputs: Inputs, runtime: RuntimeConfig, wish: Wish, on_progress: OnProgress) -> Look:
-    """Draw images of some classes and write them as one picture.
+def preview(
+    config: SampleConfig, inputs: Inputs, runtime: RuntimeConfig, request: Request, on_progress: OnProgress
+) -> PreviewReport:
+    """Sample images of some classes and write them as one picture.
 
     Raises:
         InputError: A class that there is not.
         ArtifactError: An artifact is damaged, or they do not belong together.
     """
-    names = ImageIndex.open(inputs["dataset"]).classes
-    labels = np.sort(spread(chosen_classes(wish.classes, names), wish.count))
+    names = ImageIndex.of(inputs).classes
+    labels = np.sort(spread(chosen_classes(request.classes, names), request.count))
     with process_group(runtime) as world:
-        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-        drawer = Drawer.load(config, inputs, store, world.device)
-        drawn = _Batch.draw(drawer, labels, None, on_progress)
-    pictures = drawn.pictures(store.grid, wish.patches)
-    _save(pictures, drawn.captions(names, wish.patches), math.ceil(math.sqrt(len(pictures))), wish.output)
-    return drawn.report(names)
+        store = TokenStore.of(inputs)
+        sampler = Sampler.load(config, inputs, store, world.device)
+        samples = _Samples.make(sampler, labels, None, on_progress)
+    pictures = samples.pictures(store.grid, request.patches)
+    _save(pictures, samples.captions(names, request.patches), math.ceil(math.sqrt(len(pictures))), request.output)
+    return samples.report(names)
 
 
 def continue_image(
     config: SampleConfig,
     inputs: Inputs,
     runtime: RuntimeConfig,
-    wish: Wish,
-    beginning: Beginning,
+    request: Request,
+    start: Prefix,
     on_progress: OnProgress,
-) -> Look:
-    """Keep the beginning of a real image and draw the rest, as of the classes wished for; write all as one picture.
+) -> PreviewReport:
+    """Sample the rest of a real image as of the requested classes, and write all as one picture.
 
     Raises:
         InputError: No class or one that there is not, no image, or rows out of range.
         ArtifactError: An artifact is damaged, or they do not belong together.
     """
-    if not wish.classes:
+    if not request.classes:
         raise InputError("no class to continue the image as: name it with --classes")
-    names = ImageIndex.open(inputs["dataset"]).classes
-    labels = spread(chosen_classes(wish.classes, names), wish.count)
-    store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+    names = ImageIndex.of(inputs).classes
+    labels = spread(chosen_classes(request.classes, names), request.count)
+    store = TokenStore.of(inputs)
     grid, size = store.grid, config.image_size
-    rows = grid // 2 if beginning.keep_rows is None else beginning.keep_rows
+    rows = grid // 2 if start.keep_rows is None else start.keep_rows
     if not 0 < rows < grid:
         raise InputError(f"--keep-rows is {rows}, expected 1..{grid - 1}: an image has {grid} rows of tokens")
-    original = _open(beginning.image)
+    original = _open(start.image)
     with process_group(runtime) as world:
-        drawer = Drawer.load(config, inputs, store, world.device)
-        tokens = drawer.encode(np.stack([center_crop(original, store.facts.image_size)]))
-        kept = drawer.decode(tokens)[0]
-        drawn = _Batch.draw(drawer, labels, tokens[:, : rows * grid], on_progress)
+        sampler = Sampler.load(config, inputs, store, world.device)
+        tokens = sampler.encode(np.stack([center_crop(original, store.facts.image_size)]))
+        kept = sampler.decode(tokens)[0]
+        samples = _Samples.make(sampler, labels, tokens[:, : rows * grid], on_progress)
     kept[round(rows * size / grid) :] = _BLANK
-    pictures = [enlarged(center_crop(original, size)), enlarged(kept), *drawn.pictures(grid, wish.patches)]
-    captions = ["original", f"kept: {rows} of {grid} rows", *drawn.captions(names, wish.patches)]
-    _save(pictures, captions, math.ceil(len(pictures) / math.ceil(len(pictures) / _WIDEST)), wish.output)
-    return drawn.report(names)
+    pictures = [enlarged(center_crop(original, size)), enlarged(kept), *samples.pictures(grid, request.patches)]
+    captions = ["original", f"kept: {rows} of {grid} rows", *samples.captions(names, request.patches)]
+    _save(pictures, captions, math.ceil(len(pictures) / math.ceil(len(pictures) / _MAX_COLUMNS)), request.output)
+    return samples.report(names)
 
 
 def chosen_classes(wanted: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -152,8 +154,8 @@ def spread(classes: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Images that were drawn."""
+class _Samples:
+    """Samples of some classes."""
 
     images: Pixels
     starts: npt.NDArray[np.bool_]
@@ -162,23 +164,23 @@ class _Batch:
     device: torch.device
 
     @classmethod
-    def draw(
-        cls, drawer: Drawer, labels: npt.NDArray[np.int64], prefix: torch.Tensor | None, on_progress: OnProgress
-    ) -> _Batch:
-        """Draw one image a label, the samples 0, 1, ..., all with the same first tokens `prefix` (1, K)."""
+    def make(
+        cls, sampler: Sampler, labels: npt.NDArray[np.int64], prefix: torch.Tensor | None, on_progress: OnProgress
+    ) -> _Samples:
+        """One sample a label, the samples 0, 1, ..., all with the same first tokens `prefix` (1, K)."""
         on_progress(0, len(labels))
         began, parts = time.perf_counter(), []
-        for first in range(0, len(labels), _TOGETHER):
-            part = labels[first : first + _TOGETHER]
+        for first in range(0, len(labels), _BATCH):
+            part = labels[first : first + _BATCH]
             given = None if prefix is None else prefix.expand(len(part), -1)
-            parts.append(drawer.draw(np.arange(first, first + len(part)), part, given))
+            parts.append(sampler.sample(np.arange(first, first + len(part)), part, given))
             on_progress(first + len(part), len(labels))
         return cls(
             images=np.concatenate([part["images"] for part in parts]),
             starts=np.concatenate([part["patch_starts"] for part in parts]),
             labels=labels,
             seconds=time.perf_counter() - began,
-            device=drawer.device,
+            device=sampler.device,
         )
 
     def pictures(self, grid: int, patches: bool) -> list[Image.Image]:
@@ -188,15 +190,15 @@ class _Batch:
         return [patches_outlined(image, starts, grid) for image, starts in zip(self.images, self.starts, strict=True)]
 
     def captions(self, names: Sequence[str], patches: bool) -> list[str]:
-        """Class of each image, and in how many patches it was drawn where they are outlined."""
+        """Class of each image, and its number of patches where they are outlined."""
         counts = self.starts.sum(axis=1)
         return [
             names[label] + (f", {count} patches" if patches else "")
             for label, count in zip(self.labels, counts, strict=True)
         ]
 
-    def report(self, names: Sequence[str]) -> Look:
-        return Look(
+    def report(self, names: Sequence[str]) -> PreviewReport:
+        return PreviewReport(
             classes=[names[label] for label in self.labels],
             mean_patch_length=self.starts.size / int(self.starts.sum()),
             seconds_per_image=self.seconds / len(self.labels),

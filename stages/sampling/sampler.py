@@ -1,4 +1,4 @@
-"""Drawing images from finished models: tokens by the class-conditional model, pixels by the tokenizer.
+"""Samples of finished models: tokens from the class-conditional model, pixels from the tokenizer.
 
 A sample is a function of (seed, sample number, class): the uniform number behind each of its tokens comes from a
 counter, so batch size, process count and resume point do not matter.
@@ -18,24 +18,24 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from conf.sample import SampleConfig
+from conf.train import FAMILIES
 from models.boundaries import Boundaries
-from models.dpar import DPAR
-from models.gpt import GPT
 from models.packed_linear import pack_linear_layers
-from models.sampling import SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import SamplingOptions
 from models.vq import VQModel
+from stages.families import Model
 from stages.images.decode import Pixels, float_to_pixels, pixels_to_float
 from stages.patches.boundary_sources import load_boundaries, require_fit
 from stages.runtime.errors import ArtifactError
 from stages.runtime.job import Inputs
 from stages.runtime.randomness import Purpose, stream
 from stages.stores.tokens import TokenStore
-from stages.weights.own import load_model, load_vq
+from stages.weights.own import load_vq
 
 logger = logging.getLogger(__name__)
 
 
-class Drawn(TypedDict):
+class SampleBatch(TypedDict):
     """Rows of the sample store."""
 
     images: Pixels
@@ -45,45 +45,53 @@ class Drawn(TypedDict):
 
 
 @dataclass(frozen=True)
-class Drawer:
-    """Everything a batch of samples is drawn with. `boundaries` are None for a model without patches."""
+class Sampler:
+    """The models and settings that samples are made with. `boundaries` is None for a model without patches."""
 
     config: SampleConfig
-    model: GPT | DPAR
+    model: Model
     vq: VQModel
     boundaries: Boundaries | None
     device: torch.device
 
     @classmethod
-    def load(cls, config: SampleConfig, inputs: Inputs, store: TokenStore, device: torch.device) -> Drawer:
-        """Load the finished models that `inputs` names; of those that can decide boundaries only the one that does.
+    def load(cls, config: SampleConfig, inputs: Inputs, store: TokenStore, device: torch.device) -> Sampler:
+        """Load the finished models that `inputs` names; of the sources of boundaries only the one of the settings.
 
         Raises:
             ArtifactError: An artifact is damaged, or a model is not of these tokens.
             InputError: The settings ask for boundaries that the patch index or the entropies cannot give.
         """
-        model, vq = load_model(inputs["train"], device), load_vq(inputs["tokenizer"], device)
-        ready_to_draw(model, config)
+        model, vq = Model.load(inputs["train"], device), load_vq(inputs["tokenizer"], device)
+        prepare_for_sampling(model.module, config)
         require_fit("model", model.config, inputs["train"], store)
         if vq.config.codebook_size != store.codebook_size:
             raise ArtifactError(
                 f"the tokenizer in {inputs['tokenizer']} has a codebook of {vq.config.codebook_size}, {store.location} "
                 f"{store.codebook_size}: use the tokenizer that made these tokens"
             )
-        if isinstance(model, GPT):
+        if not FAMILIES[model.family].has_patches:
             return cls(config, model, vq, None, device)
         boundaries, network = load_boundaries(config, inputs, store, device)
         if network is not None:
-            ready_to_draw(network, config)
+            prepare_for_sampling(network, config)
         return cls(config, model, vq, boundaries, device)
 
+    @property
+    def rule(self) -> dict[str, Any]:
+        """What decides boundaries: the source, and its rule where it has one. Empty for a model without patches."""
+        if self.boundaries is None:
+            return {}
+        rule = getattr(self.boundaries, "rule", None)
+        return {"source": self.config.boundaries} | ({} if rule is None else asdict(rule))
+
     @torch.inference_mode()
-    def draw(
+    def sample(
         self,
         numbers: npt.NDArray[np.int64],
         labels: npt.NDArray[np.int64],
         prefix: Int[Tensor, "B K"] | None = None,
-    ) -> Drawn:
+    ) -> SampleBatch:
         """Samples of the given numbers and classes; their first tokens are those of `prefix`, if it is given."""
         options = SamplingOptions(
             cfg_scale=self.config.cfg_scale,
@@ -95,12 +103,7 @@ class Drawer:
         )
         classes = torch.from_numpy(labels).to(self.device)
         uniforms = self._uniforms(numbers).to(self.device)
-        if isinstance(self.model, GPT):
-            tokens = sample_gpt(self.model, classes, uniforms, options, prefix)
-            starts = torch.ones_like(tokens, dtype=torch.bool)
-        else:
-            assert self.boundaries is not None  # `load` makes them for every DPAR
-            tokens, starts = sample_dpar(self.model, classes, uniforms, options, self.boundaries, prefix)
+        tokens, starts = self.model.sample(classes, uniforms, options, self.boundaries, prefix)
         return {
             "images": self.decode(tokens),
             "labels": labels.astype(np.uint16),
@@ -118,14 +121,6 @@ class Drawer:
         """Images (B, H, W, 3) of tokens, at the size of the settings."""
         return float_to_pixels(resize(self.vq.decode(tokens), self.config.image_size))
 
-    @property
-    def rule(self) -> dict[str, Any]:
-        """What decided boundaries: the source, and its rule where it has one. Empty for a model without patches."""
-        if self.boundaries is None:
-            return {}
-        rule = getattr(self.boundaries, "rule", None)
-        return {"source": self.config.boundaries} | ({} if rule is None else asdict(rule))
-
     def _uniforms(self, numbers: npt.NDArray[np.int64]) -> Float[Tensor, "B T"]:
         """One number in [0, 1) for each (sample, position), from the sample's own counter-based stream."""
         num_tokens = self.model.config.num_tokens
@@ -133,8 +128,8 @@ class Drawer:
         return torch.from_numpy(np.stack(rows).astype(np.float32)).clamp_(max=1 - 2**-24)
 
 
-def ready_to_draw(model: nn.Module, config: SampleConfig) -> None:
-    """Bring weights into the type and order that make steps fast. Logits are float32 whatever the type."""
+def prepare_for_sampling(model: nn.Module, config: SampleConfig) -> None:
+    """Convert weights to the type and memory layout that make sampling fast. Logits are float32 in any case."""
     if config.precision == "bfloat16":
         model.bfloat16()
     pack_linear_layers(model)

@@ -5,8 +5,10 @@ Entry i is H(x_i | x_<i). The first token has no prediction: its entry holds the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +53,9 @@ def entropy_writer(path: Path, facts: EntropyFacts) -> UnitWriter:
 class EntropyStore:
     """A finished entropy store, mapped into memory."""
 
+    FILE: ClassVar[str] = "entropies.zarr"
+    """Its name in an artifact."""
+
     def __init__(self, store: BlockStore) -> None:
         self._store = store
         self._entropy = store.arrays["entropy"]
@@ -61,6 +66,11 @@ class EntropyStore:
         self.num_tokens, self.grid = self.facts.num_tokens, self.facts.grid
         self.num_train, self.codebook_size = self.facts.num_train, self.facts.codebook_size
         self.tokens_digest = self.facts.tokens_digest
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Path]) -> EntropyStore:
+        """Open the store of the `entropy_map` artifact among `inputs`; see `open`."""
+        return cls.open(inputs["entropy_map"] / cls.FILE)
 
     @classmethod
     def open(cls, location: Path | str) -> EntropyStore:

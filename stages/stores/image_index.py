@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -107,6 +108,11 @@ class ImageIndex:
     classes: list[str]
     num_train: int
     source: str
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Path]) -> ImageIndex:
+        """Read the index of the `dataset` artifact among `inputs`; see `open`."""
+        return cls.open(inputs["dataset"])
 
     @classmethod
     def open(cls, artifact: Path) -> ImageIndex:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from models.patch_tables import Bytes, unpack_bits
 from stages.runtime.artifact import write_atomic
 from stages.runtime.errors import ArtifactError
 from stages.stores.blocks import Integers
+from stages.stores.tokens import TokenStore
 
 FORMAT = "1"
 
@@ -58,9 +59,17 @@ def write_patches(
 class PatchIndex:
     """Patch starts of every view of every image, in memory: T / 8 bytes a view."""
 
+    FILE: ClassVar[str] = "patches.parquet"
+    """Its name in an artifact."""
+
     def __init__(self, path: Path, facts: PatchFacts, masks: Bytes) -> None:
         self.path, self.facts = path, facts
         self._masks = masks  # (N, A, bytes)
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Path], tokens: TokenStore) -> PatchIndex:
+        """Read the index of the `patch_index` artifact among `inputs`, made from `tokens`; see `open`."""
+        return cls.open(inputs["patch_index"] / cls.FILE, tokens.digest)
 
     @classmethod
     def open(cls, path: Path, tokens_digest: str) -> PatchIndex:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,9 @@ def sample_writer(path: Path, facts: SampleFacts) -> UnitWriter:
 class SampleStore:
     """A finished sample store. Images stay on disk and are read in blocks; the other arrays are in memory."""
 
+    FILE: ClassVar[str] = "samples.zarr"
+    """Its name in an artifact."""
+
     def __init__(self, store: BlockStore) -> None:
         self._store = store
         self.location = store.header.location
@@ -60,6 +64,11 @@ class SampleStore:
         self.labels: NDArray[np.uint16] = self._whole("labels")
         self.tokens: NDArray[np.uint16] = self._whole("tokens")
         self.patch_starts: NDArray[np.bool_] = self._whole("patch_starts")
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Path]) -> SampleStore:
+        """Open the store of the `sample` artifact among `inputs`; see `open`."""
+        return cls.open(inputs["sample"] / cls.FILE)
 
     @classmethod
     def open(cls, location: Path | str) -> SampleStore:

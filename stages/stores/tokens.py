@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,9 @@ def token_writer(path: Path, facts: TokenFacts) -> UnitWriter:
 class TokenStore:
     """A finished token store, mapped into memory."""
 
+    FILE: ClassVar[str] = "tokens.zarr"
+    """Its name in an artifact."""
+
     def __init__(self, store: BlockStore) -> None:
         self._store = store
         self._tokens = store.arrays["tokens"]
@@ -78,6 +82,11 @@ class TokenStore:
         self.num_tokens, self.grid = self.facts.num_tokens, self.facts.grid
         self.num_train, self.num_classes = self.facts.num_train, self.facts.num_classes
         self.codebook_size = self.facts.codebook_size
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Path]) -> TokenStore:
+        """Open the store of the `tokenize` artifact among `inputs`; see `open`."""
+        return cls.open(inputs["tokenize"] / cls.FILE)
 
     @classmethod
     def open(cls, location: Path | str) -> TokenStore:

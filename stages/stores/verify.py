@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 
 from stages.runtime.artifact import file_sha256
 from stages.runtime.errors import ArtifactError
-from stages.stores.entropies import EntropyFacts
+from stages.stores.entropies import EntropyFacts, EntropyStore
 from stages.stores.header import SpecOf, StoreHeader, reader_of
 from stages.stores.layout import CRC_BYTES, ArraySpec, metadata_keys, store_digest, value_damage
 from stages.stores.patches import PatchIndex
-from stages.stores.samples import SampleFacts
-from stages.stores.tokens import TokenFacts
+from stages.stores.samples import SampleFacts, SampleStore
+from stages.stores.tokens import TokenFacts, TokenStore
 
 
 class Damage(NamedTuple):
@@ -32,12 +32,12 @@ class Damage(NamedTuple):
 
 
 STORES: dict[str, SpecOf] = {
-    "tokens.zarr": lambda facts: TokenFacts(**facts).spec(),
-    "entropies.zarr": lambda facts: EntropyFacts(**facts).spec(),
-    "samples.zarr": lambda facts: SampleFacts(**facts).spec(),
+    TokenStore.FILE: lambda facts: TokenFacts(**facts).spec(),
+    EntropyStore.FILE: lambda facts: EntropyFacts(**facts).spec(),
+    SampleStore.FILE: lambda facts: SampleFacts(**facts).spec(),
 }
-PATCHES = "patches.parquet"
-ORIGINS = {"entropies_digest": "entropies.zarr", "tokens_digest": "tokens.zarr"}
+PATCHES = PatchIndex.FILE
+ORIGINS = {"entropies_digest": EntropyStore.FILE, "tokens_digest": TokenStore.FILE}
 """Metadata fields that hold the digest of the store that something was made from."""
 
 

@@ -13,7 +13,7 @@ from stages.stores.image_index import ImageIndex
 
 def dataset(config: DatasetConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `metrics.json`: images of each part, classes, and broken images that were left out."""
-    index = ImageIndex.open(inputs["dataset"])
+    index = ImageIndex.of(inputs)
     metrics = {
         "num_images": len(index),
         "num_train": index.num_train,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from conf.schema import RuntimeConfig
 from models.patch_tables import PatchTables, unpack_bits
 from models.patching import PatchRule
 from stages.images.decode import float_to_pixels
-from stages.patches.boundary_sources import HELDOUT_SAMPLES, SAMPLES, THRESHOLDS, patch_rule
+from stages.patches.calibration import HELDOUT_FILE, SourceEntropies, Thresholds
+from stages.patches.rule import SavedRule
 from stages.patches.thresholds import EntropySample
-from stages.runtime.artifact import read_json, write_json
+from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
 from stages.stores.blocks import Integers
 from stages.stores.entropies import EntropyStore
@@ -33,7 +35,7 @@ _SHOWN = 6  # images in the picture
 
 def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `metrics.json`, and `sources.png` with the same images as each source cuts them."""
-    thresholds: dict[str, float] = read_json(inputs["entropy_head"] / THRESHOLDS)
+    thresholds = Thresholds.of(inputs).by_source
     if not thresholds:
         write_json(output / "metrics.json", {})
         return
@@ -54,22 +56,22 @@ class Found:
     index: PatchIndex
     entropies: EntropyStore
     rule: PatchRule
-    calibrated: dict[str, Entropies]
+    calibrated: Mapping[str, Entropies]
     """By source, of training views."""
-    heldout: dict[str, Entropies]
+    heldout: Mapping[str, Entropies]
     """By source, of the first held-out images, first view."""
 
     @classmethod
     def of(cls, inputs: Inputs) -> Found:
         """From finished artifacts."""
-        store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+        store = TokenStore.of(inputs)
         return cls(
             store=store,
-            index=PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest),
-            entropies=EntropyStore.open(inputs["entropy_map"] / "entropies.zarr"),
-            rule=patch_rule(read_json(inputs["patch_index"] / "rule.json"), store.grid),
-            calibrated=_load(inputs["entropy_head"] / SAMPLES),
-            heldout=_load(inputs["entropy_head"] / HELDOUT_SAMPLES),
+            index=PatchIndex.of(inputs, store),
+            entropies=EntropyStore.of(inputs),
+            rule=SavedRule.of(inputs).patch_rule(store.grid),
+            calibrated=SourceEntropies.of(inputs).by_source,
+            heldout=SourceEntropies.of(inputs, HELDOUT_FILE).by_source,
         )
 
     def numbers(self, source: str, threshold: float) -> dict[str, float]:
@@ -115,12 +117,7 @@ class Found:
         return images, np.zeros_like(images)
 
 
-def _load(path: Path) -> dict[str, Entropies]:
-    with np.load(path, allow_pickle=False) as saved:
-        return dict(saved)
-
-
-def _picture(inputs: Inputs, found: Found, thresholds: dict[str, float], path: Path) -> None:
+def _picture(inputs: Inputs, found: Found, thresholds: Mapping[str, float], path: Path) -> None:
     """A row of the same images for each source, cut as it cuts them; the entropy model's comes first."""
     images, views, said = found.shown()
     tokens = torch.from_numpy(found.store.fetch(images, views).astype(np.int64))

@@ -15,7 +15,7 @@ from stages.stores.entropies import EntropyStore
 
 def entropy_map(config: EntropyMapConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `metrics.json`: mean entropy in nats of training and held-out images."""
-    write_json(output / "metrics.json", mean_entropies(EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")))
+    write_json(output / "metrics.json", mean_entropies(EntropyStore.of(inputs)))
 
 
 def mean_entropies(store: EntropyStore) -> dict[str, float]:

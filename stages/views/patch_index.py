@@ -11,7 +11,8 @@ import numpy.typing as npt
 from conf.patch_index import PatchIndexConfig
 from conf.schema import RuntimeConfig
 from stages.images.decode import center_crop, decode
-from stages.runtime.artifact import read_json, write_json
+from stages.patches.rule import SavedRule
+from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
 from stages.stores.entropies import EntropyStore
 from stages.stores.image_index import ImageIndex
@@ -27,15 +28,13 @@ _ROWS = 8  # images in the picture
 
 def patch_index(config: PatchIndexConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `metrics.json`, `histograms.png`, and `patches.png` with real images cut into patches."""
-    store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", store.digest)
-    rule = read_json(inputs["patch_index"] / "rule.json")
-    entropies = None
-    if "entropy_map" in inputs:
-        entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
-    threshold = {} if rule["threshold"] is None else {"threshold": rule["threshold"]}
-    write_json(output / "metrics.json", patch_numbers(store, index) | threshold)
-    _histograms(store, index, entropies).draw(rule["threshold"], output / "histograms.png")
+    store = TokenStore.of(inputs)
+    index = PatchIndex.of(inputs, store)
+    threshold = SavedRule.of(inputs).threshold
+    entropies = EntropyStore.of(inputs) if "entropy_map" in inputs else None
+    numbers = patch_numbers(store, index)
+    write_json(output / "metrics.json", numbers if threshold is None else numbers | {"threshold": threshold})
+    _histograms(store, index, entropies).draw(threshold, output / "histograms.png")
     if "images" in inputs and "dataset" in inputs:
         _picture(inputs, store, index, entropies, output / "patches.png")
 
@@ -68,7 +67,7 @@ def _picture(inputs: Inputs, store: TokenStore, index: PatchIndex, entropies: En
     """Real images, at most one a class and held-out ones first, with their patches and entropies."""
     rows = _spread_rows(store)
     views = np.zeros_like(rows)
-    files = ImageIndex.open(inputs["dataset"])
+    files = ImageIndex.of(inputs)
     size = store.facts.image_size
     images = np.stack([center_crop(decode(files.read(inputs["images"], int(row))), size) for row in rows])
     heat = None if entropies is None else entropies.fetch(rows, views)

@@ -12,14 +12,15 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from stages.images.decode import Pixels, Views, decode, views
-from stages.runtime.artifact import read_json, write_json
+from stages.patches.rule import SavedRule
+from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs
 from stages.stores.entropies import EntropyStore
 from stages.stores.image_index import ImageIndex
@@ -57,18 +58,18 @@ def patch_report(inputs: Inputs, output: Path) -> PatchReport:
         ArtifactError: An artifact is damaged, or they do not belong together.
         InputError: An image is gone or is another one now.
     """
-    tokens = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-    entropies = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
-    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", tokens.digest)
+    tokens = TokenStore.of(inputs)
+    entropies = EntropyStore.of(inputs)
+    index = PatchIndex.of(inputs, tokens)
     index.require_entropies(entropies.digest)
-    rule = read_json(inputs["patch_index"] / "rule.json")
+    rule = SavedRule.of(inputs)
     rows = np.linspace(0, len(tokens) - 1, min(len(tokens), MAX_IMAGES)).astype(np.int64)
     first_view = np.zeros_like(rows)
     starts, entropy = index.starts(rows, first_view), entropies.fetch(rows, first_view)
     histograms = PatchHistograms(tokens.num_tokens, math.log(tokens.codebook_size))
     histograms.add(starts, entropy)
-    histograms.draw(rule["threshold"], output / "histograms.png")
-    crops = Crops(ImageIndex.open(inputs["dataset"]), inputs["images"], tokens)
+    histograms.draw(rule.threshold, output / "histograms.png")
+    crops = Crops(ImageIndex.of(inputs), inputs["images"], tokens)
     png_bytes, num_patches = crops.png_bytes(rows), starts.sum(axis=1)
     correlation = _correlation(png_bytes, num_patches)
     draw_scatter(png_bytes, num_patches, correlation, output / "png_size.png")
@@ -123,15 +124,15 @@ def _extremes(num_patches: NDArray[np.int64]) -> NDArray[np.intp]:
     return order if len(order) <= 2 * EXTREMES else np.concatenate([order[:EXTREMES], order[-EXTREMES:]])
 
 
-def _share_at_limit(lengths: NDArray[np.int64], rule: dict[str, Any]) -> float | None:
-    limit = rule["max_length"]
+def _share_at_limit(lengths: NDArray[np.int64], rule: SavedRule) -> float | None:
+    limit = rule.max_length
     return None if limit is None else float(lengths[limit : limit + 1].sum() / lengths.sum())
 
 
 def _share_by_row(
-    starts: NDArray[np.bool_], entropies: NDArray[np.float32], grid: int, rule: dict[str, Any]
+    starts: NDArray[np.bool_], entropies: NDArray[np.float32], grid: int, rule: SavedRule
 ) -> float | None:
-    if not rule["row_boundary"]:
+    if not rule.row_boundary or rule.threshold is None:
         return None
-    calm = entropies[:, grid::grid] <= np.float32(rule["threshold"])
+    calm = entropies[:, grid::grid] <= np.float32(rule.threshold)
     return float(calm.sum() / starts.sum())

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from conf.sample import SampleConfig
 from conf.schema import RuntimeConfig
-from stages.patches.boundary_sources import entropy_sample
+from stages.patches.boundary_sources import SOURCES, EntropySource
 from stages.runtime.artifact import read_json, write_json
 from stages.runtime.job import Inputs, main
 from stages.stores.image_index import CLASSES_FILE
@@ -23,7 +23,7 @@ _GRID_CLASSES = 20  # rows of the grid: a thousand of them would be no picture
 
 def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `metrics.json`, and `grid.png` with a row of samples for each class, or for evenly spread ones."""
-    samples = SampleStore.open(inputs["sample"] / "samples.zarr")
+    samples = SampleStore.of(inputs)
     numbers = {
         "num_samples": len(samples),
         "sample_mean_patch_length": samples.facts.num_tokens / float(samples.patch_starts.sum(axis=1).mean()),
@@ -50,9 +50,9 @@ def _threshold(inputs: Inputs) -> dict[str, float]:
     rule = read_json(inputs["sample"] / "boundaries.json")
     if "threshold" not in rule:
         return {}
-    if rule["source"] == "entropy_model" and "entropy_map" not in inputs:
-        return {"threshold": rule["threshold"]}
-    share = entropy_sample(rule["source"], inputs).share_above(rule["threshold"])
+    source = SOURCES[rule["source"]]
+    assert isinstance(source, EntropySource)  # no other has a threshold
+    share = source.entropies(inputs).share_above(rule["threshold"])
     if share in (0.0, 1.0):
         logger.warning(
             "the threshold %.6g is exceeded by %s entropy of the training images: patches are %s",

@@ -15,7 +15,7 @@ from stages.stores.tokens import TokenStore
 
 def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `metrics.json`: sizes of the store and usage of the codebook."""
-    write_json(output / "metrics.json", codebook_usage(TokenStore.open(inputs["tokenize"] / "tokens.zarr")))
+    write_json(output / "metrics.json", codebook_usage(TokenStore.of(inputs)))
 
 
 def codebook_usage(store: TokenStore) -> dict[str, float]:

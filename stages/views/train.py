@@ -13,7 +13,7 @@ from stages.views.token_losses import write_losses
 
 def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `metrics.json`: held-out loss in nats a token, and that of the best unigram model."""
-    store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+    store = TokenStore.of(inputs)
     write_losses(output, inputs["train"], store, first_position=0)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.config import DPARConfig, EntropyHeadConfig, GPTConfig, VQConfig
-from models.dpar import DPAR
+from models.config import EntropyHeadConfig, GPTConfig, VQConfig
 from models.entropy_head import EntropyHead
 from models.gpt import GPT
 from models.vq import VQModel
@@ -24,7 +23,26 @@ VQ_FILE = "vq.safetensors"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 HEAD_FILE, HEAD_CONFIG_FILE = "entropy_head.safetensors", "entropy_head.json"
+GPT_FAMILY = "gpt"  # of the unconditional entropy model, beside the families of stage `train`
 Module = TypeVar("Module", bound=nn.Module)
+
+
+class ModelConfig(Protocol):
+    """What the configs of all models of tokens have: dataclasses that are saved beside the weights."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an image."""
+
+    @property
+    def codebook_size(self) -> int:
+        """Codes that a token can be."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """None for an unconditional model."""
 
 
 def save_vq(artifact: Path, model: VQModel) -> None:
@@ -37,27 +55,28 @@ def load_vq(artifact: Path, device: torch.device | str = "cpu") -> VQModel:
     """The tokenizer of a finished artifact, in evaluation mode."""
     config = read_json(artifact / CONFIG_FILE)
     config["channel_multipliers"] = tuple(config["channel_multipliers"])
-    return _fill(VQModel(VQConfig(**config)), artifact / VQ_FILE).to(device).eval()
+    return load_weights(VQModel(VQConfig(**config)), artifact / VQ_FILE).to(device).eval()
 
 
-def save_model(artifact: Path, family: str, model: nn.Module, config: GPTConfig | DPARConfig) -> None:
-    """Write a trained model's weights (float32) and config.
-
-    `family` is that of stage `train`, or "gpt" for the unconditional entropy model.
-    """
+def save_model(artifact: Path, family: str, model: nn.Module, config: ModelConfig) -> None:
+    """Write a trained model's weights (float32) and config. `family` is that of stage `train`, or `GPT_FAMILY`."""
     _save(artifact / MODEL_FILE, model)
     write_json(artifact / CONFIG_FILE, {"family": family, "config": asdict(config)})
 
 
-def load_model(artifact: Path, device: torch.device | str = "cpu") -> GPT | DPAR:
-    """The class-conditional model of a finished `train` artifact, in evaluation mode.
+def saved_config(artifact: Path, families: Iterable[str]) -> tuple[str, dict[str, Any]]:
+    """Family and config of a finished model.
 
     Raises:
-        ArtifactError: It holds another kind of model, or is damaged.
+        ArtifactError: It is of another family than one of `families`.
     """
-    family, config = _saved_config(artifact, "dpar", "llamagen", "npp")
-    model = DPAR(DPARConfig(**config)) if family == "dpar" else GPT(GPTConfig(**config))
-    return _fill(model, artifact / MODEL_FILE).to(device).eval()
+    saved = read_json(artifact / CONFIG_FILE)
+    if saved["family"] not in families:
+        raise ArtifactError(
+            f"{artifact} holds a model of family {saved['family']}, expected {' or '.join(families)}: "
+            "it is the artifact of another stage"
+        )
+    return saved["family"], saved["config"]
 
 
 def load_gpt(artifact: Path, device: torch.device | str = "cpu") -> GPT:
@@ -66,8 +85,8 @@ def load_gpt(artifact: Path, device: torch.device | str = "cpu") -> GPT:
     Raises:
         ArtifactError: It holds another kind of model, or is damaged.
     """
-    _, config = _saved_config(artifact, "gpt")
-    return _fill(GPT(GPTConfig(**config)), artifact / MODEL_FILE).to(device).eval()
+    _, config = saved_config(artifact, [GPT_FAMILY])
+    return load_weights(GPT(GPTConfig(**config)), artifact / MODEL_FILE).to(device).eval()
 
 
 def save_head(artifact: Path, head: EntropyHead) -> None:
@@ -83,10 +102,10 @@ def load_head(artifact: Path, device: torch.device | str = "cpu") -> EntropyHead
         ArtifactError: It is damaged.
     """
     head = EntropyHead(EntropyHeadConfig(**read_json(artifact / HEAD_CONFIG_FILE)))
-    return _fill(head, artifact / HEAD_FILE).to(device).eval()
+    return load_weights(head, artifact / HEAD_FILE).to(device).eval()
 
 
-def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+def state_dict_mismatch(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
     """The first difference between the names and shapes of two sets of weights, and how many more there are."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is not part of it" for name in found if name not in wanted]
@@ -99,15 +118,20 @@ def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | N
     return problems[0] + more if problems else None
 
 
-def _saved_config(artifact: Path, *families: str) -> tuple[str, dict[str, Any]]:
-    """Family and config of a model's artifact, if it is of one of `families`."""
-    saved = read_json(artifact / CONFIG_FILE)
-    if saved["family"] not in families:
-        raise ArtifactError(
-            f"{artifact} holds a model of family {saved['family']}, expected {' or '.join(families)}: "
-            "it is the artifact of another stage"
-        )
-    return saved["family"], saved["config"]
+def load_weights(model: Module, path: Path) -> Module:
+    """`model` with the weights in a safetensors file of ours.
+
+    Raises:
+        ArtifactError: The file is damaged, or its weights are of another model.
+    """
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    if problem := state_dict_mismatch(state, model.state_dict()):
+        raise ArtifactError(f"{path} does not fit the model that {CONFIG_FILE} beside it describes: {problem}")
+    model.load_state_dict(state)
+    return model
 
 
 def _save(path: Path, model: nn.Module) -> None:
@@ -115,14 +139,3 @@ def _save(path: Path, model: nn.Module) -> None:
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, partial)
     partial.replace(path)
-
-
-def _fill(model: Module, path: Path) -> Module:
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
-    if problem := misfit(state, model.state_dict()):
-        raise ArtifactError(f"{path} is not of the model that {CONFIG_FILE} beside it describes: {problem}")
-    model.load_state_dict(state)
-    return model

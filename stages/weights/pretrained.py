@@ -26,7 +26,7 @@ from models.lpips import LPIPS
 from models.vq import VQModel
 from stages.runtime.artifact import RECORD, file_sha256, write_json
 from stages.runtime.errors import InputError
-from stages.weights.own import misfit
+from stages.weights.own import state_dict_mismatch
 
 logger = logging.getLogger(__name__)
 _LPIPS_VGG16_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
@@ -47,7 +47,7 @@ def read_vq_checkpoint(path: Path | None, config: VQConfig) -> VQModel:
     state = _read_state(path)
     model = VQModel(config)
     state.setdefault("quantize.codebook_used", model.quantize.codebook_used)
-    if problem := misfit(state, model.state_dict()):
+    if problem := state_dict_mismatch(state, model.state_dict()):
         raise InputError(f"{path} does not fit tokenizer.model: {problem}; set tokenizer.model to its sizes")
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return model
@@ -67,7 +67,7 @@ def read_gpt_checkpoint(path: Path, config: GPTConfig) -> GPT:
     state.pop("freqs_cis", None)  # old files hold the rotary table
     with torch.device("meta"):
         model = GPT(config)
-    if problem := _other_gpt(state, config) or misfit(state, model.state_dict()):
+    if problem := _other_gpt(state, config) or state_dict_mismatch(state, model.state_dict()):
         raise InputError(f"{path} does not fit train.model and these tokens: {problem}")
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return model

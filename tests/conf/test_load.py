@@ -8,6 +8,8 @@ import pytest
 
 from conf.load import SettingsError, describe, load_settings, names
 from conf.schema import Settings
+from conf.train import DPARSettings, LlamaGenSettings
+from models.config import GPT_SIZES
 
 
 def test_later_layers_win() -> None:
@@ -63,6 +65,31 @@ def test_a_wrong_override_is_one_line_with_its_address(override: str, words: str
     with pytest.raises(SettingsError, match=words) as caught:
         load_settings(None, None, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_a_preset_stands_for_another_family_without_its_own_familys_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for kind in ("preset", "ablation"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "base.yaml").write_text("train:\n  training:\n    steps: 9\n")
+    (tmp_path / "preset/p.yaml").write_text("train:\n  model: L\n  position_embedding: patch_index_1d\n")
+    (tmp_path / "ablation/llamagen.yaml").write_text("train:\n  family: llamagen\n")
+    (tmp_path / "ablation/positions.yaml").write_text("train:\n  position_embedding: dynamic_no_redundancy\n")
+    monkeypatch.setattr("conf.load.CONF_DIR", tmp_path)
+    for arguments in (("p", "llamagen"), ("p", None, ["train.family=llamagen"])):
+        section = load_settings(*arguments)[0].train
+        assert isinstance(section, LlamaGenSettings)
+        assert (section.model, section.training.steps) == (GPT_SIZES["L"], 9)
+    own = load_settings("p")[0].train
+    assert isinstance(own, DPARSettings)
+    assert own.position_embedding == "patch_index_1d"
+    for ablation, overrides in (
+        ("positions", ["train.family=llamagen"]),
+        ("llamagen", ["train.position_embedding=dynamic"]),
+    ):
+        with pytest.raises(SettingsError, match=r"train\.position_embedding is set and train\.family llamagen"):
+            load_settings("p", ablation, overrides)
 
 
 def test_unknown_presets_and_ablations_name_those_there_are() -> None:

@@ -101,14 +101,28 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
             r"warmup_steps is 50, expected fewer than the 50 .*end at steps \[50, 100\]",
         ),
         (TrainConfig, {"family": "npp", "npp": {"levels": 4}, "training": {"steps": 7}}, "fewer than the 0 steps"),
-        (TrainConfig, {"source": "checkpoint", "checkpoint": "a.pt"}, "train.family dpar .*expected family llamagen"),
+        (
+            TrainConfig,
+            {"checkpoint": "a.pt"},
+            "train.checkpoint is set and train.family dpar, expected family llamagen or npp: dpar has no such setting",
+        ),
+        (TrainConfig, {"source": "checkpoint"}, "should be 'train'"),
+        (
+            TrainConfig,
+            {"family": "llamagen", "npp": {"levels": 2}},
+            "train.npp is set .* expected family npp: llamagen",
+        ),
+        (TrainConfig, {"family": "npp", "entropy_head": {"kind": "mlp"}}, "train.entropy_head .* expected family dpar"),
+        (TrainConfig, {"family": "gpt"}, "train.family is 'gpt', expected one of dpar, llamagen, npp"),
+        (TrainConfig, {"family": "llamagen", "model": {**DPAR_B, "depth": 3}}, "Unexpected keyword"),
         (TrainConfig, {"source": "checkpoint", "family": "npp"}, "train.checkpoint None, expected .*c2i_B_256.pt"),
         (
             Settings,
             {"tokenize": {"image_size": 240}, "train": {"family": "npp"}},
             "blocks of 2 x 2 tokens, on a grid of 15 x 15",
         ),
-        (TrainConfig, {"model": {"dim": 100, "num_heads": 3, "num_layers": 1}}, "multiple of 4"),
+        (TrainConfig, {"family": "npp", "model": {"dim": 100, "num_heads": 3, "num_layers": 1}}, "multiple of 4"),
+        (TrainConfig, {"model": {"dim": 64, "num_heads": 4, "num_layers": 1}}, r"num_layers\n  Unexpected keyword"),
         (Settings, {"tokenize": {"image_size": 250}}, "tokenize.image_size is 250"),
         (Settings, {"trian": {}}, "Extra inputs"),
         (SampleConfig, {"threshold": 7.8, "target_mean_length": 2.0}, "expected at most one of them"),
@@ -118,13 +132,29 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (
             Settings,
             {"sample": {"threshold": 7.0}, "patch_index": {"mode": "static", "static_length": 1.8}},
-            r"sample\.threshold is set, .* patch_index\.mode static and .* expected family dpar, mode entropy",
+            r"sample\.threshold is set, .* patch_index\.mode static and .* expected a family with patches",
         ),
         (
             Settings,
             {"sample": {"max_length": 3}, "train": {"family": "llamagen"}},
             r"sample\.max_length is set, train\.family is llamagen",
         ),
+        (
+            Settings,
+            {"sample": {"boundaries": "own_entropy"}, "patch_index": {"mode": "static", "static_length": 1.8}},
+            r"patch_index\.mode static and sample\.boundaries own_entropy, expected boundaries of static: see",
+        ),
+        (
+            Settings,
+            {"sample": {"boundaries": "entropy_head"}, "entropy_head": {"kind": "none"}},
+            "sample.boundaries entropy_head, expected boundaries of entropy_model or own_entropy or static",
+        ),
+        (
+            Settings,
+            {"sample": {"boundaries": "static"}, "train": {"family": "llamagen"}},
+            "sample.boundaries static, expected boundaries of none",
+        ),
+        (SampleConfig, {"boundaries": "guess"}, "'guess', expected one of entropy_head, entropy_model, own_entropy"),
     ],
 )
 def test_contradictions_name_both_sides(section: type[Any], fields: dict[str, Any], words: str) -> None:
@@ -142,7 +172,7 @@ def test_a_sizes_name_means_its_numbers() -> None:
 
 
 @pytest.mark.parametrize("family", ["llamagen", "npp"])
-def test_a_dpar_size_means_its_rival_of_the_same_width_and_depth(family: str) -> None:
+def test_a_dpar_size_means_the_baseline_of_the_same_width_and_depth(family: str) -> None:
     for name in ("B", "L", "XL", "XXL"):
         assert (
             TrainConfig.model_validate({"family": family, "model": asdict(DPAR_SIZES[name])}).model == GPT_SIZES[name]
@@ -153,19 +183,48 @@ def test_a_dpar_size_means_its_rival_of_the_same_width_and_depth(family: str) ->
     assert TrainConfig.model_validate(default.model_dump(mode="json")) == default
 
 
-def test_a_familys_key_holds_what_it_reads_and_no_more() -> None:
+def test_a_familys_key_holds_its_own_settings_and_no_other_familys() -> None:
     def key(**fields: Any) -> dict[str, Any]:
         return TrainConfig.model_validate(fields).key_fields()
 
-    assert key(npp={"levels": 3}) == key()
+    common = {"family", "source", "model", "training", "dropout", "class_dropout_prob", "seed"}
+    assert set(key()) == common | {"position_embedding", "entropy_head"}
+    assert set(key(family="llamagen")) == common
+    assert set(key(family="npp")) == common | {"npp"}
     assert key(position_embedding="patch_index_1d") != key()
     assert key(family="npp", npp={"levels": 3}) != key(family="npp")
-    for family in ("llamagen", "npp"):
-        assert key(family=family, position_embedding="patch_index_1d") == key(family=family)
-        assert key(family=family, entropy_head={"kind": "block"}) == key(family=family)
-    assert key(family="llamagen", npp={"levels": 3}) == key(family="llamagen")
     assert key(entropy_head={"weight": 2.0}) == key(), "there is no head"
     assert key(entropy_head={"kind": "block", "weight": 2.0}) != key(entropy_head={"kind": "block"}) != key()
+
+
+@pytest.mark.parametrize(
+    ("fields", "source", "read"),
+    [
+        ({}, "entropy_head", {"patch_index", "entropy_head"}),
+        ({"entropy_head": {"kind": "none"}}, "entropy_model", {"patch_index", "entropy_model"}),
+        (
+            {"entropy_head": {"kind": "none"}, "train": {"entropy_head": {"kind": "mlp"}}},
+            "entropy_head",
+            {"patch_index", "entropy_head"},
+        ),
+        ({"sample": {"boundaries": "own_entropy"}}, "own_entropy", {"patch_index", "entropy_head"}),
+        (
+            {"sample": {"boundaries": "entropy_model", "target_mean_length": 2.0}},
+            "entropy_model",
+            {"patch_index", "entropy_model", "entropy_map"},
+        ),
+        ({"sample": {"target_mean_length": 2.0}}, "entropy_head", {"patch_index", "entropy_head"}),
+        ({"patch_index": {"mode": "static", "static_length": 1.8}}, "static", {"patch_index"}),
+        ({"train": {"family": "llamagen"}}, None, set()),
+    ],
+)
+def test_null_resolves_to_the_best_source_there_is_and_only_it_is_read(
+    fields: dict[str, Any], source: str | None, read: set[str]
+) -> None:
+    settings = Settings.model_validate(fields)
+    assert settings.sample.boundaries == source
+    deciding = {"entropy_model", "entropy_map", "patch_index", "entropy_head"}
+    assert deciding - settings.sample.unread_inputs(settings) == read
 
 
 def test_an_imported_transformer_does_not_depend_on_how_one_would_train() -> None:

@@ -52,9 +52,9 @@ def test_the_data_stages_make_the_same_bytes(
     run_on_two: Run, tiny_settings: Settings, tiny_artifacts: dict[str, Path]
 ) -> None:
     tokens = TokenStore.open(run_on_two("tokenize", tiny_settings.tokenize, {}) / "tokens.zarr")
-    assert tokens.digest == TokenStore.open(tiny_artifacts["tokenize"] / "tokens.zarr").digest
+    assert tokens.digest == TokenStore.of(tiny_artifacts).digest
     entropies = EntropyStore.open(run_on_two("entropy_map", tiny_settings.entropy_map, {}) / "entropies.zarr")
-    alone = EntropyStore.open(tiny_artifacts["entropy_map"] / "entropies.zarr")
+    alone = EntropyStore.of(tiny_artifacts)
     rows = np.arange(len(alone))
     np.testing.assert_allclose(
         entropies.fetch(rows, np.zeros_like(rows)), alone.fetch(rows, np.zeros_like(rows)), atol=1e-5

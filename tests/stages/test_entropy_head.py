@@ -12,19 +12,22 @@ import torch
 
 from conf.schema import RuntimeConfig, Settings
 from conf.section import Section
+from conf.train import TrainConfig
 from models.config import EntropyHeadConfig
 from models.dpar import DPAR, pack_patches
 from models.entropy_head import EntropyHead, entropies_of
 from models.gpt import token_entropy
 from models.patching import PatchRule, patch_starts
 from pipeline.graph import STAGES
-from stages.entropy_head import entropy_head, own_entropies
+from stages.entropy_head import entropy_head
+from stages.families import load_model
+from stages.patches.own_entropy import own_entropies
 from stages.runtime.artifact import read_json
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
 from stages.training.entropies import EntropyData, HeadObjective
-from stages.weights.own import load_head, load_model
+from stages.weights.own import load_head
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
 
@@ -49,7 +52,7 @@ def test_thresholds_give_the_patch_indexs_mean_length_on_what_they_were_chosen_b
 def test_what_is_saved_is_what_the_head_says(tiny_artifacts: dict[str, Path]) -> None:
     model, head = load_model(tiny_artifacts["train"]), load_head(tiny_artifacts["entropy_head"])
     assert isinstance(model, DPAR)
-    store = TokenStore.open(tiny_artifacts["tokenize"] / "tokens.zarr")
+    store = TokenStore.of(tiny_artifacts)
     total = store.num_train * store.num_views
     with np.load(tiny_artifacts["entropy_head"] / "entropies.npz") as saved:
         assert len(saved["entropy_head"]) == total, "all training views are fewer than calibrated_on"
@@ -63,16 +66,16 @@ def test_what_is_saved_is_what_the_head_says(tiny_artifacts: dict[str, Path]) ->
 @pytest.mark.parametrize(
     ("stage", "changes"), [("train", {"family": "llamagen", "model": {"dim": 32, "num_layers": 2, "num_heads": 2}})]
 )
-def test_a_rival_has_no_source_of_its_own(
+def test_a_baseline_has_no_source_of_its_own(
     tiny_settings: Settings,
     tiny_artifacts: dict[str, Path],
     run_in_process: Run,
     stage: str,
     changes: dict[str, object],
 ) -> None:
-    rival = type(tiny_settings.train).model_validate(tiny_settings.train.model_dump() | changes)
+    baseline = TrainConfig.model_validate({"training": tiny_settings.train.training} | changes)
     inputs = dict(tiny_artifacts)
-    inputs["train"] = run_in_process("train", rival, tiny_artifacts)
+    inputs["train"] = run_in_process("train", baseline, tiny_artifacts)
     artifact = run_in_process("entropy_head", tiny_settings.entropy_head, inputs)
     assert read_json(artifact / "thresholds.json") == {}
     assert not (artifact / "entropy_head.safetensors").exists()
@@ -90,11 +93,11 @@ def test_without_a_head_the_models_own_entropy_is_left(
 def test_own_entropies_are_of_forwards_in_which_no_patch_opens(tiny_artifacts: dict[str, Path]) -> None:
     model = load_model(tiny_artifacts["train"])
     assert isinstance(model, DPAR)
-    store = TokenStore.open(tiny_artifacts["tokenize"] / "tokens.zarr")
+    store = TokenStore.of(tiny_artifacts)
     rows = np.arange(4)
     tokens = torch.from_numpy(store.fetch(rows, rows * 0).astype(np.int64))
     labels = torch.from_numpy(store.labels[rows].astype(np.int64))
-    index = PatchIndex.open(tiny_artifacts["patch_index"] / "patches.parquet", store.digest)
+    index = PatchIndex.of(tiny_artifacts, store)
     starts = torch.from_numpy(index.starts(rows, rows * 0))
     with torch.inference_mode():
         found = own_entropies(model, tokens, labels, starts)
@@ -157,11 +160,11 @@ def test_a_head_learns_and_the_model_stays(tiny_artifacts: dict[str, Path]) -> N
     model = load_model(tiny_artifacts["train"])
     assert isinstance(model, DPAR)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    store = TokenStore.open(tiny_artifacts["tokenize"] / "tokens.zarr")
+    store = TokenStore.of(tiny_artifacts)
     data = EntropyData(
         store,
-        PatchIndex.open(tiny_artifacts["patch_index"] / "patches.parquet", store.digest),
-        EntropyStore.open(tiny_artifacts["entropy_map"] / "entropies.zarr"),
+        PatchIndex.of(tiny_artifacts, store),
+        EntropyStore.of(tiny_artifacts),
     )
     torch.manual_seed(0)
     objective = HeadObjective(model, EntropyHead(EntropyHeadConfig.of(model.config, "block")))

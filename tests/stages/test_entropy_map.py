@@ -20,7 +20,7 @@ from stages.runtime.errors import ArtifactError
 from stages.runtime.job import Job
 from stages.stores.entropies import EntropyStore
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
-from stages.weights.own import load_gpt, save_model
+from stages.weights.own import GPT_FAMILY, load_gpt, save_model
 
 N, A, T, V = 11, 2, 16, 40
 CONFIG = EntropyMapConfig(batch_size=3, precision="float32")
@@ -57,7 +57,7 @@ def write_model(folder: Path, num_tokens: int = T) -> None:
     with torch.no_grad():  # the head starts at zero, which makes every entropy the same
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    save_model(folder, "gpt", model, model.config)
+    save_model(folder, GPT_FAMILY, model, model.config)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def content(output: Path) -> dict[str, bytes]:
 
 def test_entropies_are_those_of_the_models_predictions(whole: Path, inputs: dict[str, Path]) -> None:
     store = EntropyStore.open(whole / "entropies.zarr")
-    tokens = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
+    tokens = TokenStore.of(inputs)
     model = load_gpt(inputs["entropy_model"])
     images, views = np.arange(N).repeat(A), np.tile(np.arange(A), N)
     with torch.inference_mode():
@@ -97,7 +97,7 @@ def test_entropies_are_those_of_the_models_predictions(whole: Path, inputs: dict
 
 def test_the_store_says_what_it_was_made_from(whole: Path, inputs: dict[str, Path]) -> None:
     store = EntropyStore.open(whole / "entropies.zarr")
-    assert store.tokens_digest == TokenStore.open(inputs["tokenize"] / "tokens.zarr").digest
+    assert store.tokens_digest == TokenStore.of(inputs).digest
     assert (store.num_train, store.grid, store.codebook_size, store.facts.chunk_rows) == (8, 4, V, 4)
     metrics = json.loads((whole / "metrics.json").read_text())
     entropies = store.fetch(np.arange(N).repeat(A), np.tile(np.arange(A), N))[:, 1:]

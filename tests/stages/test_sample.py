@@ -16,7 +16,7 @@ from conf.section import Section
 from pipeline.graph import STAGES
 from stages.runtime.artifact import read_json
 from stages.runtime.errors import ArtifactError
-from stages.sample import draw_labels, sample, shown_classes
+from stages.sample import sample, sample_labels, shown_classes
 from stages.stores.samples import SampleStore
 from stages.stores.units import UnitWriter
 
@@ -25,7 +25,7 @@ TRAINING_LABELS = np.repeat(np.arange(4), [60, 25, 10, 5]).astype(np.uint16)
 
 
 def labels(policy: str, count: int, seed: int = 0) -> np.ndarray:
-    return draw_labels(SampleConfig(num_samples=count, labels=policy, seed=seed), TRAINING_LABELS, 4)
+    return sample_labels(SampleConfig(num_samples=count, labels=policy, seed=seed), TRAINING_LABELS, 4)
 
 
 def test_classes_follow_their_policy() -> None:
@@ -54,7 +54,7 @@ def test_the_artifact_holds_images_pictures_and_numbers(tiny_artifacts: dict[str
 
 
 def test_patches_keep_to_the_rule(tiny_artifacts: dict[str, Path]) -> None:
-    store = SampleStore.open(tiny_artifacts["sample"] / "samples.zarr")
+    store = SampleStore.of(tiny_artifacts)
     assert store.patch_starts.reshape(12, 8, 8)[:, :, 0].all()  # a row opens a patch
     for starts in store.patch_starts:
         lengths = np.diff(np.append(np.flatnonzero(starts), 64))
@@ -66,7 +66,7 @@ def test_batch_size_does_not_change_the_samples(
 ) -> None:
     other = tiny_settings.sample.model_copy(update={"batch_size": 6})
     again = SampleStore.open(run_in_process("sample", other, inputs(tiny_artifacts)) / "samples.zarr")
-    store = SampleStore.open(tiny_artifacts["sample"] / "samples.zarr")
+    store = SampleStore.of(tiny_artifacts)
     assert np.array_equal(again.labels, store.labels)
     assert (again.tokens != store.tokens).mean() < 0.01  # equal up to float noise of another batch shape
 
@@ -88,7 +88,7 @@ def test_batches_need_not_divide_the_samples(
     store = SampleStore.open(output / "samples.zarr")
     assert [len(block) for block in store.blocks()] == [5, 5, 2]
     assert read_json(output / "record" / "progress.json")["done"] == 12
-    assert np.array_equal(store.labels, SampleStore.open(tiny_artifacts["sample"] / "samples.zarr").labels)
+    assert np.array_equal(store.labels, SampleStore.of(tiny_artifacts).labels)
 
 
 @pytest.mark.parametrize(
@@ -150,12 +150,12 @@ def test_a_full_disk_keeps_finished_units_and_the_same_bytes_come_later(
 def test_any_5000_consecutive_of_50000_samples_mix_the_classes(policy: str) -> None:
     """The Inception score is a mean over ten such parts: sorted classes would ruin it."""
     config = SampleConfig(num_samples=50_000, labels=policy)
-    drawn = draw_labels(config, TRAINING_LABELS, 1000)
-    for part in np.split(drawn, 10):
+    labels = sample_labels(config, TRAINING_LABELS, 1000)
+    for part in np.split(labels, 10):
         counts = np.bincount(part, minlength=1000)
         assert (counts > 0).sum() > 970
         assert counts.max() < 20
-    totals = np.bincount(drawn, minlength=1000)
+    totals = np.bincount(labels, minlength=1000)
     assert (totals == 50).all() if policy == "balanced" else totals.std() == pytest.approx(50**0.5, rel=0.1)
 
 

@@ -57,7 +57,7 @@ def content(output: Path) -> dict[str, bytes]:
 
 
 def test_tokens_are_the_encoders_of_each_view(whole: Path, inputs: dict[str, Path]) -> None:
-    store, index = TokenStore.open(whole / "tokens.zarr"), ImageIndex.open(inputs["dataset"])
+    store, index = TokenStore.open(whole / "tokens.zarr"), ImageIndex.of(inputs)
     model = stages.tokenize.load_vq(inputs["tokenizer"])
     for image in (0, 9, len(index) - 1):
         pixels = np.stack(views(decode(index.read(inputs["images"], image)), 32, "flip"))
@@ -70,7 +70,7 @@ def test_tokens_are_the_encoders_of_each_view(whole: Path, inputs: dict[str, Pat
 
 def test_the_store_says_what_it_was_made_from(whole: Path, inputs: dict[str, Path]) -> None:
     facts = TokenStore.open(whole / "tokens.zarr").facts
-    index = ImageIndex.open(inputs["dataset"])
+    index = ImageIndex.of(inputs)
     assert (facts.num_images, facts.num_train, facts.num_classes) == (45, index.num_train, 3)
     assert (facts.num_views, facts.grid, facts.num_tokens, facts.codebook_size) == (2, 8, 64, 64)
     assert (facts.view_names, facts.image_size) == (["center", "mirrored/center"], 32)
@@ -144,7 +144,7 @@ def test_an_image_is_read_and_decoded_once_whatever_the_number_of_views(
     monkeypatch.setattr(stages.tokenize, "decode", spy)
     config = TokenizeConfig(image_size=16, views="ten_crop_x2", batch_size=7, chunk_rows=16)
     tokenize(config, inputs, tmp_path, RuntimeConfig(device="cpu", threads=2))
-    index = ImageIndex.open(inputs["dataset"])
+    index = ImageIndex.of(inputs)
     assert sorted(decoded) == sorted(index.read(inputs["images"], image) for image in range(len(index)))
 
 

@@ -15,6 +15,7 @@ from conf.schema import RuntimeConfig, Settings
 from conf.section import Section
 from conf.train import TrainConfig
 from models.gpt import GPT
+from stages.families import load_model
 from stages.runtime.artifact import file_sha256, read_json
 from stages.runtime.distributed import World
 from stages.runtime.errors import InputError
@@ -23,7 +24,6 @@ from stages.stores.tokens import TokenStore
 from stages.train import train
 from stages.training.data import GPTObjective, TokenData
 from stages.training.next_patch import NextPatchData
-from stages.weights.own import load_model
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
 SIZE = {"dim": 32, "num_layers": 2, "num_heads": 2}
@@ -59,7 +59,7 @@ def test_npp_goes_from_blocks_to_tokens_and_says_so(npp: Path) -> None:
 def test_npps_heldout_loss_is_llamagens(npp: Path, tiny_artifacts: dict[str, Path]) -> None:
     model = load_model(npp)
     assert isinstance(model, GPT)
-    data = TokenData(TokenStore.open(tiny_artifacts["tokenize"] / "tokens.zarr"))
+    data = TokenData(TokenStore.of(tiny_artifacts))
     with torch.no_grad():
         expected = data.heldout_loss(GPTObjective(model), World(0, 1, torch.device("cpu")))
     metrics = read_json(npp / "metrics.json")

@@ -14,9 +14,9 @@ from conf.schema import RuntimeConfig
 from pipeline.cli.main import run_command
 from pipeline.graph import STAGES
 from pipeline.plan import StageStatus
-from stages.sampling.preview import Beginning, Look, Wish
+from stages.sampling.preview import Prefix, PreviewReport, Request
 
-LOOK = Look(classes=["cat", "dog"], mean_patch_length=1.81, seconds_per_image=0.25, device="cpu")
+REPORT = PreviewReport(classes=["cat", "dog"], mean_patch_length=1.81, seconds_per_image=0.25, device="cpu")
 
 
 @pytest.fixture
@@ -28,12 +28,12 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Calls of the functions behind the command, which draw nothing."""
+def previews(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Calls of the functions behind the command, which sample nothing."""
     calls: list[tuple[Any, ...]] = []
-    for name in ("look", "continue_image"):
+    for name in ("preview", "continue_image"):
         monkeypatch.setattr(
-            f"stages.sampling.preview.{name}", lambda *given, name=name: calls.append((name, *given)) or LOOK
+            f"stages.sampling.preview.{name}", lambda *given, name=name: calls.append((name, *given)) or REPORT
         )
     return calls
 
@@ -53,17 +53,17 @@ def test_stages_that_are_not_made_are_named(
     assert f"not cached: {missing}: make them with `dpar run --until" in capsys.readouterr().err
 
 
-def test_a_look_gets_what_the_options_say(
-    cached: Path, looks: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+def test_a_preview_gets_what_the_options_say(
+    cached: Path, previews: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--classes", "cat, 5", "--n", "4", "--seed", "9", "--cfg-scale", "1.25", "--patches", "--out", "a.png"]
     assert run_command(["sample", "--set", "sample.top_k=50", *options]) == 0
-    name, config, inputs, runtime, wish, _ = looks[0]
-    assert name == "look"
+    name, config, inputs, runtime, request, _ = previews[0]
+    assert name == "preview"
     assert config == SampleConfig(seed=9, cfg_scale=1.25, top_k=50)
     assert inputs == {stage: cached / stage for stage in STAGES["sample"].inputs}
     assert isinstance(runtime, RuntimeConfig)
-    assert wish == Wish(classes=["cat", "5"], count=4, patches=True, output=Path("a.png"))
+    assert request == Request(classes=["cat", "5"], count=4, patches=True, output=Path("a.png"))
     said = capsys.readouterr().out
     assert "0.25  seconds an image, on cpu" in said
     assert "1.81  tokens a patch" in said
@@ -71,12 +71,12 @@ def test_a_look_gets_what_the_options_say(
 
 
 def test_an_image_is_continued_and_told_in_json(
-    cached: Path, looks: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+    cached: Path, previews: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(["sample", "--init", "b.jpg", "--keep-rows", "3", "--classes", "cat", "--json"]) == 0
-    assert looks[0][0] == "continue_image"
-    assert looks[0][5] == Beginning(image=Path("b.jpg"), keep_rows=3)
-    assert json.loads(capsys.readouterr().out) == {"output": "samples.png", **vars(LOOK)}
+    assert previews[0][0] == "continue_image"
+    assert previews[0][5] == Prefix(image=Path("b.jpg"), keep_rows=3)
+    assert json.loads(capsys.readouterr().out) == {"output": "samples.png", **vars(REPORT)}
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from conf.boundary_sources import BoundarySource
 from models.flops import Cost, Macs, Sampling
-from pipeline.bench.flops import CostRow, LengthSource, PatchCost
+from pipeline.bench.family_costs import LengthSource, PatchCost
+from pipeline.bench.flops import CostRow
 from pipeline.bench.gates import Gate
 from pipeline.cli import tables
 
@@ -22,7 +22,7 @@ NPP = replace(LLAMAGEN, model="npp-XXL", llamagen=COST)
 
 
 def dpar(source: LengthSource) -> CostRow:
-    boundaries: dict[BoundarySource, Sampling] = {
+    boundaries: dict[str, Sampling] = {
         "static": Sampling(),
         "entropy_head": DRAWN,
         "entropy_model": DRAWN,

@@ -1,4 +1,4 @@
-"""A quick look: the samples that the stage would draw, captioned; a real image continued; clear refusals."""
+"""Previews: the samples of the stage, captioned; a real image continued; clear refusals."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 from conf.schema import RuntimeConfig, Settings
 from stages.images.decode import center_crop, pixels_to_float
 from stages.runtime.errors import InputError
-from stages.sampling.preview import Beginning, Look, Wish, chosen_classes, continue_image, look, spread
-from stages.sampling.sampler import Drawer
+from stages.sampling.preview import Prefix, PreviewReport, Request, chosen_classes, continue_image, preview, spread
+from stages.sampling.sampler import Sampler
 from stages.stores.tokens import TokenStore
 
 NAMES = ["cat", "Dog", "7"]
@@ -23,18 +23,18 @@ Calls = list[tuple[int, int]]
 
 
 @pytest.fixture
-def drawings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What is drawn, batch by batch."""
-    batches: list[dict[str, Any]] = []
-    draw = Drawer.draw
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What is sampled, batch by batch."""
+    made: list[dict[str, Any]] = []
+    sample = Sampler.sample
 
-    def remember(self: Drawer, numbers: Any, labels: Any, prefix: Any = None) -> Any:
-        made = draw(self, numbers, labels, prefix)
-        batches.append({"numbers": numbers, "prefix": prefix, **made})
-        return made
+    def remember(self: Sampler, numbers: Any, labels: Any, prefix: Any = None) -> Any:
+        batch = sample(self, numbers, labels, prefix)
+        made.append({"numbers": numbers, "prefix": prefix, **batch})
+        return batch
 
-    monkeypatch.setattr(Drawer, "draw", remember)
-    return batches
+    monkeypatch.setattr(Sampler, "sample", remember)
+    return made
 
 
 def test_classes_are_names_or_numbers() -> None:
@@ -50,26 +50,26 @@ def test_images_are_shared_out_among_the_classes() -> None:
     assert spread(np.arange(1000), 4).tolist() == [0, 333, 666, 999]
 
 
-def test_a_look_shows_the_samples_of_the_stage(
-    tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path, drawings: list[dict[str, Any]]
+def test_a_preview_shows_the_samples_of_the_stage(
+    tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path, batches: list[dict[str, Any]]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for folder in tiny_artifacts.values() for path in folder.rglob("*")}
     told: Calls = []
-    wish = Wish(classes=["stripes", "0"], count=9, patches=False, output=tmp_path / "new" / "look.png")
-    found = look(tiny_settings.sample, tiny_artifacts, RUNTIME, wish, lambda *counts: told.append(counts))
+    request = Request(classes=["stripes", "0"], count=9, patches=False, output=tmp_path / "new" / "preview.png")
+    found = preview(tiny_settings.sample, tiny_artifacts, RUNTIME, request, lambda *counts: told.append(counts))
     assert told == [(0, 9), (8, 9), (9, 9)]
     assert found.classes == ["discs"] * 4 + ["stripes"] * 5
-    starts = np.concatenate([batch["patch_starts"] for batch in drawings])
+    starts = np.concatenate([batch["patch_starts"] for batch in batches])
     assert found.mean_patch_length == pytest.approx(starts.size / starts.sum())
     assert found.seconds_per_image > 0
-    assert np.concatenate([batch["numbers"] for batch in drawings]).tolist() == list(range(9))
-    with Image.open(tmp_path / "new" / "look.png") as picture:
+    assert np.concatenate([batch["numbers"] for batch in batches]).tolist() == list(range(9))
+    with Image.open(tmp_path / "new" / "preview.png") as picture:
         assert picture.width == 3 * (192 + 6) + 6
         shown = np.asarray(picture)[6 : 6 + 192 : 6, 6 : 6 + 192 : 6]
-    assert np.array_equal(shown, drawings[0]["images"][0]), "pixels stay squares"
+    assert np.array_equal(shown, batches[0]["images"][0]), "pixels stay squares"
     after = {path: path.stat().st_mtime_ns for folder in tiny_artifacts.values() for path in folder.rglob("*")}
     assert after == before
-    assert [path.name for path in tmp_path.rglob("*.*")] == ["look.png"]
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["preview.png"]
 
 
 def test_patches_are_outlined_where_they_start(
@@ -77,17 +77,19 @@ def test_patches_are_outlined_where_they_start(
 ) -> None:
     pictures = []
     for patches in (False, True):
-        wish = Wish(classes=["0"], count=2, patches=patches, output=tmp_path / f"{patches}.png")
-        look(tiny_settings.sample, tiny_artifacts, RUNTIME, wish, lambda *_: None)
-        pictures.append(np.asarray(Image.open(wish.output)).astype(int))
+        request = Request(classes=["0"], count=2, patches=patches, output=tmp_path / f"{patches}.png")
+        preview(tiny_settings.sample, tiny_artifacts, RUNTIME, request, lambda *_: None)
+        pictures.append(np.asarray(Image.open(request.output)).astype(int))
     red = [int(((picture[..., 0] - picture[..., 1]) > 150).sum()) for picture in pictures]
     assert red[1] > red[0] + 192 * 8  # each of two images has eight rows of patches at least
 
 
-def continued(artifacts: dict[str, Path], settings: Settings, image: Path, output: Path, **changes: Any) -> Look:
-    wish = Wish(classes=changes.get("classes", ["1"]), count=3, patches=False, output=output)
-    beginning = Beginning(image=image, keep_rows=changes.get("keep_rows", 3))
-    return continue_image(settings.sample, artifacts, RUNTIME, wish, beginning, lambda *_: None)
+def continued(
+    artifacts: dict[str, Path], settings: Settings, image: Path, output: Path, **changes: Any
+) -> PreviewReport:
+    request = Request(classes=changes.get("classes", ["1"]), count=3, patches=False, output=output)
+    prefix = Prefix(image=image, keep_rows=changes.get("keep_rows", 3))
+    return continue_image(settings.sample, artifacts, RUNTIME, request, prefix, lambda *_: None)
 
 
 def test_a_continuation_keeps_the_first_rows_of_the_real_image(
@@ -95,20 +97,20 @@ def test_a_continuation_keeps_the_first_rows_of_the_real_image(
     tiny_settings: Settings,
     image_root: Path,
     tmp_path: Path,
-    drawings: list[dict[str, Any]],
+    batches: list[dict[str, Any]],
 ) -> None:
     image = image_root / "discs" / "00.png"
-    found = continued(tiny_artifacts, tiny_settings, image, tmp_path / "look.png")
+    found = continued(tiny_artifacts, tiny_settings, image, tmp_path / "preview.png")
     assert found.classes == ["squares"] * 3
-    store = TokenStore.open(tiny_artifacts["tokenize"] / "tokens.zarr")
-    drawer = Drawer.load(tiny_settings.sample, tiny_artifacts, store, torch.device("cpu"))
+    store = TokenStore.of(tiny_artifacts)
+    sampler = Sampler.load(tiny_settings.sample, tiny_artifacts, store, torch.device("cpu"))
     pixels = pixels_to_float(np.stack([center_crop(Image.open(image), 32)]))
     with torch.inference_mode():
-        tokens = drawer.vq.encode(pixels).numpy()
-    drawn = drawings[0]["tokens"]
-    assert np.array_equal(drawn[:, :24], np.repeat(tokens[:, :24], 3, axis=0))
-    assert len(np.unique(drawn, axis=0)) == 3
-    with Image.open(tmp_path / "look.png") as picture:
+        tokens = sampler.vq.encode(pixels).numpy()
+    sampled = batches[0]["tokens"]
+    assert np.array_equal(sampled[:, :24], np.repeat(tokens[:, :24], 3, axis=0))
+    assert len(np.unique(sampled, axis=0)) == 3
+    with Image.open(tmp_path / "preview.png") as picture:
         assert picture.width == 5 * (192 + 6) + 6  # original, kept rows, three continuations
         kept = np.asarray(picture)[6 : 6 + 192, 6 + 198 : 6 + 198 + 192]
     assert (kept[192 * 3 // 8 :] == 235).all()
@@ -126,7 +128,7 @@ def test_a_continuation_keeps_the_first_rows_of_the_real_image(
         ({"image": "text.png"}, r"image .*text\.png cannot be decoded \(not an image of a known format\)"),
     ],
 )
-def test_wishes_that_make_no_sense_are_refused_in_a_line(
+def test_requests_that_make_no_sense_are_refused_in_a_line(
     tiny_artifacts: dict[str, Path],
     tiny_settings: Settings,
     image_root: Path,
@@ -138,8 +140,8 @@ def test_wishes_that_make_no_sense_are_refused_in_a_line(
     changes = dict(changes)
     image = tmp_path / changes.pop("image") if "image" in changes else image_root / "discs" / "00.png"
     with pytest.raises(InputError, match=words):
-        continued(tiny_artifacts, tiny_settings, image, tmp_path / "look.png", **changes)
-    assert not (tmp_path / "look.png").exists()
+        continued(tiny_artifacts, tiny_settings, image, tmp_path / "preview.png", **changes)
+    assert not (tmp_path / "preview.png").exists()
 
 
 def test_half_of_the_rows_stay_unless_told_otherwise(
@@ -147,7 +149,7 @@ def test_half_of_the_rows_stay_unless_told_otherwise(
     tiny_settings: Settings,
     image_root: Path,
     tmp_path: Path,
-    drawings: list[dict[str, Any]],
+    batches: list[dict[str, Any]],
 ) -> None:
-    continued(tiny_artifacts, tiny_settings, image_root / "discs" / "00.png", tmp_path / "look.png", keep_rows=None)
-    assert drawings[0]["prefix"].shape == (3, 32)
+    continued(tiny_artifacts, tiny_settings, image_root / "discs" / "00.png", tmp_path / "preview.png", keep_rows=None)
+    assert batches[0]["prefix"].shape == (3, 32)

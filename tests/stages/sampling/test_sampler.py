@@ -1,4 +1,4 @@
-"""Drawing: an image is a function of its seed, number and class; boundaries and models fit the tokens."""
+"""Sampling: an image is a function of its seed, number and class; boundaries and models fit the tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from conf.boundary_sources import BoundarySource
 from conf.sample import SampleConfig
 from conf.schema import Settings
 from models.boundaries import EntropyBoundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
@@ -20,12 +19,14 @@ from models.dpar import DPAR
 from models.gpt import GPT
 from models.patching import PatchRule
 from models.vq import VQModel
+from stages.families import Model
 from stages.patches.boundary_sources import entropy_sample
-from stages.runtime.artifact import read_json, write_json
+from stages.patches.calibration import Thresholds
+from stages.patches.rule import IndexRule, SavedRule
 from stages.runtime.errors import ArtifactError, InputError
-from stages.sampling.sampler import Drawer, resize
+from stages.sampling.sampler import Sampler, resize
 from stages.stores.tokens import TokenStore
-from stages.weights.own import load_gpt, save_model
+from stages.weights.own import GPT_FAMILY, load_gpt, save_model
 
 CPU = torch.device("cpu")
 SHAPE = {"codebook_size": 64, "num_tokens": 64}
@@ -33,8 +34,8 @@ IMAGES = 24
 
 
 @pytest.fixture(scope="module")
-def random_drawer() -> Callable[..., Drawer]:
-    """Drawers with the same random weights, wide enough for batch sizes to round differently."""
+def random_sampler() -> Callable[..., Sampler]:
+    """Samplers with the same random weights, wide enough for batch sizes to round differently."""
     torch.manual_seed(0)
     size = {"dim": 128, "num_heads": 4, "encoder_layers": 1, "global_layers": 3, "decoder_layers": 2}
     model = DPAR(DPARConfig(**size, **SHAPE, num_classes=3)).eval()
@@ -46,66 +47,92 @@ def random_drawer() -> Callable[..., Drawer]:
     )
     rule = PatchRule(threshold=3.85, max_length=4, row_boundary=True, grid=8)
 
-    def make(**settings: object) -> Drawer:
+    def make(**settings: object) -> Sampler:
         config = SampleConfig(**{"image_size": 32, "precision": "float32"} | settings)
-        return Drawer(config, model, vq.eval(), EntropyBoundaries(entropy_model, rule), CPU)
+        return Sampler(
+            config, Model("dpar", model, model.config), vq.eval(), EntropyBoundaries(entropy_model, rule), CPU
+        )
 
     return make
 
 
-def drawn(drawer: Drawer, batch_size: int) -> dict[str, np.ndarray]:
+def sampled(sampler: Sampler, batch_size: int) -> dict[str, np.ndarray]:
     numbers = np.arange(IMAGES)
     parts = [
-        drawer.draw(part, part % 3) for part in (numbers[i : i + batch_size] for i in range(0, IMAGES, batch_size))
+        sampler.sample(part, part % 3) for part in (numbers[i : i + batch_size] for i in range(0, IMAGES, batch_size))
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in ("tokens", "patch_starts", "images")}
 
 
-def test_batch_sizes_draw_the_same_images_but_for_float_noise(random_drawer: Callable[..., Drawer]) -> None:
-    drawer = random_drawer()
-    alone = drawn(drawer, 1)
+def test_batch_sizes_sample_the_same_images_but_for_float_noise(random_sampler: Callable[..., Sampler]) -> None:
+    sampler = random_sampler()
+    alone = sampled(sampler, 1)
     assert 1.1 < 64 / alone["patch_starts"].sum(axis=1).mean() < 3, "entropies must decide boundaries here"
     for batch_size in (3, 8, IMAGES):
-        together = drawn(drawer, batch_size)
+        together = sampled(sampler, batch_size)
         changed = (together["tokens"] != alone["tokens"]).any(axis=1)
         # A token changes where a uniform number lies within 1e-6 of the edge of its interval: about one in 10,000.
         assert changed.sum() <= 1, f"batch size {batch_size}: {changed.sum()} of {IMAGES} images differ"
         assert np.array_equal(together["patch_starts"][~changed], alone["patch_starts"][~changed])
         differences = np.abs(together["images"][~changed].astype(int) - alone["images"][~changed])
         assert differences.max() <= 1  # a rounding may fall to either side of a pixel value
-        again = drawn(drawer, batch_size)
+        again = sampled(sampler, batch_size)
         assert all(np.array_equal(again[name], together[name]) for name in together), "bitwise for one batch size"
 
 
-def test_a_sample_depends_on_its_number_and_seed_and_not_on_its_place(random_drawer: Callable[..., Drawer]) -> None:
-    drawer, labels = random_drawer(), np.zeros(4, dtype=np.int64)
-    first = drawer.draw(np.array([7, 1, 900_000, 2]), labels)["tokens"]
-    moved = drawer.draw(np.array([2, 900_000, 1, 7]), labels)["tokens"]
+def test_a_sample_depends_on_its_number_and_seed_and_not_on_its_place(random_sampler: Callable[..., Sampler]) -> None:
+    sampler, labels = random_sampler(), np.zeros(4, dtype=np.int64)
+    first = sampler.sample(np.array([7, 1, 900_000, 2]), labels)["tokens"]
+    moved = sampler.sample(np.array([2, 900_000, 1, 7]), labels)["tokens"]
     assert np.array_equal(moved, first[::-1])
     assert len(np.unique(first, axis=0)) == 4
-    assert not np.array_equal(random_drawer(seed=1).draw(np.array([7, 1, 900_000, 2]), labels)["tokens"], first)
+    assert not np.array_equal(random_sampler(seed=1).sample(np.array([7, 1, 900_000, 2]), labels)["tokens"], first)
 
 
-def test_resizing_is_bicubic_without_antialiasing_and_nothing_at_equal_size() -> None:
+def cubic_weight(distance: np.ndarray) -> np.ndarray:
+    """Keys' cubic convolution kernel at a = -0.75."""
+    a, x = -0.75, np.abs(distance)
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def resampling_matrix(old: int, new: int) -> np.ndarray:
+    """Bicubic weights (new, old) of four neighbours, edges repeated. Smaller images do not widen the kernel."""
+    matrix = np.zeros((new, old))
+    for row in range(new):
+        place = (row + 0.5) * old / new - 0.5
+        for neighbour in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
+            matrix[row, np.clip(neighbour, 0, old - 1)] += cubic_weight(np.array(place - neighbour))
+    return matrix
+
+
+@pytest.mark.parametrize("size", [5, 6, 12])
+def test_resizing_is_bicubic_without_antialiasing(size: int) -> None:
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    matrix = resampling_matrix(8, size)
+    expected = np.einsum("ij,bcjk,lk->bcil", matrix, images.double().numpy(), matrix)
+    np.testing.assert_allclose(resize(images, size).numpy(), expected, atol=1e-5)
+
+
+def test_nothing_is_resized_at_equal_size() -> None:
     images = torch.rand(1, 3, 8, 8)
     assert resize(images, 8) is images
-    expected = torch.nn.functional.interpolate(images, size=(6, 6), mode="bicubic", antialias=False)
-    assert torch.equal(resize(images, 6), expected)
 
 
-def test_pixels_are_made_as_published(random_drawer: Callable[..., Drawer]) -> None:
+def test_pixels_are_made_as_published(random_sampler: Callable[..., Sampler]) -> None:
     """LlamaGen: bicubic on the decoder's floats, which may leave [-1, 1]; then 127.5 x + 128, clamped and cut."""
-    drawer = random_drawer(image_size=24)
+    sampler = random_sampler(image_size=24)
     tokens = torch.arange(64)[None]
     with torch.inference_mode():
-        decoded = drawer.vq.decode(tokens) * 1.0
+        decoded = sampler.vq.decode(tokens) * 1.0
         smaller = torch.nn.functional.interpolate(decoded, size=(24, 24), mode="bicubic")
     published = torch.clamp(127.5 * smaller + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
-    assert np.array_equal(drawer.decode(tokens), published)
+    assert np.array_equal(sampler.decode(tokens), published)
 
 
-def load(inputs: dict[str, Path], config: SampleConfig) -> Drawer:
-    return Drawer.load(config, inputs, TokenStore.open(inputs["tokenize"] / "tokens.zarr"), CPU)
+def load(inputs: dict[str, Path], config: SampleConfig) -> Sampler:
+    return Sampler.load(config, inputs, TokenStore.of(inputs), CPU)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +144,7 @@ def load(inputs: dict[str, Path], config: SampleConfig) -> Drawer:
     ],
 )
 def test_the_rule_is_the_sources_unless_the_settings_name_another(
-    tiny_artifacts: dict[str, Path], tiny_settings: Settings, source: BoundarySource, kind: type
+    tiny_artifacts: dict[str, Path], tiny_settings: Settings, source: str, kind: type
 ) -> None:
     def rule(**changes: object) -> PatchRule:
         config = tiny_settings.sample.model_copy(update={"boundaries": source} | changes)
@@ -126,8 +153,10 @@ def test_the_rule_is_the_sources_unless_the_settings_name_another(
         found: PatchRule = boundaries.rule
         return found
 
-    thresholds = read_json(tiny_artifacts["entropy_head"] / "thresholds.json")
-    thresholds["entropy_model"] = read_json(tiny_artifacts["patch_index"] / "rule.json")["threshold"]
+    thresholds = dict(Thresholds.of(tiny_artifacts).by_source)
+    index_threshold = SavedRule.of(tiny_artifacts).threshold
+    assert index_threshold is not None
+    thresholds["entropy_model"] = index_threshold
     assert rule() == PatchRule(thresholds[source], 4, True, 8)
     assert rule(threshold=1.25, max_length=6) == PatchRule(1.25, 6, True, 8)
     wanted = rule(target_mean_length=2.5, max_length=6)
@@ -141,12 +170,19 @@ def test_the_rule_is_the_sources_unless_the_settings_name_another(
 def test_static_patches_take_no_threshold(
     tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path
 ) -> None:
-    write_json(tmp_path / "rule.json", {"mode": "static", "static_length": 2.0})
-    inputs = tiny_artifacts | {"patch_index": tmp_path}
-    assert load(inputs, tiny_settings.sample).boundaries is not None
+    SavedRule.save(tmp_path, IndexRule.static(2.0), 2.0)
+    inputs = {name: tiny_artifacts[name] for name in ("tokenizer", "tokenize", "train")} | {"patch_index": tmp_path}
+    static = tiny_settings.sample.model_copy(update={"boundaries": "static"})
+    boundaries = load(inputs, static).boundaries
+    assert isinstance(boundaries, GivenBoundaries)
+    assert boundaries.starts.tolist() == [True, *[position % 2 == 0 for position in range(1, 64)]]
     for name, value in {"threshold": 1.0, "max_length": 4, "target_mean_length": 2.0}.items():
         with pytest.raises(InputError, match=rf"sample\.{name} is set and patches are static"):
-            load(inputs, tiny_settings.sample.model_copy(update={name: value}))
+            load(inputs, static.model_copy(update={name: value}))
+    with pytest.raises(InputError, match=r"sample\.boundaries is entropy_head and patch_index\.mode static"):
+        load(inputs, tiny_settings.sample)
+    with pytest.raises(InputError, match=r"sample\.boundaries is None and the model works on patches"):
+        load(inputs, tiny_settings.sample.model_copy(update={"boundaries": None}))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +197,7 @@ def test_an_entropy_model_of_another_tokenizer_is_refused(
     words: str,
 ) -> None:
     config = GPTConfig(**{"dim": 32, "num_layers": 1, "num_heads": 2, "num_classes": None} | SHAPE | changes)
-    save_model(tmp_path, "gpt", GPT(config), config)
+    save_model(tmp_path, GPT_FAMILY, GPT(config), config)
     with pytest.raises(ArtifactError, match=f"entropy model in .* has {words}.*trained on these tokens"):
         load(
             tiny_artifacts | {"entropy_model": tmp_path},
@@ -169,37 +205,46 @@ def test_an_entropy_model_of_another_tokenizer_is_refused(
         )
 
 
-def test_with_a_head_the_entropy_model_is_not_read(
-    tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path
+@pytest.mark.parametrize(
+    ("changes", "read"),
+    [
+        ({"boundaries": "entropy_head"}, {"patch_index", "entropy_head"}),
+        ({"boundaries": "entropy_head", "target_mean_length": 2.0}, {"patch_index", "entropy_head"}),
+        ({"boundaries": "own_entropy"}, {"patch_index", "entropy_head"}),
+        ({"boundaries": "own_entropy", "target_mean_length": 2.0}, {"patch_index", "entropy_head"}),
+        ({"boundaries": "entropy_model"}, {"patch_index", "entropy_model"}),
+        (
+            {"boundaries": "entropy_model", "target_mean_length": 2.0},
+            {"patch_index", "entropy_model", "entropy_map"},
+        ),
+        ({"boundaries": "static"}, {"patch_index"}),
+    ],
+)
+def test_a_source_needs_only_the_artifacts_that_the_settings_say(
+    tiny_artifacts: dict[str, Path], tiny_settings: Settings, changes: dict[str, object], read: set[str]
 ) -> None:
-    without = tiny_artifacts | {"entropy_model": tmp_path / "none"}
-    drawer = load(without, tiny_settings.sample)
-    assert isinstance(drawer.boundaries, HeadBoundaries), "of its own accord"
-    drawn = drawer.draw(np.arange(2), np.array([0, 2]))
-    assert np.array_equal(
-        drawn["tokens"], load(tiny_artifacts, tiny_settings.sample).draw(np.arange(2), np.array([0, 2]))["tokens"]
-    )
+    config = tiny_settings.sample.model_copy(update=changes)
+    deciding = {"entropy_model", "entropy_map", "patch_index", "entropy_head"}
+    assert deciding - config.unread_inputs(tiny_settings) == read
+    inputs = {name: tiny_artifacts[name] for name in {"tokenizer", "tokenize", "train"} | read}
+    assert load(inputs, config).boundaries is not None
 
 
-def test_a_source_that_the_model_lacks_is_refused(
+def test_a_source_that_was_not_calibrated_is_refused(
     tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path
 ) -> None:
-    write_json(tmp_path / "thresholds.json", {"own_entropy": 1.0})
-    without = tiny_artifacts | {"entropy_head": tmp_path}
-    assert isinstance(load(without, tiny_settings.sample).boundaries, EntropyBoundaries)
-    with pytest.raises(
-        InputError, match=r"sample\.boundaries is entropy_head, expected own_entropy or entropy_model or st"
-    ):
-        load(without, tiny_settings.sample.model_copy(update={"boundaries": "entropy_head"}))
+    Thresholds({"own_entropy": 1.0}).save(tmp_path)
+    with pytest.raises(InputError, match=r"sample\.boundaries is entropy_head, expected own_entropy: stage"):
+        load(tiny_artifacts | {"entropy_head": tmp_path}, tiny_settings.sample)
 
 
 def test_static_patches_of_a_model_by_entropy_have_its_mean_length(
     tiny_artifacts: dict[str, Path], tiny_settings: Settings
 ) -> None:
-    drawer = load(tiny_artifacts, tiny_settings.sample.model_copy(update={"boundaries": "static"}))
-    assert isinstance(drawer.boundaries, GivenBoundaries)
-    wanted = read_json(tiny_artifacts["patch_index"] / "rule.json")["mean_length"]
-    assert 64 / int(drawer.boundaries.starts.sum()) == pytest.approx(wanted, rel=0.03)
+    sampler = load(tiny_artifacts, tiny_settings.sample.model_copy(update={"boundaries": "static"}))
+    assert isinstance(sampler.boundaries, GivenBoundaries)
+    wanted = SavedRule.of(tiny_artifacts).mean_length
+    assert 64 / int(sampler.boundaries.starts.sum()) == pytest.approx(wanted, rel=0.03)
 
 
 def test_a_model_of_other_classes_and_a_tokenizer_of_another_codebook_are_refused(
@@ -223,8 +268,8 @@ def test_a_model_without_patches_needs_no_entropy_model(
 ) -> None:
     config = GPTConfig(dim=32, num_layers=1, num_heads=2, num_classes=3, **SHAPE)
     save_model(tmp_path, "llamagen", GPT(config), config)
-    drawer = load(tiny_artifacts | {"train": tmp_path, "entropy_model": tmp_path / "none"}, tiny_settings.sample)
-    assert drawer.boundaries is None
-    assert drawer.draw(np.arange(2), np.array([0, 2]))["patch_starts"].all()
+    sampler = load(tiny_artifacts | {"train": tmp_path, "entropy_model": tmp_path / "none"}, tiny_settings.sample)
+    assert sampler.boundaries is None
+    assert sampler.sample(np.arange(2), np.array([0, 2]))["patch_starts"].all()
     with pytest.raises(ArtifactError, match="holds a model of family llamagen, expected gpt"):
         load_gpt(tmp_path)

@@ -37,11 +37,11 @@ def indexed(inputs: dict[str, Path], output: Path, **settings: object) -> dict[s
 def test_the_numbers_are_those_of_the_index_and_the_images(inputs: dict[str, Path], tmp_path: Path) -> None:
     inputs = indexed(inputs, tmp_path / "index", target_mean_length=1.8, max_length=3)
     report = patch_report(inputs, tmp_path / "report")
-    tokens = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
-    index = PatchIndex.open(inputs["patch_index"] / "patches.parquet", tokens.digest)
-    images = ImageIndex.open(inputs["dataset"])
+    tokens = TokenStore.of(inputs)
+    index = PatchIndex.of(inputs, tokens)
+    images = ImageIndex.of(inputs)
     rows = np.arange(len(images))
-    store = EntropyStore.open(inputs["entropy_map"] / "entropies.zarr")
+    store = EntropyStore.of(inputs)
     starts, entropies = index.starts(rows, 0 * rows), store.fetch(rows, 0 * rows)
     threshold = json.loads((inputs["patch_index"] / "rule.json").read_text())["threshold"]
     lengths, by_row, sizes = [], 0, []

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
+from stages.families import load_model
 from stages.runtime.artifact import read_json, write_json
 from stages.runtime.errors import ArtifactError
-from stages.weights.own import CONFIG_FILE, MODEL_FILE, load_gpt, load_model, save_model
+from stages.weights.own import CONFIG_FILE, GPT_FAMILY, MODEL_FILE, load_gpt, save_model
 
 SHAPE = {"codebook_size": 40, "num_tokens": 16, "num_classes": 5}
 GPT_CONFIG = GPTConfig(dim=32, num_layers=1, num_heads=2, **SHAPE)
@@ -36,7 +37,7 @@ def test_every_family_comes_back_ready_to_use(tmp_path: Path, family: str, kind:
 
 def test_an_artifact_of_another_stage_is_refused_by_its_family(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"of family gpt, expected dpar or llamagen or npp: .*another stage"):
-        load_model(saved(tmp_path / "entropy_model", "gpt"))
+        load_model(saved(tmp_path / "entropy_model", GPT_FAMILY))
     for family in ("dpar", "llamagen", "npp"):
         with pytest.raises(ArtifactError, match=f"of family {family}, expected gpt"):
             load_gpt(saved(tmp_path / family, family))

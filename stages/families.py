@@ -1,0 +1,231 @@
+"""The model families of stage `train`: how each is built, trained, loaded and sampled.
+
+`conf.train` holds their settings, `pipeline.bench.family_costs` what they cost. There are two tables with an entry for
+each family: loading and sampling a finished model does not depend on how models are trained, and its key should not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from conf.train import DPARSettings, LlamaGenSettings, NPPSettings, TrainConfig, TransformerSettings, for_every_family
+from models.boundaries import Boundaries
+from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
+from models.dpar import DPAR
+from models.entropy_head import EntropyHead
+from models.gpt import GPT
+from models.sampling import SamplingOptions, sample_dpar, sample_gpt
+from stages.patches.rule import SavedRule
+from stages.runtime.job import Inputs
+from stages.stores.entropies import EntropyStore
+from stages.stores.patches import PatchIndex
+from stages.stores.tokens import TokenStore
+from stages.training.data import GPTObjective, TokenData
+from stages.training.entropies import EntropyData, JointObjective
+from stages.training.next_patch import NextPatchData, NextPatchObjective
+from stages.training.patched import DPARObjective, PatchedData
+from stages.weights.own import MODEL_FILE, ModelConfig, load_weights, saved_config
+from stages.weights.pretrained import read_gpt_checkpoint
+
+Sampled = tuple[Tensor, Tensor]
+"""Tokens (B, T), and where their patches start (B, T), bool."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What loading and sampling a finished model need."""
+
+    config: Callable[..., ModelConfig]
+    """Config from the fields that were saved."""
+    module: Callable[[Any], nn.Module]
+    """Module of a config, with fresh weights."""
+    sample: Callable[[Any, Tensor, Tensor, SamplingOptions, Boundaries | None, Tensor | None], Sampled]
+    """Samples of: module, labels (B,), uniforms (B, T), options, boundaries or None on tokens, first tokens or None."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of some family."""
+
+    family: str
+    module: nn.Module
+    config: ModelConfig
+
+    @classmethod
+    def load(cls, artifact: Path, device: torch.device | str = "cpu") -> Self:
+        """The class-conditional model of a finished `train` artifact, in evaluation mode.
+
+        Raises:
+            ArtifactError: It holds another kind of model, or is damaged.
+        """
+        family, fields = saved_config(artifact, ARCHITECTURES)
+        architecture = ARCHITECTURES[family]
+        config = architecture.config(**fields)
+        module = load_weights(architecture.module(config), artifact / MODEL_FILE)
+        return cls(family, module.to(device).eval(), config)
+
+    def sample(
+        self,
+        labels: Tensor,
+        uniforms: Tensor,
+        options: SamplingOptions,
+        boundaries: Boundaries | None,
+        prefix: Tensor | None,
+    ) -> Sampled:
+        """Tokens and patch starts of images of the given classes, see `Architecture.sample`."""
+        return ARCHITECTURES[self.family].sample(self.module, labels, uniforms, options, boundaries, prefix)
+
+
+def load_model(artifact: Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The module alone of `Model.load`."""
+    return Model.load(artifact, device).module
+
+
+def _sample_tokens(
+    model: GPT,
+    labels: Tensor,
+    uniforms: Tensor,
+    options: SamplingOptions,
+    boundaries: Boundaries | None,
+    prefix: Tensor | None,
+) -> Sampled:
+    """Each token is a patch of its own."""
+    tokens = sample_gpt(model, labels, uniforms, options, prefix)
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+
+def _sample_patches(
+    model: DPAR,
+    labels: Tensor,
+    uniforms: Tensor,
+    options: SamplingOptions,
+    boundaries: Boundaries | None,
+    prefix: Tensor | None,
+) -> Sampled:
+    assert boundaries is not None  # the sampler loads them for every family with patches
+    return sample_dpar(model, labels, uniforms, options, boundaries, prefix)
+
+
+ARCHITECTURES: dict[str, Architecture] = for_every_family(
+    {
+        "dpar": Architecture(config=DPARConfig, module=DPAR, sample=_sample_patches),
+        "llamagen": Architecture(config=GPTConfig, module=GPT, sample=_sample_tokens),
+        "npp": Architecture(config=GPTConfig, module=GPT, sample=_sample_tokens),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The module that gives the loss of a batch, and the entropy head that learns in it beside the model."""
+
+    module: nn.Module
+    head: EntropyHead | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What training needs. Each function takes the family's section of the settings first."""
+
+    config: Callable[[Any, TokenStore], ModelConfig]
+    """Config of a model of these tokens."""
+    batches: Callable[[Any, TokenStore, Inputs], TokenData]
+    """Training and held-out batches."""
+    objective: Callable[[Any, Any, Any], Objective]
+    """The loss of a module on the family's batches."""
+    pretrained: Callable[[Any, Path, TokenStore], Model] | None
+    """Weights made elsewhere, from a file; None for a family that has none."""
+
+
+def new_model(settings: TrainConfig, store: TokenStore) -> Model:
+    """A model of these tokens with fresh weights."""
+    config = RECIPES[settings.family].config(settings, store)
+    return Model(settings.family, ARCHITECTURES[settings.family].module(config), config)
+
+
+def pretrained_model(settings: TrainConfig, path: Path, store: TokenStore) -> Model:
+    """A model of these tokens with weights made elsewhere.
+
+    Raises:
+        InputError: The file is missing or unreadable, or its weights are of another model.
+    """
+    pretrained = RECIPES[settings.family].pretrained
+    assert pretrained is not None  # only the sections of families that have weights elsewhere name a file
+    return pretrained(settings, path, store)
+
+
+def _of_tokens(store: TokenStore) -> dict[str, Any]:
+    """What the tokens decide of a config."""
+    return {
+        "codebook_size": store.codebook_size,
+        "num_tokens": store.num_tokens,
+        "num_classes": store.num_classes,
+    }
+
+
+def _dropout(settings: TransformerSettings) -> dict[str, Any]:
+    return {"dropout": settings.dropout, "class_dropout_prob": settings.class_dropout_prob}
+
+
+def _dpar_config(settings: DPARSettings, store: TokenStore) -> DPARConfig:
+    return DPARConfig(
+        **asdict(settings.model),
+        **_of_tokens(store),
+        **_dropout(settings),
+        position_embedding=settings.position_embedding,
+    )
+
+
+def _gpt_config(settings: LlamaGenSettings, store: TokenStore) -> GPTConfig:
+    return GPTConfig(**asdict(settings.model), **_of_tokens(store), **_dropout(settings))
+
+
+def _patched_batches(settings: DPARSettings, store: TokenStore, inputs: Inputs) -> PatchedData:
+    """With a head, entropies are read too. No entropy opens static patches: a head would learn nothing there."""
+    index = PatchIndex.of(inputs, store)
+    if settings.entropy_head.kind == "none" or SavedRule.of(inputs).mode == "static":
+        return PatchedData(store, index)
+    return EntropyData(store, index, EntropyStore.of(inputs))
+
+
+def _patched_objective(settings: DPARSettings, model: DPAR, data: PatchedData) -> Objective:
+    joint = settings.entropy_head
+    if joint.kind == "none" or not isinstance(data, EntropyData):
+        return Objective(DPARObjective(model))
+    head = EntropyHead(EntropyHeadConfig.of(model.config, joint.kind))  # the model's first weights are made before it
+    return Objective(JointObjective(model, head, joint.weight, stop_gradient=joint.stop_gradient), head)
+
+
+def _next_patch_batches(settings: NPPSettings, store: TokenStore, inputs: Inputs) -> NextPatchData:
+    return NextPatchData(store, settings.npp, settings.training.steps)
+
+
+def _pretrained_gpt(settings: LlamaGenSettings, path: Path, store: TokenStore) -> Model:
+    """The dropout that released weights were trained with is not known: the config keeps the default."""
+    config = GPTConfig(**asdict(settings.model), **_of_tokens(store))
+    return Model(settings.family, read_gpt_checkpoint(path, config), config)
+
+
+RECIPES: dict[str, Recipe] = for_every_family(
+    {
+        "dpar": Recipe(config=_dpar_config, batches=_patched_batches, objective=_patched_objective, pretrained=None),
+        "llamagen": Recipe(
+            config=_gpt_config,
+            batches=lambda settings, store, inputs: TokenData(store),
+            objective=lambda settings, model, data: Objective(GPTObjective(model)),
+            pretrained=_pretrained_gpt,
+        ),
+        "npp": Recipe(
+            config=_gpt_config,
+            batches=_next_patch_batches,
+            objective=lambda settings, model, data: Objective(NextPatchObjective(model)),
+            pretrained=_pretrained_gpt,
+        ),
+    }
+)

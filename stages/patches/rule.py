@@ -1,0 +1,89 @@
+"""The rule of a finished patch index, as `rule.json` in its artifact holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from models.patching import PatchRule
+from stages.runtime.artifact import read_json, write_json
+from stages.runtime.errors import ArtifactError
+
+RULE_FILE = "rule.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexRule:
+    """What opens patches. Static patches have a `static_length` and nothing else."""
+
+    mode: Literal["entropy", "static"]
+    threshold: float | None
+    """Nats, a float32 number."""
+    max_length: int | None
+    """Longest patch, tokens; None for no limit."""
+    row_boundary: bool
+    """A patch opens at the start of each row of the token grid."""
+    static_length: float | None
+    """Tokens in a static patch."""
+
+    @classmethod
+    def by_entropy(cls, rule: PatchRule) -> Self:
+        """The rule of patches by entropy."""
+        return cls(
+            mode="entropy",
+            threshold=rule.threshold,
+            max_length=rule.max_length,
+            row_boundary=rule.row_boundary,
+            static_length=None,
+        )
+
+    @classmethod
+    def static(cls, length: float) -> Self:
+        """The rule of patches of one length."""
+        return cls(mode="static", threshold=None, max_length=None, row_boundary=False, static_length=length)
+
+    def fields(self) -> dict[str, Any]:
+        """The rule as JSON holds it. The threshold stands there in hexadecimal too, for exact comparison by people."""
+        exact = None if self.threshold is None else self.threshold.hex()
+        first = {"mode": self.mode, "threshold": self.threshold, "threshold_hex": exact}
+        return first | asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRule(IndexRule):
+    """The rule of a finished patch index, with what it gave."""
+
+    mean_length: float
+    """Tokens in a patch, on average over the patches of all views of the training images."""
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Path]) -> SavedRule:
+        """Read the rule of the patch index among `inputs`.
+
+        Raises:
+            ArtifactError: It is missing or damaged.
+        """
+        path = inputs["patch_index"] / RULE_FILE
+        try:
+            fields = read_json(path)
+            fields.pop("threshold_hex")
+            return cls(**fields)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{path} is missing or damaged ({error}): run the patch_index stage again") from error
+
+    @classmethod
+    def save(cls, artifact: Path, rule: IndexRule, mean_length: float) -> None:
+        """Write the rule of a patch index with the mean length it gave."""
+        write_json(artifact / RULE_FILE, cls(**asdict(rule), mean_length=mean_length).fields())
+
+    def patch_rule(self, grid: int) -> PatchRule:
+        """The rule on images of `grid` x `grid` tokens.
+
+        Raises:
+            ValueError: Patches are static: no threshold decides.
+        """
+        if self.threshold is None:
+            raise ValueError(f"the patch index has mode {self.mode} and no threshold, expected mode entropy")
+        return PatchRule(self.threshold, self.max_length, self.row_boundary, grid)
