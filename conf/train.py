@@ -39,7 +39,9 @@ class TrainConfig(Section):
     family: str = Field(
         DEFAULT_FAMILY, description="DPAR on patches, or a baseline on tokens: LlamaGen, or LlamaGen trained by NPP."
     )
-    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(steps=1_500_000))
+    training: TrainingConfig = Field(
+        default_factory=lambda: TrainingConfig(steps=1_500_000), description="Optimisation of the model."
+    )
     seed: Seed = 0
 
     @model_validator(mode="wrap")
@@ -124,13 +126,17 @@ class DPARSettings(TransformerSettings):
 
     has_patches: ClassVar[bool] = True
 
-    family: Literal["dpar"] = "dpar"
+    family: Literal["dpar"] = Field("dpar", description="DPAR on patches.")
     source: Literal["train"] = Field("train", description="There are no weights of DPAR to import.")
     model: DPARSize = Field(
         default_factory=lambda: DPAR_SIZES["B"], description="A name (B, L, XL …) or the size itself."
     )
-    position_embedding: PositionEmbedding = Field("dynamic", description="Of the global stack (paper, section 3.3).")
-    entropy_head: JointHeadConfig = Field(default_factory=JointHeadConfig)
+    position_embedding: PositionEmbedding = Field(
+        "dynamic", description="Positions of the global stack (paper, section 3.3)."
+    )
+    entropy_head: JointHeadConfig = Field(
+        default_factory=JointHeadConfig, description="Entropy head that learns together with the model."
+    )
 
     @field_validator("model", mode="before")
     @classmethod
@@ -163,7 +169,7 @@ class DPARSettings(TransformerSettings):
 class LlamaGenSettings(TransformerSettings):
     """LlamaGen: a transformer on tokens, trained here or imported."""
 
-    family: Literal["llamagen"] = "llamagen"
+    family: Literal["llamagen"] = Field("llamagen", description="LlamaGen: a transformer on tokens.")
     source: Literal["train", "checkpoint"] = Field("train", description="Train, or import LlamaGen's released weights.")
     checkpoint: Path | None = Field(
         None,
@@ -203,8 +209,13 @@ class LlamaGenSettings(TransformerSettings):
 class NPPSettings(LlamaGenSettings):
     """LlamaGen trained by Next Patch Prediction."""
 
-    family: Literal["npp"] = "npp"  # type: ignore[assignment]
-    npp: NextPatchSchedule = Field(default_factory=NextPatchSchedule, description="From blocks of tokens to tokens.")
+    family: Literal["npp"] = Field(  # type: ignore[assignment]
+        "npp", description="LlamaGen trained by Next Patch Prediction."
+    )
+    npp: NextPatchSchedule = Field(
+        default_factory=NextPatchSchedule,
+        description="Schedule of Next Patch Prediction: from blocks of tokens to single ones.",
+    )
 
     @property
     def restarts(self) -> tuple[int, ...]:

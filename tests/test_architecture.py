@@ -14,13 +14,17 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "prefect", "mlflow", "pyarrow", "zarr", "numpy")
 
 
-def _fields(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Dotted name of every setting, with the class that declares it and its own name."""
+def _fields(
+    prefix: str, section: type[BaseModel], above: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, tuple[frozenset[str], str]]]:
+    """Dotted name of every setting, the classes of the sections that it can be read from, and its own name."""
     for name, field in section.model_fields.items():
+        bases = [base for base in section.__mro__ if issubclass(base, BaseModel) and name in base.model_fields]
+        classes = above | {base.__name__ for base in bases}
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _fields(f"{prefix}{name}.", field.annotation)
+            yield from _fields(f"{prefix}{name}.", field.annotation, classes if prefix else frozenset())
         else:
-            yield f"{prefix}{name}", (section.__name__, name)
+            yield f"{prefix}{name}", (classes, name)
 
 
 FAMILY_FIELDS = [field for section in FAMILIES.values() for field in _fields("train.", section)]
@@ -140,15 +144,27 @@ def test_a_question_imports_nothing_heavy(command: list[str], tmp_path: Path) ->
 
 
 def test_every_setting_is_read_where_its_section_is_known() -> None:
+    """By a stage or the pipeline, or by a property of its section, which they read."""
     paths = [path for folder in ("pipeline", "stages") for path in (ROOT / folder).rglob("*.py")]
-    readers = [(text, _attributes_read(text)) for text in (path.read_text(encoding="utf-8") for path in paths)]
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    readers = [(text, _attributes_read(ast.parse(text))) for text in texts]
+    for path in (ROOT / "conf").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        properties = [
+            node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef) and _is_property(node)
+        ]
+        readers.append((text, set[str]().union(*map(_attributes_read, properties))))
     unread = {
         address
-        for address, (section, name) in ADDRESSES.items()
-        if not any(section in text and name in attributes for text, attributes in readers)
+        for address, (classes, name) in ADDRESSES.items()
+        if not any(name in attributes and any(each in text for each in classes) for text, attributes in readers)
     }
     assert unread == {"seed"}  # sections take it when settings are loaded
 
 
-def _attributes_read(text: str) -> set[str]:
-    return {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
+def _attributes_read(tree: ast.AST) -> set[str]:
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def _is_property(node: ast.FunctionDef) -> bool:
+    return any(isinstance(decorator, ast.Name) and decorator.id == "property" for decorator in node.decorator_list)
