@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types contracts check lpips clean
+.PHONY: help install demo test test-fast lint types contracts check lpips clean
 
 help: ## Show what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.dev ## Everything a developer needs, in .venv
 
@@ -19,6 +19,9 @@ demo: $(VENV)/.demo ## Real images to a score, in minutes; the second time every
 
 test: $(VENV)/.dev ## All tests
 	$(BIN)/pytest
+
+test-fast: $(VENV)/.dev ## Tests without those that take longer than a few seconds
+	$(BIN)/pytest -m "not slow"
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check

@@ -38,7 +38,7 @@ class EvaluateConfig(Section):
     seed: Seed = 0
 
     def unread_inputs(self, settings: Any) -> frozenset[str]:
-        """Only the rungs of the ladder are made from tokens."""
+        """Tokens are read for the ladder alone."""
         return frozenset() if self.ladder else frozenset({"tokenizer", "tokenize"})
 
     @model_validator(mode="after")

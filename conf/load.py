@@ -118,7 +118,7 @@ def _for_family(tree: dict[str, Any], family: Any) -> dict[str, Any]:
 
 
 def _absolute_paths(tree: dict[str, Any]) -> dict[str, Any]:
-    """`conf:...` names a file beside this one, wherever the command is started."""
+    """Resolve `conf:...`, a file in this folder, whatever the working directory is."""
     checkpoint = tree.get("tokenizer", {}).get("checkpoint")
     if isinstance(checkpoint, str) and checkpoint.startswith("conf:"):
         return _merge(tree, {"tokenizer": {"checkpoint": CONF_DIR / checkpoint.removeprefix("conf:")}})

@@ -26,7 +26,7 @@ class PatchIndexConfig(Section):
     row_boundary: bool = Field(True, description="Whether each row of the token grid opens a patch.")
 
     def unread_inputs(self, settings: Any) -> frozenset[str]:
-        """Static patches need the number of tokens alone; by entropy, the entropies say everything."""
+        """Static patches are made from the number of tokens alone, others from the entropies alone."""
         return frozenset({"entropy_map" if self.mode == "static" else "tokenize"})
 
     @model_validator(mode="after")

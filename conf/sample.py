@@ -65,7 +65,7 @@ class SampleConfig(Section):
         return self
 
     def unread_inputs(self, settings: Any) -> frozenset[str]:
-        """What decides boundaries is read, and nothing else of what could decide them."""
+        """Artifacts of sources of boundaries other than the one chosen are not read."""
         decides = set[str]()
         if self.boundaries is not None:
             source = BOUNDARY_SOURCES[self.boundaries]

@@ -16,7 +16,7 @@ Seed = Annotated[
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown settings are errors, values cannot be changed afterwards."""
+    """Base of all sections. Unknown settings are errors; values cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 

@@ -39,7 +39,6 @@ from stages.stores.tokens import TokenFacts, TokenStore, token_writer
 from stages.train import train
 from stages.weights.pretrained import read_vq_checkpoint
 
-pytestmark = pytest.mark.slow
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 RUNTIME = RuntimeConfig(device="cpu", threads=1)
 IMAGES, TRAINING, VIEWS, TOKENS, GRID, CODEBOOK, CLASSES = 40, 32, 2, 64, 8, 64, 3
@@ -123,6 +122,7 @@ def loss_curve(family: str, given: dict[str, Path], output: Path) -> list[float]
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_loss_curves_are_those_that_were_written_down(given: dict[str, Path], tmp_path: Path) -> None:
     families = ("dpar", "llamagen", "npp", "entropy_model")
     found = {family: loss_curve(family, given, tmp_path / family) for family in families}
