@@ -12,7 +12,7 @@ from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig, NextPatc
 from stages.errors import InputError
 
 if TYPE_CHECKING:
-    from models.flops import Cost, DPARCost, Macs, Sampling
+    from models.macs import Cost, DPARCost, Macs, Sampling
 
 CODEBOOK, CLASSES, PIXELS = 16384, 1000, 16  # of LlamaGen's tokenizer, of ImageNet, of a token's side
 EPOCHS = 300  # of NPP's training: its levels end with whole ones
@@ -201,7 +201,7 @@ def _row(name: str, size: int, mean_length: float | None, entropy_model: str) ->
 
 
 def _boundaries(dpar: DPARCost, config: DPARConfig, entropy_model: Cost) -> dict[BoundarySource, Sampling]:
-    from models.flops import Sampling, head_sampling
+    from models.macs import Sampling, head_sampling
 
     return {
         "static": Sampling(),
@@ -223,13 +223,13 @@ def _length(size: int, given: float | None) -> tuple[float, LengthSource]:
 
 @cache
 def _gpt(kind: str, num_tokens: int, num_classes: int | None) -> Cost:
-    from models.flops import gpt_cost
+    from models.macs import gpt_cost
 
     return gpt_cost(_gpt_config(kind, num_tokens, num_classes))
 
 
 def _npp(kind: str, image_size: int) -> Cost:
-    from models.flops import npp_cost
+    from models.macs import npp_cost
 
     schedule = NextPatchSchedule()
     block = schedule.sides[0] * PIXELS
@@ -251,7 +251,7 @@ def _dpar_config(kind: str, num_tokens: int) -> DPARConfig:
 
 
 def _dpar(kind: str, num_tokens: int, mean_length: float) -> DPARCost:
-    from models.flops import dpar_cost
+    from models.macs import dpar_cost
 
     try:
         return dpar_cost(_dpar_config(kind, num_tokens), mean_length)

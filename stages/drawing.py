@@ -22,7 +22,8 @@ from models.boundaries import Boundaries
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.packed_linear import pack_linear_layers
-from models.sampling import SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import sample_dpar, sample_gpt
+from models.token_sampling import SamplingOptions
 from models.vq import VQModel
 from stages.boundaries import load_boundaries, require_fit
 from stages.errors import ArtifactError

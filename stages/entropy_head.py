@@ -27,7 +27,8 @@ from models.gpt import token_entropy
 from models.packed_linear import pack_linear_layers
 from models.patch_tables import PatchTables, unpack_bits
 from models.patching import PatchRule
-from models.sampling import SamplingOptions, sample_dpar
+from models.sampling import sample_dpar
+from models.token_sampling import SamplingOptions
 from models.vq import VQModel
 from stages.artifact import read_json, write_atomic, write_json
 from stages.boundaries import SAMPLES, THRESHOLDS, patch_rule

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from models.boundaries import Boundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
 from models.config import DPARConfig, EntropyHeadConfig, HeadKind
-from models.dpar import DPAR, pack_patches
+from models.dpar import DPAR
 from models.entropy_head import EntropyHead, entropies_of
 from models.gpt import token_entropy
+from models.packed_patches import pack_patches
 from models.patching import PatchRule, opens_patch, patch_starts
-from models.sampling import DPARDecoding, SamplingOptions, sample_dpar
+from models.sampling import DPARDecoding, sample_dpar
+from models.token_sampling import SamplingOptions
 
 GRID, TOKENS, CODES, CLASSES, IMAGES = 4, 16, 40, 5, 8
 GUIDED = SamplingOptions(cfg_scale=2.5)
@@ -133,5 +135,5 @@ def test_a_step_is_taken_again_for_the_images_whose_patch_closed_and_for_no_othe
 def test_a_head_of_other_images_is_refused() -> None:
     model, (labels, uniforms) = dpar(), batch()
     other = EntropyHeadConfig(kind="linear", dim=64, num_heads=4, width=64, codebook_size=CODES, num_tokens=9)
-    with pytest.raises(ValueError, match="entropy head was made for 9 tokens an image, the sampled model for 16"):
+    with pytest.raises(ValueError, match="entropy head is for 9 tokens an image, the sampled model for 16"):
         sample_dpar(model, labels, uniforms, GUIDED, HeadBoundaries(EntropyHead(other), PatchRule(1.0, 4, True, GRID)))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from models.config import DPARConfig
-from models.dpar import DPAR, pack_patches
+from models.dpar import DPAR
+from models.packed_patches import pack_patches
 from models.patching import PatchRule, patch_starts, static_patch_starts
 
 CODES, CLASSES = 40, 5
@@ -126,7 +127,7 @@ def test_a_head_that_dynamic_positions_cannot_share_out_is_refused_when_the_mode
 
 @pytest.mark.parametrize(
     ("starts", "words"),
-    [((2, 1), r"starts are \(2, 1\), expected two tokens and more"), ((16,), r"starts are \(16,\)")],
+    [((2, 1), r"starts are \(2, 1\), expected \(images, T\) with two"), ((16,), r"starts are \(16,\)")],
 )
 def test_starts_that_are_no_batch_of_images_are_refused(starts: tuple[int, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from models.boundaries import GivenBoundaries
 from models.config import DPARConfig, GPTConfig
-from models.dpar import DPAR, pack_patches
+from models.dpar import DPAR
 from models.gpt import GPT
 from models.guidance import Schedule, guidance_scale
+from models.packed_patches import pack_patches
 from models.patching import static_patch_starts
-from models.sampling import SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import sample_dpar, sample_gpt
+from models.token_sampling import SamplingOptions
 
 TOKENS, CODES, CLASSES = 16, 40, 5
 

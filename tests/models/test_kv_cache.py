@@ -59,7 +59,7 @@ def test_a_cache_takes_blocks_as_it_grows_to_its_capacity_and_no_position_more()
         (attend,) = cache.step(t)
         attend(q[:, t], k[:, t], v[:, t])
         assert cache.num_bytes == 2 * k[:, 0].nbytes * (64 if t < 64 else 128)
-    with pytest.raises(ValueError, match="position 70 of a cache for 70 positions"):
+    with pytest.raises(ValueError, match=r"position is 70, expected 0\.\.69: the cache holds 70 positions"):
         next(cache.step(70))
 
 

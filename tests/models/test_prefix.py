@@ -11,7 +11,8 @@ from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.patching import PatchRule
-from models.sampling import SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import sample_dpar, sample_gpt
+from models.token_sampling import SamplingOptions
 
 TOKENS, CODES, CLASSES = 16, 40, 5
 GUIDED = SamplingOptions(cfg_scale=2.0)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from models.boundaries import EntropyBoundaries, GivenBoundaries
 from models.config import DPARConfig, GPTConfig
-from models.dpar import DPAR, pack_patches
+from models.dpar import DPAR
 from models.gpt import GPT
+from models.packed_patches import pack_patches
 from models.patching import PatchRule, patch_starts, static_patch_starts
-from models.sampling import DPARDecoding, SamplingOptions, draw, filter_logits, sample_dpar, sample_gpt
+from models.sampling import DPARDecoding, sample_dpar, sample_gpt
+from models.token_sampling import SamplingOptions, filter_logits, sample_token
 
 GRID, TOKENS, CODES, CLASSES = 4, 16, 40, 5
 PLAIN, GUIDED = SamplingOptions(), SamplingOptions(cfg_scale=2.5)
@@ -153,13 +155,14 @@ def test_a_uniform_number_draws_the_token_whose_interval_it_falls_in() -> None:
     probabilities = torch.tensor([0.25, 0.0, 0.5, 0.25])
     uniforms = torch.tensor([0.0, 0.2, 0.25, 0.5, 0.74, 0.76, 1 - 2**-24])
     logits = probabilities.log().expand(len(uniforms), -1)
-    assert draw(logits, uniforms, PLAIN).tolist() == [0, 0, 2, 2, 2, 3, 3]
+    assert sample_token(logits, uniforms, PLAIN).tolist() == [0, 0, 2, 2, 2, 3, 3]
 
 
 def test_drawn_frequencies_are_the_probabilities() -> None:
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
     uniforms = (torch.arange(20_000) + 0.5) / 20_000
-    found = torch.bincount(draw(logits.expand(20_000, -1), uniforms, SamplingOptions(temperature=0.7)), minlength=4)
+    tokens = sample_token(logits.expand(20_000, -1), uniforms, SamplingOptions(temperature=0.7))
+    found = torch.bincount(tokens, minlength=4)
     torch.testing.assert_close(found / 20_000, (logits / 0.7).softmax(-1), atol=2e-4, rtol=0)
 
 
@@ -167,7 +170,7 @@ def test_a_token_that_was_filtered_out_is_never_drawn() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 30)[:, None].expand(-1, 500, -1).flatten(0, 1)
     uniforms = torch.linspace(0, 1 - 2**-24, 500).repeat(2)
-    drawn = draw(logits, uniforms, SamplingOptions(top_k=3))
+    drawn = sample_token(logits, uniforms, SamplingOptions(top_k=3))
     for row in range(2):
         kept = logits[row * 500].topk(3).indices
         assert set(drawn[row * 500 : (row + 1) * 500].tolist()) == set(kept.tolist())
@@ -196,7 +199,7 @@ def test_boundaries_of_other_images_are_refused() -> None:
     other = GPT(
         GPTConfig(dim=32, num_layers=1, num_heads=2, codebook_size=CODES, num_tokens=GRID, num_classes=None)
     ).eval()
-    with pytest.raises(ValueError, match="made for 4 tokens an image, the sampled model for 16"):
+    with pytest.raises(ValueError, match="entropy model is for 4 tokens an image, the sampled model for 16"):
         sample_dpar(dpar(), labels, uniforms, PLAIN, EntropyBoundaries(other, PatchRule(1.0, 4, True, GRID)))
 
 
