@@ -6,7 +6,7 @@ Letters of the shapes in all signatures. The test suite checks them at every cal
     T  tokens of an image, in raster order
     S  positions of a sequence: T with a class position, T - 1 without, or fewer
     N  rows of a flattened batch
-    P  patches of a packed batch: all patches of its images, one after the other
+    P  patches of a packed batch: those of its first image, then of the second, and so on
     G  rows of the packed global sequence: P patches and B class rows
     L  tokens of a patch, padded to the longest
     R  rows that take part in a step; R2 as B2

@@ -83,7 +83,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "... D"], rope: Float[Tensor, "... F 2"], attend: Attend
     ) -> Float[Tensor, "... D"]:
-        """Features after attention and feed-forward, each added to its input."""
+        """Features after attention and feed-forward, each with a residual connection."""
         x = x + self.attention(self.attention_norm(x), rope, attend)
         return x + self.feed_forward(self.ffn_norm(x))
 

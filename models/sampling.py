@@ -219,8 +219,8 @@ class DPARDecoding:
             return logits
         rows = _halves(images, len(state), self.options)
         attends = self._decoder_cache.ragged_step(rows, rows.new_full((len(logits),), self.position))
-        anew = self._logits(_twice(state, self.options)[rows], self._projections[:, rows], attends)
-        return logits.index_copy(0, rows, anew)
+        repeated = self._logits(_twice(state, self.options)[rows], self._projections[:, rows], attends)
+        return logits.index_copy(0, rows, repeated)
 
     def _logits(
         self, hidden: Float[Tensor, "R2 D"], projections: Float[Tensor, "M R2 D"], attends: Iterable[Attend]

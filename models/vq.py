@@ -210,7 +210,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """ResBlocks of one resolution, with attention after each if asked for, then a change of resolution."""
+    """ResBlocks of one resolution, with optional attention after each, then a change of resolution."""
 
     def __init__(
         self, width_in: int, width: int, num_blocks: int, *, attention: bool, resample: str | None = None
