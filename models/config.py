@@ -1,7 +1,9 @@
-"""Sizes of every model, as frozen dataclasses. Nothing here imports torch.
+"""Sizes of all models, as frozen dataclasses. Nothing here imports torch.
 
-A *size* is what a person chooses (width, depth); a *config* is a size plus what the data decides (codebook, number of
-tokens, classes). Settings hold sizes; a finished artifact holds the config beside its weights.
+A *size* holds what the user chooses: width and depth. A *config* is a size plus what the data decides: codebook, number
+of tokens, classes. Settings hold sizes. An artifact with weights holds the config.
+
+Source of the named sizes: LlamaGen (arXiv 2406.06525), table 1; DPAR (arXiv 2512.21867), table 1.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from typing import ClassVar, Literal
 
 PositionEmbedding = Literal["dynamic", "dynamic_no_redundancy", "patch_index_1d"]
 
-SMALLEST_JUDGED_IMAGE = 24  # pixels along a side; the discriminator's logit map would be empty below it
+SMALLEST_JUDGED_IMAGE = 24  # pixels along a side; the discriminator has no logit for smaller images
 
-_FORBID_UNKNOWN: dict[str, str] = {"extra": "forbid"}  # read by pydantic when a size stands in the settings
+_FORBID_UNKNOWN: dict[str, str] = {"extra": "forbid"}  # read by pydantic when a size is part of the settings
 
 
 def _grid(num_tokens: int) -> int:
@@ -27,15 +29,15 @@ def _check_heads(dim: int, num_heads: int) -> None:
     if dim < 1 or num_heads < 1 or dim % num_heads or (dim // num_heads) % 4:
         raise ValueError(
             f"dim is {dim} with {num_heads} heads, expected a head width that is a multiple of 4: "
-            "2D rotary embedding turns pairs of channels, half of them by row and half by column"
+            "2D rotary embedding rotates pairs of channels, half of them by row and half by column"
         )
 
 
 def check_position_embedding(dim: int, num_heads: int, position_embedding: PositionEmbedding) -> None:
-    """Refuse a head width that dynamic positions cannot share out between a row and two columns.
+    """Check that dynamic positions can split a head's channels between one row and two columns.
 
     Raises:
-        ValueError: It is no multiple of 16.
+        ValueError: The head width is not a multiple of 16.
     """
     if position_embedding != "patch_index_1d" and (dim // num_heads) % 16:
         raise ValueError(
@@ -46,7 +48,7 @@ def check_position_embedding(dim: int, num_heads: int, position_embedding: Posit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VQConfig:
-    """VQ tokenizer of LlamaGen. The defaults are VQ-16 (downsampling 16, 71,883,403 parameters)."""
+    """VQ tokenizer of LlamaGen. The defaults are VQ-16: downsampling 16, 71,883,403 parameters."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_UNKNOWN
 
@@ -67,7 +69,7 @@ class VQConfig:
 
     @property
     def downsample(self) -> int:
-        """Pixels along one side of the square that a token stands for."""
+        """Pixels along one side of the square that one token encodes."""
         return int(2 ** (len(self.channel_multipliers) - 1))
 
 
@@ -87,7 +89,7 @@ class GPTSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DPARSize:
-    """Width of a DPAR model and the depth of its three stacks (paper, Table 1)."""
+    """Width of a DPAR model and the depth of its three stacks (DPAR, table 1)."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID_UNKNOWN
 
@@ -101,14 +103,14 @@ class DPARSize:
         _check_heads(self.dim, self.num_heads)
 
     def as_gpt(self) -> GPTSize:
-        """The GPT of the same width and as many layers in all: the one that the paper holds a DPAR against."""
+        """The LlamaGen baseline of this size: a GPT of the same width and total number of layers (DPAR, table 1)."""
         layers = self.encoder_layers + self.global_layers + self.decoder_layers
         return GPTSize(dim=self.dim, num_layers=layers, num_heads=self.num_heads)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GPTConfig:
-    """LlamaGen (class-conditional) or the entropy model (`num_classes` is None: unconditional, no class position)."""
+    """LlamaGen (class-conditional) or, if `num_classes` is None, the entropy model (no class position)."""
 
     dim: int
     num_layers: int
@@ -162,7 +164,10 @@ _HEAD_WIDTH = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EntropyHeadConfig:
-    """What reads entropies off a DPAR's encoder. Its own layers are as many of the model's heads wide as make 256."""
+    """Head that predicts entropies from states of DPAR's encoder.
+
+    Its own layers are `width` wide: as many of the model's attention heads as fit into 256 channels, at least one.
+    """
 
     kind: HeadKind
     dim: int
@@ -173,7 +178,7 @@ class EntropyHeadConfig:
 
     @classmethod
     def of(cls, model: DPARConfig, kind: HeadKind) -> EntropyHeadConfig:
-        """Of a head for this model."""
+        """Config of a head for `model`."""
         head_dim = model.dim // model.num_heads
         num_heads = min(model.num_heads, max(1, _HEAD_WIDTH // head_dim))
         return cls(
@@ -193,11 +198,11 @@ class EntropyHeadConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NextPatchSchedule:
-    """How Next Patch Prediction goes from coarse blocks of tokens to single tokens.
+    """Schedule of Next Patch Prediction, from coarse blocks of tokens to single tokens.
 
     Attributes:
-        levels: How many. The side of the blocks halves from each to the next: two are blocks of 2 x 2, then tokens.
-        rate: A level ends at this share of the steps after which the next one ends; the last ends with the training.
+        levels: Number of levels. The side of the blocks halves from level to level. The last level is single tokens.
+        rate: A level ends at this share of the step at which the next level ends. The last level ends the training.
 
     Source: arXiv 2412.15321; its published recipe is two levels at rate 0.5.
     """
@@ -213,15 +218,15 @@ class NextPatchSchedule:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Side of the blocks in each level, in tokens, the largest first."""
+        """Side of the blocks of each level, in tokens, largest first."""
         return tuple(2**level for level in reversed(range(self.levels)))
 
     def ends(self, steps: int) -> tuple[int, ...]:
-        """Step that ends each level, of `steps` in all."""
+        """Number of steps after which each level ends, in a training of `steps` steps."""
         return tuple(int(steps * self.rate**level) for level in reversed(range(self.levels)))
 
     def side(self, step: int, steps: int) -> int:
-        """Side of the blocks in step `step` of `steps`, counted from 0."""
+        """Side of the blocks, in tokens, in step `step` of `steps`, counted from 0."""
         return next(side for side, end in zip(self.sides, self.ends(steps), strict=True) if step < end)
 
 

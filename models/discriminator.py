@@ -1,9 +1,9 @@
-"""The discriminator that sharpens the tokenizer's reconstructions: a PatchGAN and its hinge losses.
+"""Patch discriminator for the training of the tokenizer (PatchGAN), and its hinge losses.
 
-It judges overlapping 70-pixel patches of an image instead of the whole: texture, not content.
+It classifies overlapping patches of 70 x 70 pixels as real or reconstructed: texture, not content.
 
-Source: Pix2pix (arXiv 1611.07004), the patch discriminator; Taming Transformers (arXiv 2012.09841), its use beside a
-VQ-VAE; LlamaGen (arXiv 2406.06525), section 2.1, the settings.
+Source: Pix2pix (arXiv 1611.07004) for the network; Taming Transformers (arXiv 2012.09841) for its use with a VQ
+tokenizer; LlamaGen (arXiv 2406.06525), section 2.1, for the settings.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _BLOCKS = ((64, 128, 2), (128, 256, 2), (256, 512, 1))  # width in, width out, s
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits of "this patch is real". 2,765,633 parameters.
+    """Logits that a patch is real. 2,765,633 parameters.
 
-    BatchNorm normalises by the batch at hand, whatever else was seen: real and reconstructed images must be judged in
-    batches of their own, and the module is never used in evaluation mode.
+    BatchNorm uses the statistics of the current batch. Pass real and reconstructed images in separate batches, and
+    never use the module in evaluation mode.
     """
 
     def __init__(self) -> None:
@@ -39,33 +39,35 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.apply(_initialize)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 h w"]:
-        """Logits of each patch of images in [-1, 1], float32 under autocast too: (30, 30) of them for 256 pixels.
+    def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B 1 h w"]:
+        """Logits of each patch of images in [-1, 1], float32 even under autocast. 256 pixels give 30 x 30 logits.
 
         Raises:
-            ValueError: The images are too small to hold a patch.
+            ValueError: The images are too small for a single logit.
         """
         if min(images.shape[-2:]) < SMALLEST_JUDGED_IMAGE:
             raise ValueError(
-                f"images of {tuple(images.shape[-2:])} pixels, expected at least {SMALLEST_JUDGED_IMAGE} a side"
+                f"images of {tuple(images.shape[-2:])} pixels, expected at least {SMALLEST_JUDGED_IMAGE} per side"
             )
         return self.layers(images).float()
 
 
-def judge_frozen(discriminator: PatchDiscriminator, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 h w"]:
-    """Logits whose gradient reaches the images and not the discriminator: what the generator learns from."""
+def judge_frozen(
+    discriminator: PatchDiscriminator, images: Float[Tensor, "B 3 height width"]
+) -> Float[Tensor, "B 1 h w"]:
+    """Logits for the generator's loss: the gradient reaches the images, not the discriminator's weights."""
     frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     logits: Tensor = functional_call(discriminator, frozen, (images,))
     return logits
 
 
 def generator_loss(fake: Float[Tensor, "B 1 h w"]) -> Float[Tensor, ""]:
-    """Low when reconstructions are judged real."""
+    """Hinge loss of the generator: minus the mean logit of reconstructions."""
     return -fake.mean()
 
 
 def discriminator_loss(real: Float[Tensor, "B 1 h w"], fake: Float[Tensor, "B 1 h w"]) -> Float[Tensor, ""]:
-    """Hinge loss: zero when real logits are above 1 and those of reconstructions below -1; half the sum of both."""
+    """Hinge loss: half the sum over real and reconstructed images; zero if logits are above 1 and below -1."""
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 

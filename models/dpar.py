@@ -1,119 +1,33 @@
 """DPAR: a light encoder on tokens, a deep global transformer on patches, a light decoder on tokens.
 
-The encoder reads x_0 .. x_{T-2} and pools each patch of them into one vector. The global transformer reads
-[class, patch 0, patch 1, ...]; its output after patch k-1 serves every token of patch k. The decoder predicts x_j from
-the encoder's state of x_{j-1} and the global output of the patch that x_j belongs to.
+The encoder reads x_0 .. x_{T-2} and pools each patch into one vector. The global transformer reads
+[class, patch 0, patch 1, ...]. Its output after patch k-1 is the context of every token of patch k. The decoder
+predicts x_j from the encoder's state of x_{j-1} and the context of the patch that x_j belongs to.
 
 Source: DPAR (arXiv 2512.21867), section 3. Names of weights follow the authors' code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.attention import causal_attention, packed_causal_attention
 from models.config import DPARConfig
 from models.layers import Block, LabelEmbedder, RMSNorm, check_tokens, dynamic_rope, grid_rope, index_rope, init_weights
 from models.loss import head_cross_entropy
-
-
-@dataclass(frozen=True)
-class PackedPatches:
-    """The patches of a batch, laid out for the model. P patches over the encoder's T - 1 tokens of all images.
-
-    Rows of the global sequence are packed image after image, the class row of each before its patches. Numbers are
-    int32: half of what would have to go to the device.
-    """
-
-    global_lengths: list[int]
-    """Rows of each image in the global sequence: its patches and one for the class. Numbers of the host."""
-    tokens: Int[Tensor, "P L"]
-    """Tokens of each patch as rows of the flattened encoder output; short patches repeat their last token."""
-    valid: Bool[Tensor, "P L"]
-    """Which of `tokens` are real."""
-    first: Int[Tensor, " P"]
-    """Position of a patch's first token in its image."""
-    last: Int[Tensor, " P"]
-    """Position of its last token."""
-    number: Int[Tensor, " P"]
-    """Number of the patch in its image."""
-    global_order: Int[Tensor, " G"]
-    """What stands in each global row: its place in [class of every image, all patches]."""
-    target_rows: Int[Tensor, "B T"]
-    """Global row whose output serves the prediction of each token."""
-
-    def to(self, device: torch.device) -> PackedPatches:
-        """The same patches with their tensors on `device`."""
-        return self.map(lambda tensor: tensor.to(device))
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> PackedPatches:
-        """The same patches with each tensor changed."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()}
-        return PackedPatches(**changed)
-
-
-def pack_patches(starts: Bool[Tensor, "B T"]) -> PackedPatches:
-    """Lay out patches for the model, on the CPU, from where they start in every image.
-
-    The encoder's patches end at token T - 2; a last one cut short there is never read by a prediction.
-
-    Raises:
-        ValueError: The starts are not (images, tokens), or the first token of an image opens no patch.
-    """
-    if starts.ndim != 2 or starts.shape[1] < 2:
-        raise ValueError(f"starts are {tuple(starts.shape)}, expected two tokens and more of each image: (images, T)")
-    if not bool(starts[:, 0].all()):
-        raise ValueError("the first token of an image opens no patch, expected every image to start one")
-    marks = starts.numpy()
-    batch, width = len(marks), marks.shape[1] - 1
-    counts = marks[:, :-1].sum(axis=1, dtype=np.int32)
-    before = np.cumsum(counts, dtype=np.int32) - counts  # patches of the images before
-    class_rows = before + np.arange(batch, dtype=np.int32)
-    flat = np.flatnonzero(marks[:, :-1]).astype(np.int32)
-    lengths = np.diff(flat, append=np.int32(batch * width))
-    first = flat - np.repeat(width * np.arange(batch, dtype=np.int32), counts)
-    # Patch p of image i stands in global row p + i + 1 and in place B + p: the place is the row plus B - 1 - i.
-    global_order = np.arange(batch + len(flat), dtype=np.int32)
-    global_order += np.repeat(np.arange(batch, dtype=np.int32)[::-1], counts + 1)
-    global_order[class_rows] = np.arange(batch)
-    targets = marks.cumsum(axis=1, dtype=np.int32)
-    targets += (class_rows - 1)[:, None]
-    return PackedPatches(
-        global_lengths=(counts + 1).tolist(),
-        tokens=torch.from_numpy(_ranges(flat, lengths)),
-        valid=torch.from_numpy(np.take(np.tri(lengths.max() + 1, lengths.max(), -1, dtype=np.bool_), lengths, axis=0)),
-        first=torch.from_numpy(first),
-        last=torch.from_numpy(first + lengths - 1),
-        number=torch.from_numpy(np.arange(len(flat), dtype=np.int32) - np.repeat(before, counts)),
-        global_order=torch.from_numpy(global_order),
-        target_rows=torch.from_numpy(targets),
-    )
-
-
-def _ranges(first: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Rows (P, L) of `lengths` numbers counted up from `first`; short rows repeat their last number.
-
-    Column by column: along its short rows numpy would pay for each of them.
-    """
-    last = first + lengths - 1
-    rows = np.empty((len(first), lengths.max()), dtype=np.int32)
-    for offset, column in enumerate(rows.T):
-        np.minimum(first + np.int32(offset), last, out=column)
-    return rows
+from models.packed_patches import PackedPatches
 
 
 class DPAR(nn.Module):
-    """The three stacks around one token embedding and one output head, which starts at zero."""
+    """The three stacks with one token embedding and one output head.
+
+    The head starts at zero, so the first loss is exactly ln(codebook size).
+    """
 
     def __init__(self, config: DPARConfig) -> None:
         super().__init__()
@@ -135,46 +49,71 @@ class DPAR(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
     ) -> Float[Tensor, "B T V"]:
-        """Logits of every token, float32."""
+        """Logits of every token, float32.
+
+        Raises:
+            ValueError: See `features_and_states`.
+        """
         return self.output(self.features(tokens, labels, patches)).float()
 
     def features(
         self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
     ) -> Float[Tensor, "B T D"]:
-        """What the head makes the logits from."""
+        """Normed output of the decoder, the input of the head.
+
+        Raises:
+            ValueError: See `features_and_states`.
+        """
         return self.features_and_states(tokens, labels, patches)[0]
 
     def features_and_states(
         self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"]]:
-        """The features, and the encoder's states of all tokens but the last, as `token_states` gives them."""
+        """The features, and the encoder's states of all tokens but the last (S = T - 1), equal to `token_states`.
+
+        Raises:
+            ValueError: Tokens and patches are not of the same images, the number of tokens is not the model's, or a
+                token is outside the codebook.
+        """
         if tokens.shape != patches.target_rows.shape or tokens.shape[1] != self.config.num_tokens:
             raise ValueError(
                 f"tokens are {tuple(tokens.shape)} and patches are of {tuple(patches.target_rows.shape)}, "
-                f"expected (images, {self.config.num_tokens}) of both"
+                f"expected (images, {self.config.num_tokens}) for both"
             )
         check_tokens(tokens, self.config.codebook_size)
         embedded = self.tok_embeddings(tokens[:, :-1])  # (B, T - 1, D)
         states, pooled = self.local_encoder(embedded, patches, self.token_rope(tokens.device)[1:-1])
         context = self.global_context(pooled, labels, patches)
         start = self.decoder_start_embedding.weight.expand(len(tokens), 1, -1)
-        known = torch.cat([start.type_as(states), states], dim=1)  # (B, T, D): row j knows x_0 .. x_{j-1}
+        known = torch.cat([start.type_as(states), states], dim=1)  # (B, T, D): row j depends on x_0 .. x_{j-1}
         hidden = self.local_decoder(known, context, patches.target_rows, self.token_rope(tokens.device)[:-1])
         return self.norm(hidden), states
 
     def loss(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches) -> Float[Tensor, ""]:
-        """Mean cross-entropy of all tokens, nats."""
+        """Mean cross-entropy of all tokens, nats.
+
+        Raises:
+            ValueError: See `features_and_states`.
+        """
         return self.loss_and_states(tokens, labels, patches)[0]
 
     def loss_and_states(
         self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], patches: PackedPatches
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "B S D"]]:
-        """The loss, and the encoder's states of all tokens but the last, from the same pass."""
+        """The loss, and the encoder's states of all tokens but the last (S = T - 1), from one pass.
+
+        Raises:
+            ValueError: See `features_and_states`.
+        """
         features, states = self.features_and_states(tokens, labels, patches)
         return head_cross_entropy(features.flatten(0, 1), self.output.weight, tokens.reshape(-1, 1)), states
 
     def token_states(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
-        """What the encoder makes of each token and those before it; patches and class have no part in it."""
+        """State of the encoder's last layer at each of the first S tokens. Depends on neither patches nor class.
+
+        Raises:
+            ValueError: A token is outside the codebook.
+        """
         check_tokens(tokens, self.config.codebook_size)
         rope = self.token_rope(tokens.device)[1 : tokens.shape[1] + 1]
         return self.local_encoder.states(self.tok_embeddings(tokens), rope)[-1]
@@ -182,7 +121,7 @@ class DPAR(nn.Module):
     def global_context(
         self, pooled: Float[Tensor, "P D"], labels: Int[Tensor, " B"], patches: PackedPatches
     ) -> Float[Tensor, "G D"]:
-        """Output of the global stack, packed: [class, patches] of each image."""
+        """Output of the global stack, packed as [class, patches] of each image."""
         rope = self.patch_rope(patches.first, patches.last, patches.number)
         rope = torch.cat([rope.new_zeros(len(labels), *rope.shape[1:]), rope])[patches.global_order]
         hidden = torch.cat([self.cls_embedding(labels), pooled]).index_select(0, patches.global_order)
@@ -194,14 +133,17 @@ class DPAR(nn.Module):
 
     def patch_rope(
         self, first: Int[Tensor, " P"], last: Int[Tensor, " P"], number: Int[Tensor, " P"]
-    ) -> Float[Tensor, "P R 2"]:
-        """Rotations of patches in the global stack (section 3.3); the class position has zeros."""
+    ) -> Float[Tensor, "P F 2"]:
+        """Rotations of patches in the global stack (section 3.3).
+
+        A patch spans tokens `first` to `last` and has a `number` in its image. The class row has zeros instead.
+        """
         if self.config.position_embedding == "patch_index_1d":
             return index_rope(number, self.head_dim)
         redundant = self.config.position_embedding == "dynamic"
         return dynamic_rope(first, last, self.config.grid, self.head_dim, redundant=redundant)
 
-    def token_rope(self, device: torch.device) -> Float[Tensor, "L R 2"]:
+    def token_rope(self, device: torch.device) -> Float[Tensor, "S F 2"]:
         """Rotations of [decoder start, x_0, ..., x_{T-1}]."""
         return grid_rope(self.config.grid, self.head_dim, device, class_row=True)
 
@@ -212,7 +154,7 @@ class DPAR(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Causal blocks over tokens, each followed by a pooling of tokens into patches (section 3.2)."""
+    """Causal blocks over tokens, each followed by pooling of tokens into patches (section 3.2)."""
 
     def __init__(self, config: DPARConfig) -> None:
         super().__init__()
@@ -224,14 +166,14 @@ class Encoder(nn.Module):
         )
 
     def forward(
-        self, embedded: Float[Tensor, "B S D"], patches: PackedPatches, rope: Float[Tensor, "S R 2"]
+        self, embedded: Float[Tensor, "B S D"], patches: PackedPatches, rope: Float[Tensor, "S F 2"]
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "P D"]]:
-        """Token states for the decoder and patch states for the global stack."""
+        """States of tokens for the decoder and of patches for the global stack."""
         layers = self.states(embedded, rope)
         return layers[-1], self.pool([rows.flatten(0, 1) for rows in layers], patches.tokens, patches.valid)
 
-    def states(self, embedded: Float[Tensor, "B S D"], rope: Float[Tensor, "S R 2"]) -> list[Float[Tensor, "B S D"]]:
-        """Token states after each layer."""
+    def states(self, embedded: Float[Tensor, "B S D"], rope: Float[Tensor, "S F 2"]) -> list[Float[Tensor, "B S D"]]:
+        """States of tokens after each layer."""
         states = [embedded]
         for layer in self.layers:
             states.append(layer(states[-1], rope, causal_attention))
@@ -240,15 +182,18 @@ class Encoder(nn.Module):
     def pool(
         self, states: Sequence[Float[Tensor, "N D"]], tokens: Int[Tensor, "P L"], valid: Bool[Tensor, "P L"]
     ) -> Float[Tensor, "P D"]:
-        """Patch states from each layer's token states; `tokens` names a patch's rows, repeated where not `valid`."""
-        pooled = F.embedding(tokens, states[0]).amax(dim=1)  # the first query; repeated rows change no maximum
+        """States of patches from the states of tokens after each layer.
+
+        `tokens` are the rows of each patch in `states`. Where not `valid` they repeat the patch's last row.
+        """
+        pooled = F.embedding(tokens, states[0]).amax(dim=1)  # the first query; repeated rows do not change the maximum
         for pooling, rows in zip(self.cross_attn_layers, states, strict=True):
             pooled = pooling(pooled, rows, tokens, valid)
         return pooled
 
 
 class PatchPooling(nn.Module):
-    """Cross-attention of one query a patch to the patch's own tokens, added to the query."""
+    """Cross-attention of one query per patch to the patch's own tokens, with a residual connection (section 3.2)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -267,9 +212,9 @@ class PatchPooling(nn.Module):
         tokens: Int[Tensor, "P L"],
         valid: Bool[Tensor, "P L"],
     ) -> Float[Tensor, "P D"]:
-        """New patch states. Keys and values are made once a token and then gathered to its patch.
+        """New states of patches. Keys and values are computed once per token, then gathered by patch.
 
-        Sums of products instead of matrix products: for one query and a few keys they are faster.
+        With one query and few keys, element-wise products and sums are faster than matrix products.
         """
         query = self.wq(self.cross_attn_norm_q(pooled)).unflatten(-1, (1, self.num_heads, -1))
         normed = self.cross_attn_norm_kv(states)
@@ -282,7 +227,7 @@ class PatchPooling(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Causal blocks over tokens; before each, the global output of a token's patch is normed, projected and added."""
+    """Causal blocks over tokens. Before each, the context of a token's patch is normed, projected and added."""
 
     def __init__(self, config: DPARConfig) -> None:
         super().__init__()
@@ -296,9 +241,9 @@ class Decoder(nn.Module):
         hidden: Float[Tensor, "B T D"],
         context: Float[Tensor, "G D"],
         target_rows: Int[Tensor, "B T"],
-        rope: Float[Tensor, "T R 2"],
+        rope: Float[Tensor, "T F 2"],
     ) -> Float[Tensor, "B T D"]:
-        """Features that the head reads. The projection acts on patches and is gathered to their tokens."""
+        """Features before the final norm. The context is projected once per patch, then gathered to the tokens."""
         for projection, layer in zip(self.cross_attn_layers, self.layers, strict=True):
             hidden = hidden + F.embedding(target_rows, projection(context))
             hidden = layer(hidden, rope, causal_attention)
@@ -306,7 +251,7 @@ class Decoder(nn.Module):
 
 
 class ContextProjection(nn.Module):
-    """What is left of cross-attention when there is one key: norm and linear."""
+    """Cross-attention to a single key, which reduces to norm and linear layer."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -314,5 +259,5 @@ class ContextProjection(nn.Module):
         self.wo = nn.Linear(dim, dim, bias=False)
 
     def forward(self, context: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """What a patch's tokens get from the global stack."""
+        """Projected context of each patch."""
         return self.wo(self.cross_attn_norm_kv(context))

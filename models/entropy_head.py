@@ -1,8 +1,10 @@
-"""The entropy of the next token, read off the states of DPAR's encoder: boundaries without an entropy model.
+"""Entropy head: predicts the entropy of the next token from DPAR's encoder, so that sampling needs no entropy model.
 
-The encoder has read every token when a boundary must be decided. Its states were learned to predict tokens together
-with the patches before, and say little of the entropy by themselves: a linear layer or a small MLP on them stays far
-below a narrow causal block of the head's own.
+When a boundary must be decided, the encoder has already read all tokens before it. Its states alone carry little of the
+entropy, because the model predicts tokens from states and global context together. A linear head or a small MLP is
+therefore much less accurate than a narrow causal block.
+
+This head is not part of the DPAR paper.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from models.layers import Attend, Block, RMSNorm, grid_rope, init_weights
 
 
 class EntropyHead(nn.Module):
-    """From the encoder's state of each token to the entropy of the next, in nats."""
+    """Maps the encoder's state of each token to the entropy of the next token, in nats."""
 
     def __init__(self, config: EntropyHeadConfig) -> None:
         super().__init__()
@@ -42,12 +44,12 @@ class EntropyHead(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def forward(self, states: Float[Tensor, "B S D"]) -> Float[Tensor, "B S"]:
-        """Entropies in float32: of token i + 1 where the state is of token i."""
+        """Entropies, nats, float32. The state of token i gives the entropy of token i + 1."""
         rope = self._rope(states.device)[: states.shape[1]]
         return self._entropies(states, rope, causal_attention)
 
     def step(self, state: Float[Tensor, "B D"], position: int, cache: KVCache) -> Float[Tensor, " B"]:
-        """The same after one more token, the one at `position`."""
+        """Entropies of the tokens at `position` + 1, given the states at `position` and a cache of those before."""
         (attend,) = cache.step(position)
         return self._entropies(state, self._rope(state.device)[position], attend)
 
@@ -56,7 +58,7 @@ class EntropyHead(nn.Module):
         return KVCache(1, self.config.num_tokens)
 
     def _entropies(
-        self, states: Float[Tensor, "... D"], rope: Float[Tensor, "... R 2"], attend: Attend
+        self, states: Float[Tensor, "... D"], rope: Float[Tensor, "... F 2"], attend: Attend
     ) -> Float[Tensor, ...]:
         hidden = self.norm(states)
         if self.config.kind == "mlp":
@@ -65,12 +67,15 @@ class EntropyHead(nn.Module):
             hidden = self.output_norm(self.block(self.narrow(hidden), rope, attend))
         return self.output(hidden)[..., 0].float() + self.mean.float()
 
-    def _rope(self, device: torch.device) -> Float[Tensor, "T R 2"]:
+    def _rope(self, device: torch.device) -> Float[Tensor, "T F 2"]:
         return grid_rope(self.config.grid, self.config.width // self.config.num_heads, device, class_row=False)
 
 
 def entropies_of(model: DPAR, head: EntropyHead, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Entropy of each token given those before it, nats; the first, which has none, gets that of a uniform guess."""
+    """Entropy of each token given those before it, nats, float32.
+
+    The first token has no prediction: its entry is ln(codebook size), the entropy of the uniform distribution.
+    """
     found = head(model.token_states(tokens[:, :-1]))
     first = torch.full_like(found[:, :1], math.log(model.config.codebook_size))
     return torch.cat([first, found], dim=1)

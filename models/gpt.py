@@ -1,9 +1,9 @@
-"""LlamaGen's transformer over VQ tokens, and its unconditional twin, the entropy model.
+"""LlamaGen's transformer over VQ tokens, and its unconditional variant, the entropy model.
 
 Conditional: the sequence is [class, x_0, ..., x_{T-2}], and position j predicts x_j. Unconditional: the sequence is
-[x_0, ..., x_{T-2}], and position j predicts x_{j+1}; nothing predicts x_0.
+[x_0, ..., x_{T-2}], and position j predicts x_{j+1}. Nothing predicts x_0. The last token is never an input.
 
-Source: LlamaGen (arXiv 2406.06525), section 2.2; DPAR, section 3.1 for the entropy model.
+Source: LlamaGen (arXiv 2406.06525), section 2.2; DPAR (arXiv 2512.21867), section 3.1, for the entropy model.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from models.kv_cache import KVCache
 from models.layers import Block, LabelEmbedder, RMSNorm, check_tokens, grid_rope, init_weights
 from models.loss import head_cross_entropy
 
-_SLICE_LOGITS = 2**24  # 64 MB in float32: enough rows for fast matrix products
+_SLICE_LOGITS = 2**24  # 64 MiB in float32, with enough rows for fast matrix products
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer. The output head starts at zero, so the first loss is ln(codebook size) exactly."""
+    """Decoder-only transformer. The output head starts at zero, so the first loss is exactly ln(codebook size)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -44,26 +44,39 @@ class GPT(nn.Module):
 
     @property
     def conditional(self) -> bool:
-        """Whether a class position comes first."""
+        """Whether the sequence starts with a class position."""
         return self.config.num_classes is not None
 
     def forward(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B S V"]:
-        """Logits of the predicted tokens, float32: S = T with a class and T - 1 without."""
+        """Logits of the predicted tokens, float32. S is T with classes and T - 1 without.
+
+        Raises:
+            ValueError: See `features`.
+        """
         return self.output(self.features(tokens, labels)).float()
 
     def features(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B S D"]:
-        """What the head makes the logits from. The last token is read by no one."""
+        """Normed output of the last layer, the input of the head.
+
+        Raises:
+            ValueError: The number of tokens is not the model's, a token is outside the codebook, or labels are given to
+                an unconditional model or missing for a conditional one.
+        """
         if tokens.shape[1] != self.config.num_tokens:
-            raise ValueError(f"{tokens.shape[1]} tokens an image, the model was made for {self.config.num_tokens}")
+            raise ValueError(f"{tokens.shape[1]} tokens an image, the model is for {self.config.num_tokens}")
         if self.conditional != (labels is not None):
             raise ValueError(f"labels are {labels}, expected them exactly when the model has classes")
         check_tokens(tokens, self.config.codebook_size)
         return self.transform(self.tok_embeddings(tokens[:, :-1]), labels, self.config.grid)
 
     def transform(
-        self, embedded: Float[Tensor, "B N D"], labels: Int[Tensor, " B"] | None, grid: int
+        self, embedded: Float[Tensor, "B M D"], labels: Int[Tensor, " B"] | None, grid: int
     ) -> Float[Tensor, "B S D"]:
-        """Features after the class, if there is one, and after each of the first N embeddings of a `grid` x `grid`."""
+        """Features of the class position, if there are labels, and of M embeddings.
+
+        The embeddings are those of the first M cells of a `grid` x `grid`, in raster order. S is M, plus one for the
+        class.
+        """
         if labels is not None:
             embedded = torch.cat([self.cls_embedding(labels)[:, None], embedded], dim=1)
         hidden = self.tok_dropout(embedded)  # (B, S, D)
@@ -73,16 +86,23 @@ class GPT(nn.Module):
         return self.norm(hidden)
 
     def loss(self, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"] | None = None) -> Float[Tensor, ""]:
-        """Mean cross-entropy of the predicted tokens, nats."""
+        """Mean cross-entropy of the predicted tokens, nats.
+
+        Raises:
+            ValueError: See `features`.
+        """
         targets = tokens if self.conditional else tokens[:, 1:]
         features = self.features(tokens, labels).flatten(0, 1)
         return head_cross_entropy(features, self.output.weight, targets.reshape(-1, 1))
 
     def entropy(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """Entropy of each token given those before it, nats, float32. Of the unconditional model.
+        """Entropy of each token given those before it, nats, float32. The model must be unconditional.
 
-        The first token has no prediction: its entry is ln(codebook size), and the patch rule never reads it. Logits
-        exist for a slice of the positions at a time: all those of a batch would take more memory than the model.
+        The first token has no prediction: its entry is ln(codebook size), and the patch rule ignores it. Logits are
+        computed for a slice of the positions at a time: those of a whole batch would take more memory than the model.
+
+        Raises:
+            ValueError: See `features`.
         """
         features = self.features(tokens)
         rows = features.flatten(0, 1).split(max(1, _SLICE_LOGITS // self.config.codebook_size))
@@ -95,18 +115,23 @@ class GPT(nn.Module):
         return KVCache(len(self.layers), self.config.num_tokens)
 
     def step(self, hidden: Float[Tensor, "B D"], position: int, cache: KVCache) -> Float[Tensor, "B V"]:
-        """Logits after one more position, whose embedding is `hidden`."""
+        """Logits, float32, after the position whose embedding is `hidden`. The cache holds the positions before."""
         rope = self._rope(self.config.grid, hidden.device)[position]
         for layer, attend in zip(self.layers, cache.step(position), strict=True):
             hidden = layer(hidden, rope, attend)
         return self.output(self.norm(hidden)).float()
 
-    def _rope(self, grid: int, device: torch.device) -> Float[Tensor, "L R 2"]:
+    def _rope(self, grid: int, device: torch.device) -> Float[Tensor, "S F 2"]:
         head_dim = self.config.dim // self.config.num_heads
         return grid_rope(grid, head_dim, device, class_row=self.conditional)
 
 
 def token_entropy(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """Entropy of each distribution, nats, in float32 whatever the logits are: it is compared with a threshold."""
+    """Entropy of each distribution, nats.
+
+    Computed in float32 whatever the dtype of `logits`, because the result is compared with a threshold.
+
+    Source: BLT (arXiv 2412.09871), section 2.3; DPAR (arXiv 2512.21867), section 3.1.
+    """
     log_probs = F.log_softmax(logits.float(), dim=-1)
     return -(log_probs.exp() * log_probs).sum(dim=-1)

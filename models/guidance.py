@@ -1,4 +1,4 @@
-"""How strongly classifier-free guidance acts at each token of an image. Nothing here imports torch."""
+"""Scale of classifier-free guidance at each token of an image. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,19 @@ def guidance_scale(
     schedule: Schedule = "constant",
     interval: tuple[int, int] | None = None,
 ) -> float:
-    """Scale of the guidance at the token drawn at `position` of `num_tokens`; 1 is no guidance.
-
-    "linear" rises from 1 at the first token to `scale` at the last. Rising, because the first tokens decide what the
-    image becomes: drawn as the model learned them, samples stay varied, and the later tokens that guidance sharpens
-    only work that choice out.
+    """Scale of the guidance at the token at `position` of `num_tokens`. Scale 1 is no guidance.
 
     Args:
-        position: In raster order, from 0.
-        num_tokens: Of an image.
+        position: Raster order, from 0.
+        num_tokens: Tokens of an image.
         scale: Largest scale.
-        schedule: "constant" is `scale` throughout.
-        interval: Tokens first .. last - 1 alone are guided; the schedule still spans the whole image. LlamaGen's
-            `cfg_interval` of c is (0, c + 2): it counts from its first cached step, which draws the second token.
+        schedule: "constant" is `scale` at every token. "linear" rises from 1 at the first token to `scale` at the last:
+            the first tokens decide the content, and without guidance they keep samples diverse.
+        interval: Only tokens first .. last - 1 are guided. The schedule still spans the whole image. LlamaGen's
+            `cfg_interval` of c is (0, c + 2): it counts from the first cached step, which samples the second token.
 
-    Source: LlamaGen's sampler (constant, interval); Muse (arXiv 2301.00704), section 2.7, for the rise; guidance in
-        an interval is of arXiv 2404.07724.
+    Source: LlamaGen's sampler for "constant" and the interval; Muse (arXiv 2301.00704), section 2.7, for "linear";
+        arXiv 2404.07724 for guidance in an interval.
     """
     if interval is not None and not interval[0] <= position < interval[1]:
         return 1.0

@@ -1,6 +1,8 @@
-"""Blocks that LlamaGen, the entropy model and DPAR share: norms, rotary attention, SwiGLU, class embedding.
+"""Blocks shared by LlamaGen, the entropy model and DPAR: norm, rotary attention, SwiGLU, class embedding.
 
 Names of weights are LlamaGen's, so that its released checkpoints load.
+
+Source: LlamaGen (arXiv 2406.06525), section 2.2; DPAR (arXiv 2512.21867), section 3.3, for dynamic positions.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values (..., H, K) to attended values (..., H, K): masks, packing and caches hide in here."""
+"""Maps queries, keys and values (..., H, K) to attended values (..., H, K). It holds the mask, packing or cache."""
 
 _ROPE_BASE = 10000.0
 
@@ -33,7 +35,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary positions; which positions see which is the caller's `attend`."""
+    """Multi-head self-attention with rotary positions. The caller's `attend` decides which positions see which."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -43,9 +45,9 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Float[Tensor, "... D"], rope: Float[Tensor, "... R 2"], attend: Attend
+        self, x: Float[Tensor, "... D"], rope: Float[Tensor, "... F 2"], attend: Attend
     ) -> Float[Tensor, "... D"]:
-        """Mixed features; `rope` holds the cosines and sines of each position, R = K / 2."""
+        """Attended features. `rope` holds the cosines and sines of each position."""
         qk, v = self.wqkv(x).unflatten(-1, (3 * self.num_heads, -1)).split((2 * self.num_heads, self.num_heads), dim=-2)
         q, k = apply_rope(qk, rope).chunk(2, dim=-2)  # (..., H, K)
         mixed = attend(q, k, v)
@@ -53,7 +55,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, its hidden width two thirds of 4 D, rounded up to a multiple of 256."""
+    """SwiGLU. The hidden width is two thirds of 4 D, rounded up to a multiple of 256."""
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class FeedForward(nn.Module):
         self.ffn_dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """w2 (silu(w1 x) * w3 x)."""
+        """Features w2 (silu(w1 x) * w3 x)."""
         return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
@@ -79,15 +81,15 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(dim)
 
     def forward(
-        self, x: Float[Tensor, "... D"], rope: Float[Tensor, "... R 2"], attend: Attend
+        self, x: Float[Tensor, "... D"], rope: Float[Tensor, "... F 2"], attend: Attend
     ) -> Float[Tensor, "... D"]:
-        """The input plus attention, then plus feed-forward."""
+        """Features after attention and feed-forward, each with a residual connection."""
         x = x + self.attention(self.attention_norm(x), rope, attend)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class LabelEmbedder(nn.Module):
-    """Class embeddings, and one more for "no class", which guidance needs."""
+    """Class embeddings, and one more for the null class, which classifier-free guidance needs."""
 
     def __init__(self, num_classes: int, dim: int, dropout_prob: float) -> None:
         super().__init__()
@@ -96,7 +98,7 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def forward(self, labels: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
-        """Embedding of each label; in training some labels are replaced by the null class `num_classes`."""
+        """Embedding of each label. In training, labels are replaced by the null class, `num_classes`, at random."""
         if self.training and self.dropout_prob > 0:
             dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
             labels = torch.where(dropped, self.num_classes, labels)
@@ -104,10 +106,10 @@ class LabelEmbedder(nn.Module):
 
 
 def check_tokens(tokens: Int[Tensor, "B T"], codebook_size: int) -> None:
-    """Refuse tokens that are no number of a code. Of tokens on a CPU: to look at others, the host would have to wait.
+    """Check the token range on the CPU; on a GPU the check would force a sync.
 
     Raises:
-        ValueError: One is negative, or not below `codebook_size`.
+        ValueError: A token is negative, or not below `codebook_size`.
     """
     if tokens.device.type != "cpu" or not tokens.numel():
         return
@@ -117,39 +119,39 @@ def check_tokens(tokens: Int[Tensor, "B T"], codebook_size: int) -> None:
 
 
 def init_weights(module: nn.Module) -> None:
-    """LlamaGen's initialisation: normal with standard deviation 0.02 everywhere; norms keep their ones."""
+    """Initialise as LlamaGen: linear and embedding weights are normal with standard deviation 0.02, norms stay ones."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
 
 
-def apply_rope(x: Float[Tensor, "... H K"], rope: Float[Tensor, "... R 2"]) -> Float[Tensor, "... H K"]:
-    """Rotate adjacent pairs of channels, in float32; a row of zeros in `rope` gives zeros.
+def apply_rope(x: Float[Tensor, "... H K"], rope: Float[Tensor, "... F 2"]) -> Float[Tensor, "... H K"]:
+    """Rotate adjacent pairs of channels in float32. A row of zeros in `rope` gives zeros.
 
-    A pair is a complex number and its rotation a product, which is one kernel where sines and cosines take six.
+    A pair is treated as a complex number: its rotation is one product, one kernel instead of six.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (..., H, R)
-    turned = pairs * torch.view_as_complex(rope).unsqueeze(-2)
-    return torch.view_as_real(turned).flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (..., H, F)
+    rotated = pairs * torch.view_as_complex(rope).unsqueeze(-2)
+    return torch.view_as_real(rotated).flatten(-2).type_as(x)
 
 
-def rope_of(angles: Float[Tensor, "... R"]) -> Float[Tensor, "... R 2"]:
-    """Cosines and sines of angles."""
+def rope_of(angles: Float[Tensor, "... F"]) -> Float[Tensor, "... F 2"]:
+    """Cosine and sine of each angle, given in radians."""
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def frequencies(count: int, width: int, device: torch.device | None = None) -> Float[Tensor, " count"]:
-    """The first `count` of the frequencies base^(-2 i / width)."""
+    """The frequencies 10000^(-2 i / width) for i below `count`, in radians per position."""
     exponents = torch.arange(count, dtype=torch.float32, device=device) * 2 / width
     return _ROPE_BASE**-exponents
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(mode=False)  # a table first made while sampling must still serve training
-def grid_rope(grid: int, head_dim: int, device: torch.device, *, class_row: bool) -> Float[Tensor, "L R 2"]:
-    """Rotations of all positions of a token grid: half of the pairs turn by the row, half by the column.
+@torch.inference_mode(mode=False)  # a table first made while sampling is used by training too
+def grid_rope(grid: int, head_dim: int, device: torch.device, *, class_row: bool) -> Float[Tensor, "S F 2"]:
+    """Rotations of all positions of a token grid: half of the pairs rotate by the row, half by the column.
 
-    `class_row` puts a row of zeros, not of angle zero, before the first token: queries and keys of the class position
-    become zero vectors. LlamaGen's released weights were trained so.
+    `class_row` puts a row of zeros, not of angle zero, before the first token. Queries and keys of the class position
+    become zero vectors, as in the training of LlamaGen's released weights.
     """
     position = torch.arange(grid * grid, device=device)
     freqs = frequencies(head_dim // 4, head_dim // 2, device)
@@ -160,14 +162,16 @@ def grid_rope(grid: int, head_dim: int, device: torch.device, *, class_row: bool
 
 def dynamic_rope(
     first: Int[Tensor, " P"], last: Int[Tensor, " P"], grid: int, head_dim: int, *, redundant: bool
-) -> Float[Tensor, "P R 2"]:
-    """Rotations of patches that span tokens `first` to `last`: by the row of the first, and by both columns.
+) -> Float[Tensor, "P F 2"]:
+    """Rotations of patches that span tokens `first` to `last`: by the row of the first token and by both columns.
 
-    Half of the pairs turn by the row. With redundancy the other half is (start, end, end, start) at four sets of
-    frequencies, without it (start, end) at two. Source: DPAR, section 3.3 and supplement, table S3.
+    Half of the pairs rotate by the row. The other half holds the columns (start, end, end, start), each at K / 16
+    frequencies; if not `redundant`, it holds (start, end) at K / 8.
 
     Raises:
-        ValueError: The head width cannot be shared out so.
+        ValueError: The head width is not a multiple of 16.
+
+    Source: DPAR, section 3.3 and supplement, table S3.
     """
     if head_dim % 16:
         raise ValueError(f"head width is {head_dim}, expected a multiple of 16 for dynamic position embeddings")
@@ -182,6 +186,6 @@ def dynamic_rope(
     return rope_of(torch.cat([by_row, *by_column], dim=1))
 
 
-def index_rope(index: Int[Tensor, " P"], head_dim: int) -> Float[Tensor, "P R 2"]:
-    """Rotations by a single number, e.g. the number of a patch in its image."""
+def index_rope(index: Int[Tensor, " P"], head_dim: int) -> Float[Tensor, "P F 2"]:
+    """Rotations of all pairs by one number, such as the number of a patch in its image."""
     return rope_of(index[:, None].float() * frequencies(head_dim // 2, head_dim, index.device))

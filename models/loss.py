@@ -1,8 +1,8 @@
-"""Cross-entropy straight from the features that the head reads, so that float32 logits never exist all at once.
+"""Cross-entropy computed from the input of the output head, without float32 logits of the whole batch.
 
-Over 16,384 classes the logits are the largest tensor of a training step. The plain road holds them three times: in the
-type of the matrix product, in float32, and as log-probabilities for the backward pass. Here the head works on an eighth
-of the rows at a time, and what is kept of a slice is its gradient, in the type of the matrix product.
+With 16,384 classes the logits are the largest tensor of a training step. The plain loss holds them three times: in the
+dtype of the matrix product, in float32, and as log-probabilities for the backward pass. Here the head processes an
+eighth of the rows at a time. Only the gradient of the logits is kept for the backward pass, in the product's dtype.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _SLICES = 8
 
 
 def head_cross_entropy(
-    features: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N K"]
+    features: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N C"]
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy, nats, of the logits `features @ weight.T` with K target classes a row; float32 softmax.
+    """Mean cross-entropy, nats, of the logits `features @ weight.T` with a float32 softmax.
 
-    Several targets a row count equally, as if the row were repeated for each of them.
+    Each row has C target classes. They count equally, as if the row were repeated for each of them.
     """
     kind = features.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -31,11 +31,13 @@ def head_cross_entropy(
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """The gradient of the logits is known as soon as the loss is: it takes their place, nothing is computed twice."""
+    """Computes the gradient of the logits with the loss, in the memory of the logits: nothing is computed twice."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """The loss; where a gradient is wanted, that of the logits of all rows is kept."""
+    def forward(
+        ctx: Any, features: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N C"]
+    ) -> Float[Tensor, ""]:
+        """The loss. Saves the gradient of all logits if an input needs a gradient."""
         total = torch.zeros((), device=features.device)
         keep = any(ctx.needs_input_grad)
         kept = features.new_empty(len(features) if keep else 0, len(weight))
@@ -44,7 +46,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             rows = slice(first, first + step)
             place = kept[rows] if keep else None
             product = torch.mm(features[rows], weight.T, out=place)
-            logits, classes = product.float(), targets[rows]  # (n, V); float32 products are their own logits
+            logits, classes = product.float(), targets[rows]  # (n, V); of float32 products this is no copy
             normalizer = logits.logsumexp(dim=1, keepdim=True)
             total += (normalizer - logits.gather(1, classes)).sum()
             if place is not None:
@@ -61,8 +63,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 
 def _logit_gradient(
-    logits: Float[Tensor, "n V"], normalizer: Float[Tensor, "n 1"], targets: Int[Tensor, "n K"], count: int
+    logits: Float[Tensor, "n V"], normalizer: Float[Tensor, "n 1"], targets: Int[Tensor, "n C"], count: int
 ) -> Float[Tensor, "n V"]:
-    """Gradient of the mean over `count` targets, written over `logits`: K times the probabilities, less the targets."""
+    """Gradient of the mean over `count` targets: C times the probabilities minus the targets. Overwrites `logits`."""
     gradient = logits.sub_(normalizer).exp_().mul_(targets.shape[1] / count)
     return gradient.scatter_add_(1, targets, gradient.new_full((), -1 / count).expand(targets.shape))

@@ -1,6 +1,6 @@
-"""LPIPS, the perceptual distance that trains the tokenizer: VGG16 features, normalised, compared and weighted.
+"""LPIPS, the perceptual loss of the tokenizer: a weighted distance of normalised VGG16 features.
 
-Source: Zhang et al. (arXiv 1801.03924), version 0.1 of the linear heads.
+Source: Zhang et al. (arXiv 1801.03924), section 3.1, equation 1; version 0.1 of the linear heads.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# Output widths of the thirteen convolutions; a max pool stands before each block but the first.
+# Output widths of the thirteen convolutions; a max pool precedes each block but the first.
 _BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
-    """Distance of two images, from the last features of each VGG16 block."""
+    """Distance of two images, from the last features of each VGG16 block. The weights are frozen."""
 
     shift: Tensor
     scale: Tensor
@@ -33,8 +33,10 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1))
         self.requires_grad_(False)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"], others: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
-        """Distance of each pair of images in [-1, 1]. Gradients flow to `images` only."""
+    def forward(
+        self, images: Float[Tensor, "B 3 height width"], others: Float[Tensor, "B 3 height width"]
+    ) -> Float[Tensor, " B"]:
+        """Distance of each pair of images in [-1, 1], float32. The gradient reaches `images` only."""
         with torch.no_grad():
             targets = self._features(others)
         total = torch.zeros(len(images), device=images.device)
@@ -43,7 +45,7 @@ class LPIPS(nn.Module):
             total = total + torch.einsum("bchw,c->b", difference, head) / difference[0, 0].numel()
         return total
 
-    def _features(self, images: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
+    def _features(self, images: Float[Tensor, "B 3 height width"]) -> list[Float[Tensor, "B _ _ _"]]:
         hidden = (images - self.shift) / self.scale
         convs = iter(self.convs)
         features = []

@@ -1,7 +1,7 @@
-"""Linear layers for drawing on a CPU: the weight lies as oneDNN's matrix product reads it.
+"""Linear layers for sampling on a CPU, with weights pre-packed in oneDNN's layout.
 
-`F.linear` brings the weight into that order anew at every call. Of many rows nobody notices; of the few rows of a
-sampling step it is most of the time. The products are the same.
+`F.linear` packs the weight at every call. With the few rows of a sampling step, packing takes most of the time. The
+products are the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without bias, its weight packed once. It cannot be trained, saved or moved."""
+    """A linear layer without bias whose weight is packed once. It cannot be trained, saved or moved.
+
+    Raises:
+        ValueError: The layer has a bias.
+    """
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -21,13 +25,13 @@ class PackedLinear(nn.Module):
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... E"]:
-        """What the layer gave that this one was made from."""
+        """The output of the layer that was packed."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
         return product
 
 
 def pack_linear_layers(model: nn.Module) -> None:
-    """Replace the linear layers of a finished model, if it lies on a CPU for which this helps."""
+    """Replace the linear layers of a trained model in place. Layers that oneDNN cannot pack stay as they are."""
     for name, module in model.named_children():
         if isinstance(module, nn.Linear) and _can_pack(module.weight):
             setattr(model, name, PackedLinear(module))

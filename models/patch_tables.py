@@ -1,9 +1,9 @@
-"""The rule of `models.patching` for many images: eight tokens at a time, by tables that the rule itself fills.
+"""The rule of patching.py for many images, eight tokens at a time, by lookup tables that the rule itself fills.
 
-Whether a token cuts depends on that token alone; the length limit is all that reaches from one token to the next. So
-the length of the open patch and the cuts of eight tokens decide which of the eight open patches and how long the open
-one is after them: an automaton that reads a byte at a time, for all images at once. Starts come as they are stored, one
-bit a token, bit i % 8 of byte i // 8.
+Whether a token cuts depends on that token alone. Only the length limit depends on earlier tokens. So the length of the
+open patch and the cuts of eight tokens determine which of the eight open patches, and the length of the patch that is
+open after them. This is an automaton that reads one byte of cuts at a time, for all images at once. Starts are packed
+as they are stored: one bit a token, bit i % 8 of byte i // 8.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from math import inf
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float32, Int, UInt8
 from numpy.typing import NDArray
 
 from models.patching import PatchRule, cuts, opens_patch
@@ -26,18 +27,18 @@ class PatchTables:
     """A rule for images of one number of tokens.
 
     Attributes:
-        threshold: Of the rule, nats.
-        forced: Bits of the tokens that cut whatever their entropy.
-        starts: Bits of the tokens that open a patch, for every state and every byte of cuts; None without a length
-            limit, where cuts are all there is.
-        states: State after them. A state is 256 times one less than the length of the open patch, so that state + byte
-            is a place in both tables.
+        threshold: The rule's threshold, nats.
+        forced: Bits of the tokens that cut at any entropy, (ceil(T / 8),).
+        starts: Bits of the tokens that open a patch, for every state and every byte of cuts, (256 * max_length,). None
+            without a length limit: then every start is a cut.
+        states: State after the eight tokens, same index as `starts`. A state is 256 * (length of the open patch - 1),
+            so that state + byte is the index.
     """
 
     threshold: np.float32
-    forced: Bytes
-    starts: Bytes | None
-    states: NDArray[np.intp]
+    forced: UInt8[np.ndarray, " bytes"]
+    starts: UInt8[np.ndarray, " states"] | None
+    states: Int[np.ndarray, " states"]
 
     @classmethod
     def of(cls, rule: PatchRule, num_tokens: int) -> PatchTables:
@@ -50,40 +51,45 @@ class PatchTables:
         lengths = torch.arange(1, rule.max_length + 1).repeat_interleave(_BYTES)
         bits = unpack_bits(np.arange(_BYTES, dtype=np.uint8)[:, None], 8)
         entropies = torch.where(torch.from_numpy(bits), inf, -inf).repeat(rule.max_length, 1)  # (states * 256, 8)
-        free = replace(rule, row_boundary=False)  # rows are among the forced cuts
+        free = replace(rule, row_boundary=False)  # row boundaries are among the forced cuts
         opened = []
         for bit in range(8):
-            opened.append(opens_patch(free, 2, entropies[:, bit], lengths))  # position 2: the first not forced
+            opened.append(opens_patch(free, 2, entropies[:, bit], lengths))  # position 2: not forced
             lengths = torch.where(opened[-1], 1, lengths + 1)
         starts = pack_bits(torch.stack(opened, dim=1).numpy())[:, 0]
         return cls(threshold, forced, starts, (_BYTES * (lengths - 1)).numpy().astype(np.intp))
 
-    def packed_starts(self, entropies: NDArray[np.float32]) -> Bytes:
-        """Where patches start: the bits of `patch_starts`, (B, T / 8) rounded up, from entropies (B, T) in nats."""
+    def packed_starts(self, entropies: Float32[np.ndarray, "B T"]) -> UInt8[np.ndarray, "B bytes"]:
+        """Bits of `patch_starts`, (B, ceil(T / 8)), from entropies in nats."""
         packed = pack_bits(~(entropies <= self.threshold))
         packed |= self.forced
         return packed if self.starts is None else _walk(packed, self.starts, self.states, entropies.shape[1])
 
 
-def _walk(cut: Bytes, starts: Bytes, states: NDArray[np.intp], num_tokens: int) -> Bytes:
-    """Starts from cuts, byte after byte, all images together."""
+def _walk(
+    cut: UInt8[np.ndarray, "B bytes"],
+    starts: UInt8[np.ndarray, " states"],
+    states: Int[np.ndarray, " states"],
+    num_tokens: int,
+) -> UInt8[np.ndarray, "B bytes"]:
+    """Bits of starts from bits of cuts: byte after byte, all images at once."""
     columns = np.ascontiguousarray(cut.T)
-    state = np.zeros(len(cut), dtype=np.intp)  # of no account: the first token cuts
+    state = np.zeros(len(cut), dtype=np.intp)  # any value: the first token cuts
     place = np.empty_like(state)
     for column in columns:
         np.add(state, column, out=place)
-        # Places are in range; "clip" spares numpy the copy that it makes to leave `out` alone on an error.
+        # Indices are in range. The mode "clip" avoids the copy that numpy makes to protect `out` from errors.
         np.take(starts, place, out=column, mode="clip")
         np.take(states, place, out=state, mode="clip")
-    columns[-1] &= 0xFF >> -num_tokens % 8  # no token lies there, though the limit may open patches
+    columns[-1] &= 0xFF >> -num_tokens % 8  # there are no tokens, but the length limit may set bits
     return np.ascontiguousarray(columns.T)
 
 
-def pack_bits(flags: NDArray[np.bool_]) -> Bytes:
-    """Flags (..., T) as bits (..., T / 8 rounded up)."""
+def pack_bits(flags: Bool[np.ndarray, "*B T"]) -> UInt8[np.ndarray, "*B bytes"]:
+    """Flags as bits, ceil(T / 8) bytes a row, the last one padded with zeros."""
     return np.packbits(flags, axis=-1, bitorder="little")
 
 
-def unpack_bits(packed: Bytes, num_tokens: int) -> NDArray[np.bool_]:
-    """Flags (..., num_tokens) from bits."""
+def unpack_bits(packed: UInt8[np.ndarray, "*B bytes"], num_tokens: int) -> Bool[np.ndarray, "*B T"]:
+    """The first `num_tokens` flags of each row of bits."""
     return np.unpackbits(packed, axis=-1, count=num_tokens, bitorder="little").view(np.bool_)

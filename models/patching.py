@@ -1,7 +1,9 @@
-"""Where patches start: one rule, applied to stored entropies and while sampling.
+"""The patch rule: where patches start. One rule for stored entropies and for sampling.
 
-A token opens a patch when the entropy model was uncertain about it, when it begins a row of the token grid, or when the
-open patch is full. Tokens 0 and 1 always open one. Source: DPAR, section 3.2 and Algorithm 1.
+A token opens a patch if its entropy exceeds the threshold, if it begins a row of the token grid, or if the open patch
+is full. Tokens 0 and 1 always open a patch.
+
+Source: DPAR (arXiv 2512.21867), section 3.2 and Algorithm 1.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ class PatchRule:
     """The settings of Algorithm 1.
 
     Attributes:
-        threshold: Nats. Compared as float32, because entropies are stored so.
-        max_length: Longest patch in tokens, or None.
-        row_boundary: Whether every row of the grid opens a patch.
+        threshold: Nats. Compared in float32, the dtype of stored entropies.
+        max_length: Longest patch, in tokens; None without a limit.
+        row_boundary: Whether the first token of every row opens a patch.
         grid: Tokens along one side of the image.
     """
 
@@ -31,9 +33,9 @@ class PatchRule:
 
 
 def cuts(rule: PatchRule, positions: Int[Tensor, "*#B"], entropies: Float[Tensor, "*B"]) -> Bool[Tensor, "*B"]:
-    """Where a patch starts whatever came before: by entropy, by row, or as one of the first two tokens.
+    """Cuts: tokens that open a patch whatever the open patch is, by entropy, by row, or as token 0 or 1.
 
-    Not `entropy > threshold` but its contrary: an entropy that is no number cuts.
+    The comparison is `not entropy <= threshold`, so that a NaN entropy cuts too.
     """
     threshold = torch.tensor(rule.threshold, dtype=torch.float32, device=entropies.device)
     cut = ~(entropies.float() <= threshold) | (positions < 2)
@@ -43,16 +45,16 @@ def cuts(rule: PatchRule, positions: Int[Tensor, "*#B"], entropies: Float[Tensor
 def opens_patch(
     rule: PatchRule, position: int, entropies: Float[Tensor, " B"], open_lengths: Int[Tensor, " B"]
 ) -> Bool[Tensor, " B"]:
-    """Whether the token at `position` opens a patch, given the entropy about it and the length of the open patch."""
+    """Whether the token at `position` opens a patch, from its entropy in nats and the tokens in the open patch."""
     positions = torch.full_like(open_lengths, position)
     opened = cuts(rule, positions, entropies)
     return opened if rule.max_length is None else opened | (open_lengths >= rule.max_length)
 
 
 def patch_starts(rule: PatchRule, entropies: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Where patches start in every image: `opens_patch` for all positions at once.
+    """Where patches start, from entropies in nats: `opens_patch` for all positions at once.
 
-    Between two cuts the length limit starts a patch every `max_length` tokens, counted from the first cut.
+    Between two cuts the length limit starts a patch every `max_length` tokens, counted from the first of the two.
     """
     positions = torch.arange(entropies.shape[1], device=entropies.device)
     cut = cuts(rule, positions, entropies)
@@ -63,6 +65,6 @@ def patch_starts(rule: PatchRule, entropies: Float[Tensor, "B T"]) -> Bool[Tenso
 
 
 def static_patch_starts(length: float, num_tokens: int) -> Bool[Tensor, " T"]:
-    """Starts of patches of one, possibly fractional, length: token i lies in patch floor(i / length)."""
+    """Starts of patches of one length in tokens, not necessarily whole: token i is in patch floor(i / length)."""
     patch = torch.floor(torch.arange(num_tokens, dtype=torch.float64) / length).long()
     return torch.cat([torch.ones(1, dtype=torch.bool), patch.diff() > 0])

@@ -1,45 +1,30 @@
-"""Sampling with caches: LlamaGen token by token, and DPAR with boundaries decided once, while drawing.
+"""Cached sampling: LlamaGen token by token, and DPAR, whose patch boundaries are decided during sampling.
 
-Random numbers are given: one uniform number a (sample, position) draws a token by the inverse of the cumulative
-distribution, so an image depends on its own numbers and not on the batch it is drawn in.
+The caller provides the random numbers, one uniform number for each image and position. Tokens are sampled by the
+inverse of the cumulative distribution. So an image depends on its own numbers and not on its batch.
 
-The encoder, the pooling and the entropy model know no class: with guidance they run once for both halves of the batch,
-and only the global stack and the decoder run twice. A global step is taken only for images whose patch has closed, and
-each patch is projected for the decoder once.
+The encoder, the pooling and the entropy model do not read the class. With guidance they run once for both halves of the
+batch; the global stack and the decoder run twice. A global step runs only for images whose patch has closed. Each patch
+is projected for the decoder once.
+
+Source: LlamaGen (arXiv 2406.06525) for guidance; DPAR (arXiv 2512.21867), section 3.2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from models.boundaries import Boundaries, NextToken
 from models.dpar import DPAR
 from models.gpt import GPT
-from models.guidance import Schedule, guidance_scale
+from models.guidance import guidance_scale
 from models.kv_cache import KVCache
 from models.layers import Attend
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How a token is drawn from logits. The defaults draw from the model's own distribution."""
-
-    cfg_scale: float = 1.0
-    cfg_schedule: Schedule = "constant"
-    cfg_interval: tuple[int, int] | None = None
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    @property
-    def guided(self) -> bool:
-        """Whether an unconditional half is needed."""
-        return self.cfg_scale > 1.0
+from models.token_sampling import SamplingOptions, sample_token
 
 
 def sample_gpt(
@@ -47,10 +32,21 @@ def sample_gpt(
     labels: Int[Tensor, " B"],
     uniforms: Float[Tensor, "B T"],
     options: SamplingOptions,
-    prefix: Int[Tensor, "B K"] | None = None,
+    prefix: Int[Tensor, "B M"] | None = None,
 ) -> Int[Tensor, "B T"]:
-    """Tokens drawn from a class-conditional GPT; the first ones are those of `prefix`, if it is given."""
-    return _draw_all(GPTDecoding(model, labels, options), uniforms, options, prefix)
+    """Sample tokens from a class-conditional GPT.
+
+    Args:
+        model: In evaluation mode.
+        labels: Class of each image.
+        uniforms: Numbers in [0, 1).
+        options: How tokens are sampled.
+        prefix: The first M tokens of each image, which are kept.
+
+    Raises:
+        ValueError: The prefix is for another number of images, or longer than an image.
+    """
+    return _sample_all(GPTDecoding(model, labels, options), uniforms, options, prefix)
 
 
 def sample_dpar(
@@ -59,19 +55,28 @@ def sample_dpar(
     uniforms: Float[Tensor, "B T"],
     options: SamplingOptions,
     boundaries: Boundaries,
-    prefix: Int[Tensor, "B K"] | None = None,
+    prefix: Int[Tensor, "B M"] | None = None,
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Tokens drawn from a DPAR model, and where their patches start.
+    """Sample tokens from a DPAR model. Returns the tokens and where their patches start.
 
-    The first tokens are those of `prefix`, if it is given; `boundaries` decide for them as for all others.
+    Args:
+        model: In evaluation mode.
+        labels: Class of each image.
+        uniforms: Numbers in [0, 1).
+        options: How tokens are sampled.
+        boundaries: Decides where patches start, inside the prefix too.
+        prefix: The first M tokens of each image, which are kept.
+
+    Raises:
+        ValueError: The prefix or the boundaries are for another number of images or tokens.
     """
     decoding = DPARDecoding(model, labels, options, boundaries)
-    tokens = _draw_all(decoding, uniforms, options, prefix)
+    tokens = _sample_all(decoding, uniforms, options, prefix)
     return tokens, decoding.starts
 
 
 class GPTDecoding:
-    """The state of a batch of images that are being drawn; `step` advances all of them by one token."""
+    """State of a batch of images that are sampled from a GPT. `step` advances all of them by one token."""
 
     def __init__(self, model: GPT, labels: Int[Tensor, " B"], options: SamplingOptions) -> None:
         self.model, self.options = model, options
@@ -80,7 +85,7 @@ class GPTDecoding:
         self._cache = model.new_cache()
 
     def step(self, previous: Int[Tensor, " B"] | None) -> Float[Tensor, "B V"]:
-        """Guided logits of the next token, given the token before it (None before the first)."""
+        """Guided logits of the next token, float32, given the token before it (None for the first token)."""
         if previous is None:
             hidden = self.model.cls_embedding(self.labels)
         else:
@@ -92,7 +97,13 @@ class GPTDecoding:
 
 
 class DPARDecoding:
-    """The same for DPAR, which also decides where patches start."""
+    """State of a batch of images that are sampled from a DPAR model.
+
+    Attributes:
+        starts: Where patches start, (B, T), decided so far.
+        num_patches: Closed patches of each image, (B,).
+        open_lengths: Tokens in the open patch of each image, (B,).
+    """
 
     def __init__(
         self, model: DPAR, labels: Int[Tensor, " B"], options: SamplingOptions, boundaries: Boundaries
@@ -104,17 +115,17 @@ class DPARDecoding:
         self.position = 0
         self.starts = torch.zeros(batch, num_tokens, dtype=torch.bool, device=device)
         self.open_lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.num_patches = torch.zeros(batch, dtype=torch.int64, device=device)  # closed ones
+        self.num_patches = torch.zeros(batch, dtype=torch.int64, device=device)
         self._encoder_cache = KVCache(len(model.local_encoder.layers), num_tokens)
         self._global_cache = KVCache(len(model.layers), num_tokens + 1)
         self._decoder_cache = KVCache(len(model.local_decoder.layers), num_tokens)
-        self._encoded: list[Tensor] = []  # per encoder layer (B, T, D): what the pooling reads
+        self._encoded: list[Tensor] = []  # states (B, T, D) of each encoder layer, the input of the pooling
         self._token_rope = model.token_rope(device)
-        self._projections: Tensor | None = None  # (decoder layers, B or 2 B, D): of the open patch's context
+        self._projections: Tensor | None = None  # context of the open patch for each decoder layer, (layers, B2, D)
         boundaries.begin(batch, num_tokens)
 
     def step(self, previous: Int[Tensor, " B"] | None) -> Float[Tensor, "B V"]:
-        """Guided logits of the next token, given the token before it (None before the first)."""
+        """Guided logits of the next token, float32, given the token before it (None for the first token)."""
         if previous is None:
             images = torch.arange(len(self.starts), device=self.starts.device)
             self._global_step(self.model.cls_embedding(self.labels), images)
@@ -131,13 +142,13 @@ class DPARDecoding:
         return _guide(logits, self.options, self.position - 1, self.model.config.num_tokens)
 
     def _decide(self, previous: Int[Tensor, " B"], state: Float[Tensor, "B D"]) -> Float[Tensor, "B2 V"] | None:
-        """Open patches where the boundaries want it. The token's logits, if the boundaries asked for them before."""
-        asked: list[Tensor] = []
+        """Open patches where the boundaries say so. Returns the token's logits if the boundaries evaluated them."""
+        evaluated: list[Tensor] = []
 
         def open_logits() -> Tensor:
-            if not asked:
-                asked.append(self._decode(state))
-            return asked[0][: len(previous)]
+            if not evaluated:
+                evaluated.append(self._decode(state))
+            return evaluated[0][: len(previous)]
 
         token = NextToken(self.position, previous, state, self.open_lengths, open_logits)
         opened = self.boundaries.opens(token)
@@ -145,10 +156,10 @@ class DPARDecoding:
         images = opened.nonzero()[:, 0]
         self._close_patches(images)
         self.open_lengths = torch.where(opened, 0, self.open_lengths)
-        return self._decode_again(asked[0], state, images) if asked else None
+        return self._decode_again(evaluated[0], state, images) if evaluated else None
 
     def _encode(self, previous: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
-        """Encoder state of the token at position - 1."""
+        """State of the encoder's last layer at the token before."""
         place = self.position - 1
         state = self.model.tok_embeddings(previous)
         layers = zip(self.model.local_encoder.layers, self._encoder_cache.step(place), strict=True)
@@ -160,7 +171,7 @@ class DPARDecoding:
         return state
 
     def _close_patches(self, images: Int[Tensor, " R"]) -> None:
-        """Pool the open patch of the given images, which ends at position - 1, and take its global step."""
+        """Pool the open patch of some images, which ends at the token before, and run its global step."""
         if not len(images):
             return
         last = torch.full_like(images, self.position - 1)
@@ -177,9 +188,12 @@ class DPARDecoding:
         self._global_step(_twice(pooled, self.options), images, rope)
 
     def _global_step(
-        self, hidden: Float[Tensor, "R2 D"], images: Int[Tensor, " R"], rope: Float[Tensor, "R C 2"] | None = None
+        self, hidden: Float[Tensor, "R2 D"], images: Int[Tensor, " R"], rope: Float[Tensor, "R F 2"] | None = None
     ) -> None:
-        """Feed one row (the class where `rope` is None) and keep its output's projections for the decoder."""
+        """Run one row of some images through the global stack and store its projections for the decoder.
+
+        Without `rope` the row is the class.
+        """
         rows, last = _halves(images, len(self.starts), self.options), _twice(self.num_patches, self.options)
         if rope is None:
             rope = torch.zeros(len(images), self.model.head_dim // 2, 2, device=hidden.device)
@@ -192,60 +206,38 @@ class DPARDecoding:
         self._projections[:, rows] = projected
 
     def _decode(self, state: Float[Tensor, "B D"]) -> Float[Tensor, "B2 V"]:
-        """Logits of both halves for the token at `position`."""
+        """Logits of the token at `position`, for both halves of a guided batch."""
         assert self._projections is not None
         return self._logits(_twice(state, self.options), self._projections, self._decoder_cache.step(self.position))
 
     def _decode_again(
         self, logits: Float[Tensor, "B2 V"], state: Float[Tensor, "B D"], images: Int[Tensor, " R"]
     ) -> Float[Tensor, "B2 V"]:
-        """The same after the patch of some images has closed: theirs anew, over the keys and values of before."""
+        """Logits after the patch of some images has closed: their decoder step runs again, in the same position."""
         assert self._projections is not None
         if not len(images):
             return logits
         rows = _halves(images, len(state), self.options)
         attends = self._decoder_cache.ragged_step(rows, rows.new_full((len(logits),), self.position))
-        anew = self._logits(_twice(state, self.options)[rows], self._projections[:, rows], attends)
-        return logits.index_copy(0, rows, anew)
+        repeated = self._logits(_twice(state, self.options)[rows], self._projections[:, rows], attends)
+        return logits.index_copy(0, rows, repeated)
 
     def _logits(
-        self, hidden: Float[Tensor, "R D"], projections: Float[Tensor, "C R D"], attends: Iterable[Attend]
-    ) -> Float[Tensor, "R V"]:
-        """Through the decoder, to each of whose C layers the global context has a projection."""
+        self, hidden: Float[Tensor, "R2 D"], projections: Float[Tensor, "M R2 D"], attends: Iterable[Attend]
+    ) -> Float[Tensor, "R2 V"]:
+        """Decoder step of R2 rows with the context `projections`, one for each of the M layers."""
         for layer, projection, attend in zip(self.model.local_decoder.layers, projections, attends, strict=True):
             hidden = layer(hidden + projection, self._token_rope[self.position], attend)
         return self.model.output(self.model.norm(hidden)).float()
 
 
-def draw(logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], options: SamplingOptions) -> Int[Tensor, " B"]:
-    """The token at which the cumulative distribution first exceeds each uniform number in [0, 1)."""
-    probabilities = filter_logits(logits / max(options.temperature, 1e-5), options).double().softmax(dim=-1)
-    cumulative = probabilities.cumsum(dim=-1)
-    token = torch.searchsorted(cumulative, (uniforms.double() * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return token.clamp_(max=logits.shape[1] - 1)
-
-
-def filter_logits(logits: Float[Tensor, "B V"], options: SamplingOptions) -> Float[Tensor, "B V"]:
-    """Minus infinity for tokens outside the top k, then outside the smallest set that holds top p, as LlamaGen does."""
-    if 0 < options.top_k < logits.shape[-1]:
-        smallest = logits.topk(options.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if options.top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)  # probability of the likelier tokens
-        before[:, 0] = 0.0  # the likeliest token always stays
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before > options.top_p)
-        logits = logits.masked_fill(dropped, -torch.inf)
-    return logits
-
-
-def _draw_all(
+def _sample_all(
     decoding: GPTDecoding | DPARDecoding,
     uniforms: Float[Tensor, "B T"],
     options: SamplingOptions,
-    prefix: Int[Tensor, "B K"] | None,
+    prefix: Int[Tensor, "B M"] | None,
 ) -> Int[Tensor, "B T"]:
-    """Draw token after token; those of `prefix` are taken as they are."""
+    """Sample token after token. Tokens of `prefix` are kept."""
     tokens, kept = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device), 0
     if prefix is not None:
         kept = prefix.shape[1]
@@ -255,14 +247,14 @@ def _draw_all(
     for position in range(tokens.shape[1]):
         logits = decoding.step(tokens[:, position - 1] if position else None)
         if position >= kept:
-            tokens[:, position] = draw(logits, uniforms[:, position], options)
+            tokens[:, position] = sample_token(logits, uniforms[:, position], options)
     return tokens
 
 
 def _guide(
     logits: Float[Tensor, "B2 V"], options: SamplingOptions, position: int, num_tokens: int
 ) -> Float[Tensor, "B V"]:
-    """Classifier-free guidance: the unconditional logits plus the scale times the difference."""
+    """Classifier-free guidance: unconditional logits plus the scale times the difference."""
     if not options.guided:
         return logits
     conditional, unconditional = logits.chunk(2)
@@ -271,15 +263,15 @@ def _guide(
 
 
 def _with_null(labels: Int[Tensor, " B"], null: int, options: SamplingOptions) -> Int[Tensor, " B2"]:
-    """The labels, and for guidance the null class of each behind them."""
+    """Labels, with guidance followed by as many null classes."""
     return torch.cat([labels, torch.full_like(labels, null)]) if options.guided else labels
 
 
-def _twice(rows: Tensor, options: SamplingOptions) -> Tensor:
+def _twice(rows: Shaped[Tensor, " R ..."], options: SamplingOptions) -> Shaped[Tensor, " R2 ..."]:
     """Rows for both halves of a guided batch."""
     return torch.cat([rows, rows]) if options.guided else rows
 
 
 def _halves(images: Int[Tensor, " R"], batch: int, options: SamplingOptions) -> Int[Tensor, " R2"]:
-    """Rows of the given images in both halves."""
+    """Rows of some images in both halves of a guided batch."""
     return torch.cat([images, images + batch]) if options.guided else images

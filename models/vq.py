@@ -1,7 +1,9 @@
-"""The VQ tokenizer of LlamaGen (VQ-16, VQ-8): an image to a square grid of tokens, and back.
+"""The VQ tokenizer of LlamaGen (VQ-16, VQ-8): encodes an image as a square grid of tokens, and decodes it.
 
 Names and shapes of the state dict are LlamaGen's, so that its released weights load. Encoder and decoder are
-convolutional, with single-head attention at the lowest resolution; the quantiser looks up L2-normalised codes.
+convolutional, with single-head attention at the lowest resolution. The quantiser finds the nearest L2-normalised code.
+
+Shapes: E channels of a code, Z channels of the encoder's output.
 
 Source: LlamaGen (arXiv 2406.06525), section 2.1; Taming Transformers (arXiv 2012.09841).
 """
@@ -18,19 +20,19 @@ from torch import Tensor, nn
 from models.config import VQConfig
 from models.layers import check_tokens
 
-_REMEMBERED_TOKENS = 65536
+_RECORDED_TOKENS = 65536
 
 
 class Quantized(NamedTuple):
-    """What the quantiser makes of a batch of latents."""
+    """Output of the quantiser for a batch of latents."""
 
     latents: Float[Tensor, "B E h w"]
-    """Normalised codes; the gradient passes straight through to the encoder."""
+    """Normalised codes. The gradient passes straight through to the encoder."""
     tokens: Int[Tensor, "B T"]
     codebook_loss: Float[Tensor, ""]
-    """Mean squared distance that pulls the codes towards the encoder's latents."""
+    """Mean squared distance whose gradient moves the codes towards the latents."""
     commitment_loss: Float[Tensor, ""]
-    """The same distance, pulling the latents towards their codes; not yet weighted."""
+    """The same distance, whose gradient moves the latents towards their codes. Not weighted."""
 
 
 class VQModel(nn.Module):
@@ -45,30 +47,30 @@ class VQModel(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B 3 H W"], Quantized]:
-        """Reconstruction and quantisation of images in [-1, 1], for training.
+    def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> tuple[Float[Tensor, "B 3 height width"], Quantized]:
+        """Reconstruction (not clamped) and quantisation of images in [-1, 1], for training.
 
         Raises:
-            ValueError: A side of the images is no multiple of the downsampling.
+            ValueError: A side of the images is not a multiple of the downsampling.
         """
         self._check_size(pixels)
         quantized = self.quantize(self.quant_conv(self.encoder(pixels)))
         return self.decoder(self.post_quant_conv(quantized.latents)), quantized
 
-    def encode(self, pixels: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B T"]:
+    def encode(self, pixels: Float[Tensor, "B 3 height width"]) -> Int[Tensor, "B T"]:
         """Tokens of images in [-1, 1], in raster order, int64.
 
         Raises:
-            ValueError: A side of the images is no multiple of the downsampling.
+            ValueError: A side of the images is not a multiple of the downsampling.
         """
         self._check_size(pixels)
         return self.quantize.lookup(self.quant_conv(self.encoder(pixels)))
 
-    def decode(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B 3 H W"]:
-        """Images of tokens, about in [-1, 1] (the decoder does not clamp).
+    def decode(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B 3 height width"]:
+        """Images of tokens, roughly in [-1, 1]: the decoder does not clamp.
 
         Raises:
-            ValueError: Their number is not square, or one is no number of a code.
+            ValueError: The number of tokens is not square, or a token is outside the codebook.
         """
         grid = round(tokens.shape[1] ** 0.5)
         if grid * grid != tokens.shape[1]:
@@ -78,7 +80,7 @@ class VQModel(nn.Module):
         latents = latents.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         return self.decoder(self.post_quant_conv(latents))
 
-    def _check_size(self, pixels: Float[Tensor, "B 3 H W"]) -> None:
+    def _check_size(self, pixels: Float[Tensor, "B 3 height width"]) -> None:
         height, width = pixels.shape[-2:]
         if height % self.config.downsample or width % self.config.downsample:
             raise ValueError(f"images of {height} x {width} pixels, expected multiples of {self.config.downsample}")
@@ -95,23 +97,23 @@ class VectorQuantizer(nn.Module):
         with torch.no_grad():
             self.embedding.weight.uniform_(-1.0 / codebook_size, 1.0 / codebook_size)
             self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
-        # The last tokens seen in training, newest at the end. Float because released weights carry it so; float32 is
-        # exact for every token. Its zeros count as uses of code 0 until it is full.
-        self.register_buffer("codebook_used", torch.zeros(_REMEMBERED_TOKENS))
+        # The last tokens of the training, newest at the end. Float as in released weights; float32 is exact for every
+        # token. Until the buffer is full, its zeros count as uses of code 0.
+        self.register_buffer("codebook_used", torch.zeros(_RECORDED_TOKENS))
 
     def codes(self) -> Float[Tensor, "V E"]:
         """The normalised codebook, float32."""
         return F.normalize(self.embedding.weight.float(), dim=-1)
 
     def lookup(self, latents: Float[Tensor, "B E h w"]) -> Int[Tensor, "B T"]:
-        """Token of each position: the code of smallest squared distance."""
+        """Token of each position: the code at the smallest squared distance."""
         return self._nearest(self._flatten(latents), self.codes())
 
     def forward(self, latents: Float[Tensor, "B E h w"]) -> Quantized:
-        """Quantise with straight-through gradients; losses and distances are float32 whatever the input is.
+        """Quantise with straight-through gradients. Losses and distances are float32 for every input dtype.
 
-        In training mode the tokens are remembered in `codebook_used`. Of several processes each counts the tokens that
-        the first one remembers plus its own newest ones, as LlamaGen does: buffers are the first process's.
+        In training mode `codebook_used` records the tokens. With several processes each of them has the record of the
+        first process plus its own newest tokens, as in LlamaGen, because buffers are broadcast from the first process.
         """
         height, width = latents.shape[-2:]
         flat, codes = self._flatten(latents), self.codes()
@@ -121,22 +123,18 @@ class VectorQuantizer(nn.Module):
         commitment_loss = F.mse_loss(flat, chosen.detach())
         straight = flat + (chosen - flat).detach()
         if self.training:
-            self._remember(tokens)
-        return Quantized(
-            straight.unflatten(1, (height, width)).permute(0, 3, 1, 2),
-            tokens,
-            codebook_loss,
-            commitment_loss,
-        )
+            self._record(tokens)
+        straight = straight.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return Quantized(straight, tokens, codebook_loss, commitment_loss)
 
     def codebook_usage(self) -> Float[Tensor, ""]:
-        """Share of codes among the remembered tokens."""
+        """Share of the codebook that occurs among the recorded tokens."""
         used = torch.zeros(self.embedding.num_embeddings, device=self.codebook_used.device)
         used[self.codebook_used.long()] = 1.0
         return used.mean()
 
-    def _remember(self, tokens: Int[Tensor, "B T"]) -> None:
-        newest = tokens.flatten()[-_REMEMBERED_TOKENS:].to(self.codebook_used.dtype)
+    def _record(self, tokens: Int[Tensor, "B T"]) -> None:
+        newest = tokens.flatten()[-_RECORDED_TOKENS:].to(self.codebook_used.dtype)
         self.codebook_used.copy_(torch.cat([self.codebook_used[len(newest) :], newest]))
 
     @staticmethod
@@ -145,14 +143,14 @@ class VectorQuantizer(nn.Module):
 
     @staticmethod
     def _nearest(flat: Float[Tensor, "B T E"], codes: Float[Tensor, "V E"]) -> Int[Tensor, "B T"]:
-        # Of unit vectors the nearest has the largest inner product. float32 under autocast too: a token must not
-        # depend on the precision that the rest of the network runs in.
+        # The nearest unit vector has the largest inner product. The product is float32 even under autocast: a token
+        # must not depend on the precision of the rest of the network.
         with torch.autocast(flat.device.type, enabled=False):
             return (flat @ codes.T).argmax(dim=-1)
 
 
 class Encoder(nn.Module):
-    """Image to latents; halves the resolution after every level but the last."""
+    """Maps images to latents. Halves the resolution after every level but the last."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -171,7 +169,7 @@ class Encoder(nn.Module):
         self.norm_out = _norm(width)
         self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
 
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B Z h w"]:
+    def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B Z h w"]:
         """Latents before quantisation."""
         hidden = self.conv_in(pixels)
         for level in self.conv_blocks:
@@ -182,7 +180,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to image; `conv_blocks.0` is the lowest resolution. One more ResBlock a level than the encoder."""
+    """Maps latents to images. `conv_blocks.0` is the lowest resolution. Levels have one more ResBlock than above."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -201,7 +199,7 @@ class Decoder(nn.Module):
         self.norm_out = _norm(width)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
-    def forward(self, latents: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B 3 H W"]:
+    def forward(self, latents: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B 3 height width"]:
         """Images, not clamped."""
         hidden = self.conv_in(latents)
         for block in self.mid:
@@ -212,7 +210,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """ResBlocks of one resolution, each followed by attention at the lowest one, then a change of resolution."""
+    """ResBlocks of one resolution, with optional attention after each, then a change of resolution."""
 
     def __init__(
         self, width_in: int, width: int, num_blocks: int, *, attention: bool, resample: str | None = None
@@ -221,11 +219,11 @@ class Level(nn.Module):
         self.res = nn.ModuleList(ResBlock(width_in if i == 0 else width, width) for i in range(num_blocks))
         self.attn = nn.ModuleList(AttnBlock(width) for _ in range(num_blocks if attention else 0))
         self.resample = resample
-        if resample is not None:  # under the name that the released weights give it
+        if resample is not None:  # under its name in the released weights
             self.add_module(resample, {"downsample": Downsample, "upsample": Upsample}[resample](width))
 
-    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Tensor:
-        """Features of this level, at the resolution of the next."""
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h2 w2"]:
+        """Features at the resolution of the next level."""
         for index, block in enumerate(self.res):
             hidden = block(hidden)
             if len(self.attn):
@@ -234,7 +232,7 @@ class Level(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside a shortcut."""
+    """Two normalised 3x3 convolutions and a shortcut."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
@@ -246,7 +244,7 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(width_in, width, 1)
 
     def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
-        """Sum of both paths."""
+        """Sum of the convolutions and the shortcut."""
         shortcut = self.nin_shortcut(hidden) if hasattr(self, "nin_shortcut") else hidden
         hidden = self.conv1(F.silu(self.norm1(hidden)))
         return shortcut + self.conv2(F.silu(self.norm2(hidden)))
@@ -272,25 +270,25 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution; zeros are added on the right and below only, as in the released weights' training."""
+    """Halves the resolution. Pads zeros on the right and bottom only, as in the training of the released weights."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
-    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Tensor:
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h//2 w//2"]:
         """Features at half the resolution."""
         return self.conv(F.pad(hidden, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Double the resolution by repeating pixels, then smooth."""
+    """Doubles the resolution: repeats each position, then convolves."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Tensor:
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C 2*h 2*w"]:
         """Features at twice the resolution."""
         return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
 

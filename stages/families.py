@@ -20,7 +20,8 @@ from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead
 from models.gpt import GPT
-from models.sampling import SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import sample_dpar, sample_gpt
+from models.token_sampling import SamplingOptions
 from stages.patches.rule import SavedRule
 from stages.runtime.job import Inputs
 from stages.stores.entropies import EntropyStore

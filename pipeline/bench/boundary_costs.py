@@ -13,7 +13,7 @@ from conf.boundary_sources import for_every_source
 from models.config import DPARConfig
 
 if TYPE_CHECKING:
-    from models.flops import Cost, DPARCost, Sampling
+    from models.macs import Cost, DPARCost, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class Sampled:
 
 
 def _nothing(sampled: Sampled) -> Sampling:
-    from models.flops import Sampling
+    from models.macs import Sampling
 
     return Sampling()
 
 
 def _head(sampled: Sampled) -> Sampling:
-    from models.flops import head_sampling
+    from models.macs import head_sampling
 
     return head_sampling(sampled.config)
 

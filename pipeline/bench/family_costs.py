@@ -16,7 +16,7 @@ from pipeline.bench.boundary_costs import BOUNDARY_COSTS, Sampled
 from stages.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from models.flops import Cost, DPARCost, Sampling
+    from models.macs import Cost, DPARCost, Sampling
 
 CODEBOOK, CLASSES, PIXELS = 16384, 1000, 16  # of LlamaGen's tokenizer, of ImageNet, of a token's side
 EPOCHS = 300  # of NPP's training: its levels end with whole ones
@@ -82,9 +82,9 @@ class FamilyCost:
 @cache
 def gpt_cost(size: str, num_tokens: int, num_classes: int | None) -> Cost:
     """LlamaGen, or without classes the entropy model."""
-    from models import flops
+    from models import macs
 
-    return flops.gpt_cost(_gpt_config(size, num_tokens, num_classes))
+    return macs.gpt_cost(_gpt_config(size, num_tokens, num_classes))
 
 
 def _llamagen(asked: Question) -> tuple[Cost, None]:
@@ -92,7 +92,7 @@ def _llamagen(asked: Question) -> tuple[Cost, None]:
 
 
 def _npp(asked: Question) -> tuple[Cost, None]:
-    from models.flops import npp_cost
+    from models.macs import npp_cost
 
     schedule = NextPatchSchedule()
     block = schedule.sides[0] * PIXELS
@@ -105,7 +105,7 @@ def _npp(asked: Question) -> tuple[Cost, None]:
 
 
 def _dpar(asked: Question) -> tuple[DPARCost, PatchCost]:
-    from models.flops import dpar_cost
+    from models.macs import dpar_cost
 
     length, source = _length(asked)
     config = DPARConfig(**_of_tokens(asked.num_tokens), **asdict(DPAR_SIZES[asked.size]), num_classes=CLASSES)

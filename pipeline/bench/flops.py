@@ -18,7 +18,7 @@ from pipeline.bench.family_costs import (
 from stages.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from models.flops import Cost, Macs, Sampling
+    from models.macs import Cost, Macs, Sampling
 
 MODELS = tuple(f"{family}-{size}" for family, cost in FAMILY_COSTS.items() for size in cost.sizes)
 ENTROPY_MODELS = ("B", "T")

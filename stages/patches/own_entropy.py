@@ -10,7 +10,8 @@ from torch import Tensor
 from models.boundaries import GivenBoundaries, NextToken
 from models.dpar import DPAR
 from models.gpt import token_entropy
-from models.sampling import SamplingOptions, sample_dpar
+from models.sampling import sample_dpar
+from models.token_sampling import SamplingOptions
 
 
 def own_entropies(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from conf.sample import SampleConfig
 from conf.train import FAMILIES
 from models.boundaries import Boundaries
 from models.packed_linear import pack_linear_layers
-from models.sampling import SamplingOptions
+from models.token_sampling import SamplingOptions
 from models.vq import VQModel
 from stages.families import Model
 from stages.images.decode import Pixels, float_to_pixels, pixels_to_float

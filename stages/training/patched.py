@@ -9,7 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from models.dpar import DPAR, PackedPatches, pack_patches
+from models.dpar import DPAR
+from models.packed_patches import PackedPatches, pack_patches
 from stages.stores.patches import PatchIndex
 from stages.training.data import TokenBatch, TokenData
 from stages.training.stream import Integers

@@ -22,7 +22,7 @@ from timing import interleaved
 
 from conf.patch_index import PatchIndexConfig
 from conf.schema import RuntimeConfig
-from models.dpar import pack_patches
+from models.packed_patches import pack_patches
 from models.patch_tables import PatchTables
 from models.patching import PatchRule
 from pipeline.bench.gates import Figures, Gate, gate

@@ -27,10 +27,12 @@ from samplers import (
 from torch import Tensor, nn
 
 from models.boundaries import GivenBoundaries
-from models.dpar import DPAR, pack_patches
+from models.dpar import DPAR
 from models.gpt import GPT, token_entropy
 from models.packed_linear import PackedLinear
-from models.sampling import DPARDecoding, SamplingOptions
+from models.packed_patches import pack_patches
+from models.sampling import DPARDecoding
+from models.token_sampling import SamplingOptions
 from pipeline.bench.gates import Figures, Gate, gate
 
 TOKENS = GRIDS[256].num_tokens

@@ -21,7 +21,8 @@ from models.entropy_head import EntropyHead
 from models.gpt import GPT
 from models.packed_linear import pack_linear_layers
 from models.patching import PatchRule, patch_starts
-from models.sampling import DPARDecoding, GPTDecoding, SamplingOptions, draw
+from models.sampling import DPARDecoding, GPTDecoding
+from models.token_sampling import SamplingOptions, sample_token
 
 CODES, CLASSES = 16384, 1000
 GUIDED = SamplingOptions(cfg_scale=2.0)
@@ -138,7 +139,7 @@ class Decoder:
         uniforms = self._uniforms[:, self._decoding.position]
         logits = self._decoding.step(self._last)
         start = time.perf_counter()
-        self._last = draw(logits, uniforms, GUIDED)
+        self._last = sample_token(logits, uniforms, GUIDED)
         self.draw_seconds += time.perf_counter() - start
         return self._last
 

@@ -20,9 +20,10 @@ from timing import interleaved
 
 from conf.section import TrainingConfig
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
-from models.dpar import DPAR, pack_patches
-from models.flops import dpar_cost, gpt_cost
+from models.dpar import DPAR
 from models.gpt import GPT
+from models.macs import dpar_cost, gpt_cost
+from models.packed_patches import pack_patches
 from models.patching import PatchRule, patch_starts
 from pipeline.bench.gates import Gate, gate
 from stages.runtime.distributed import World

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from models.boundaries import Boundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
-from models.config import DPARConfig, EntropyHeadConfig, HeadKind
-from models.dpar import DPAR, pack_patches
+from models.config import EntropyHeadConfig, HeadKind
+from models.dpar import DPAR
 from models.entropy_head import EntropyHead, entropies_of
 from models.gpt import token_entropy
+from models.packed_patches import pack_patches
 from models.patching import PatchRule, opens_patch, patch_starts
-from models.sampling import DPARDecoding, SamplingOptions, sample_dpar
+from models.sampling import DPARDecoding, sample_dpar
+from models.token_sampling import SamplingOptions
 
 GRID, TOKENS, CODES, CLASSES, IMAGES = 4, 16, 40, 5, 8
 GUIDED = SamplingOptions(cfg_scale=2.5)
@@ -27,20 +30,9 @@ def _without_gradients() -> Any:
         yield
 
 
-def rough(model: Any) -> Any:
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
-    return model.eval()
-
-
-def dpar() -> DPAR:
-    size = {"dim": 64, "num_heads": 4, "encoder_layers": 2, "global_layers": 2, "decoder_layers": 2}
-    return rough(DPAR(DPARConfig(**size, codebook_size=CODES, num_tokens=TOKENS, num_classes=CLASSES)))
-
-
-def head(model: DPAR, kind: HeadKind) -> EntropyHead:
-    return rough(EntropyHead(EntropyHeadConfig.of(model.config, kind)))
+@pytest.fixture(scope="module")
+def head(rough: Callable[[Any], Any]) -> Callable[[DPAR, HeadKind], EntropyHead]:
+    return lambda model, kind: rough(EntropyHead(EntropyHeadConfig.of(model.config, kind)))
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -50,7 +42,9 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_decides_while_drawing_what_it_says_of_the_finished_image(kind: HeadKind) -> None:
+def test_a_head_decides_while_drawing_what_it_says_of_the_finished_image(
+    kind: HeadKind, dpar: Callable[..., DPAR], head: Callable[[DPAR, HeadKind], EntropyHead]
+) -> None:
     model = dpar()
     found = head(model, kind)
     labels, uniforms = batch()
@@ -64,11 +58,35 @@ def test_a_head_decides_while_drawing_what_it_says_of_the_finished_image(kind: H
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_starts_with_one_answer_and_learns_others(kind: HeadKind) -> None:
-    model = dpar()
-    fresh = EntropyHead(EntropyHeadConfig.of(model.config, kind))
-    assert fresh(torch.randn(2, 5, 64)).unique().numel() == 1
-    assert fresh(torch.randn(2, 5, 64)).dtype == torch.float32
+@pytest.mark.parametrize("codebook_size", [2, 16384])
+def test_a_fresh_head_gives_half_the_largest_entropy_for_every_token(kind: HeadKind, codebook_size: int) -> None:
+    # ln 2 / 2 and ln 16384 / 2 = 7 ln 2, in nats.
+    expected = {2: 0.34657359, 16384: 4.85203026}[codebook_size]
+    shape = {"dim": 64, "num_heads": 4, "width": 64, "codebook_size": codebook_size, "num_tokens": TOKENS}
+    fresh = EntropyHead(EntropyHeadConfig(kind=kind, **shape)).bfloat16()
+    found = fresh(torch.randn(2, 5, 64).bfloat16())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.full((2, 5), expected), atol=2e-2, rtol=0)  # the weight is rounded
+    assert found.unique().numel() == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode(mode=False)
+def test_a_head_learns_entropies_that_its_states_hold(kind: HeadKind) -> None:
+    torch.manual_seed(0)
+    states = torch.randn(16, TOKENS, 64)
+    wanted = 1.5 + states[..., 0].tanh()
+    shape = {"dim": 64, "num_heads": 4, "width": 64, "codebook_size": CODES, "num_tokens": TOKENS}
+    learning = EntropyHead(EntropyHeadConfig(kind=kind, **shape))
+    optimizer = torch.optim.AdamW(learning.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = (learning(states) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.15 * wanted.var().item() < losses[0]
 
 
 class Recorded:
@@ -92,7 +110,7 @@ def own_entropy(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor, pos
     return token_entropy(model(tokens, labels, pack_patches(open_on))[:, position])
 
 
-def test_own_entropies_are_those_of_a_forward_in_which_the_patch_goes_on() -> None:
+def test_own_entropies_are_those_of_a_forward_in_which_the_patch_goes_on(dpar: Callable[..., DPAR]) -> None:
     model, (labels, uniforms) = dpar(), batch()
     rule = PatchRule(3.3, 3, True, GRID)
     recorded = Recorded(OwnEntropyBoundaries(rule))
@@ -108,7 +126,7 @@ def test_own_entropies_are_those_of_a_forward_in_which_the_patch_goes_on() -> No
     assert 1 < float(starts.sum()) / IMAGES < TOKENS
 
 
-def test_a_step_that_was_taken_again_gives_the_logits_of_the_full_forward() -> None:
+def test_a_step_that_was_taken_again_gives_the_logits_of_the_full_forward(dpar: Callable[..., DPAR]) -> None:
     model, (labels, uniforms) = dpar(), batch()
     tokens, starts = sample_dpar(model, labels, uniforms, GUIDED, OwnEntropyBoundaries(PatchRule(3.3, 3, True, GRID)))
     recorded = Recorded(GivenBoundaries(starts))
@@ -119,7 +137,9 @@ def test_a_step_that_was_taken_again_gives_the_logits_of_the_full_forward() -> N
 
 
 @pytest.mark.parametrize("options", [SamplingOptions(), GUIDED])
-def test_a_step_is_taken_again_for_the_images_whose_patch_closed_and_for_no_others(options: SamplingOptions) -> None:
+def test_a_step_is_taken_again_for_the_images_whose_patch_closed_and_for_no_others(
+    options: SamplingOptions, dpar: Callable[..., DPAR]
+) -> None:
     model, (labels, uniforms) = dpar(), batch()
     rows: list[int] = []
     model.output.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
@@ -130,8 +150,8 @@ def test_a_step_is_taken_again_for_the_images_whose_patch_closed_and_for_no_othe
     assert sum(rows) == (2 if options.guided else 1) * (IMAGES * TOKENS + closed)
 
 
-def test_a_head_of_other_images_is_refused() -> None:
+def test_a_head_of_other_images_is_refused(dpar: Callable[..., DPAR]) -> None:
     model, (labels, uniforms) = dpar(), batch()
     other = EntropyHeadConfig(kind="linear", dim=64, num_heads=4, width=64, codebook_size=CODES, num_tokens=9)
-    with pytest.raises(ValueError, match="entropy head was made for 9 tokens an image, the sampled model for 16"):
+    with pytest.raises(ValueError, match="entropy head is for 9 tokens an image, the sampled model for 16"):
         sample_dpar(model, labels, uniforms, GUIDED, HeadBoundaries(EntropyHead(other), PatchRule(1.0, 4, True, GRID)))

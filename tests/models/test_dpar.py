@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from models.config import DPAR_SIZES, DPARConfig, GPTConfig
-from models.dpar import DPAR, pack_patches
+from models.dpar import DPAR
 from models.gpt import GPT
+from models.packed_patches import pack_patches
 from models.patching import PatchRule, patch_starts
 
 GRID, TOKENS, CODES, CLASSES = 4, 16, 40, 5
@@ -288,7 +289,7 @@ def test_patches_of_one_token_give_each_position_its_own_row() -> None:
 
 
 def test_an_image_that_opens_no_patch_is_refused() -> None:
-    with pytest.raises(ValueError, match="opens no patch"):
+    with pytest.raises(ValueError, match="starts no patch"):
         pack_patches(torch.tensor([[True, True], [False, True]]))
 
 

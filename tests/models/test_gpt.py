@@ -157,7 +157,7 @@ def test_entropy_is_float32_whatever_the_logits_are() -> None:
 
 
 def test_another_number_of_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="4 tokens an image, the model was made for 16"):
+    with pytest.raises(ValueError, match="4 tokens an image, the model is for 16"):
         small()(torch.zeros(1, 4, dtype=torch.int64), torch.tensor([0]))
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from models.boundaries import GivenBoundaries
-from models.config import DPARConfig, GPTConfig
-from models.dpar import DPAR, pack_patches
+from models.dpar import DPAR
 from models.gpt import GPT
 from models.guidance import Schedule, guidance_scale
+from models.packed_patches import pack_patches
 from models.patching import static_patch_starts
-from models.sampling import SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import sample_dpar, sample_gpt
+from models.token_sampling import SamplingOptions
 
-TOKENS, CODES, CLASSES = 16, 40, 5
+TOKENS, CLASSES = 16, 5
 
 
 def scales(scale: float, schedule: Schedule = "constant", interval: tuple[int, int] | None = None) -> list[float]:
@@ -42,39 +45,32 @@ def test_llamagens_interval_is_from_the_first_token_to_two_more(cfg_interval: in
     assert scales(2.0, interval=(0, cfg_interval + 2)) == published
 
 
-def rough(model: GPT | DPAR) -> GPT | DPAR:
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
-    return model.eval()
-
-
-def tokens_and_logits(family: str, options: SamplingOptions) -> tuple[Tensor, Tensor, Tensor]:
+def tokens_and_logits(model: GPT | DPAR, options: SamplingOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Likeliest tokens as sampled, and both halves' logits of whole forwards over them."""
-    shape = {"num_heads": 2, "codebook_size": CODES, "num_tokens": TOKENS, "num_classes": CLASSES}
     labels = torch.arange(4)
     null, uniforms = torch.full_like(labels, CLASSES), torch.zeros(4, TOKENS)
-    if family == "gpt":
-        gpt = rough(GPT(GPTConfig(dim=32, num_layers=2, **shape)))
-        assert isinstance(gpt, GPT)
-        tokens = sample_gpt(gpt, labels, uniforms, options)
-        return tokens, gpt(tokens, labels), gpt(tokens, null)
-    dpar = rough(DPAR(DPARConfig(dim=32, encoder_layers=1, global_layers=2, decoder_layers=1, **shape)))
-    assert isinstance(dpar, DPAR)
+    if isinstance(model, GPT):
+        tokens = sample_gpt(model, labels, uniforms, options)
+        return tokens, model(tokens, labels), model(tokens, null)
     static = static_patch_starts(1.8, TOKENS)
-    tokens, starts = sample_dpar(dpar, labels, uniforms, options, GivenBoundaries(static))
+    tokens, starts = sample_dpar(model, labels, uniforms, options, GivenBoundaries(static))
     patches = pack_patches(starts)
-    return tokens, dpar(tokens, labels, patches), dpar(tokens, null, patches)
+    return tokens, model(tokens, labels, patches), model(tokens, null, patches)
 
 
 @pytest.mark.parametrize("family", ["gpt", "dpar"])
 @pytest.mark.parametrize(("schedule", "interval"), [("linear", None), ("constant", (3, 11)), ("linear", (3, 11))])
 @torch.inference_mode()
 def test_sampled_tokens_follow_the_scale_of_their_place(
-    family: str, schedule: Schedule, interval: tuple[int, int] | None
+    family: str,
+    schedule: Schedule,
+    interval: tuple[int, int] | None,
+    gpt: Callable[..., GPT],
+    dpar: Callable[..., DPAR],
 ) -> None:
+    model = gpt(CLASSES) if family == "gpt" else dpar()
     options = SamplingOptions(cfg_scale=4.0, cfg_schedule=schedule, cfg_interval=interval, top_k=1)
-    tokens, conditional, unconditional = tokens_and_logits(family, options)
+    tokens, conditional, unconditional = tokens_and_logits(model, options)
     scale = torch.tensor([guidance_scale(place, TOKENS, 4.0, schedule, interval) for place in range(TOKENS)])[:, None]
     assert torch.equal(tokens, (unconditional + scale * (conditional - unconditional)).argmax(dim=-1))
     everywhere = unconditional + 4.0 * (conditional - unconditional)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from models import kv_cache
 from models.attention import causal_attention
 from models.kv_cache import KVCache
+from models.layers import Attend
 
 
 @pytest.fixture(params=["weighted rows", "matrix products"], autouse=True)
@@ -59,8 +64,68 @@ def test_a_cache_takes_blocks_as_it_grows_to_its_capacity_and_no_position_more()
         (attend,) = cache.step(t)
         attend(q[:, t], k[:, t], v[:, t])
         assert cache.num_bytes == 2 * k[:, 0].nbytes * (64 if t < 64 else 128)
-    with pytest.raises(ValueError, match="position 70 of a cache for 70 positions"):
+    with pytest.raises(ValueError, match=r"position is 70, expected 0\.\.69: the cache holds 70 positions"):
         next(cache.step(70))
+
+
+def reference(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+    """Attention of one query (H, K) to concatenated keys and values, each (H, K)."""
+    k, v = torch.stack(keys), torch.stack(values)  # (S, H, K)
+    scores = torch.einsum("hk,shk->hs", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hs,shk->hk", scores.softmax(dim=-1), v)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    together=st.integers(56, 66),
+    subsets=st.lists(st.integers(1, 15), min_size=1, max_size=14),
+    spare=st.integers(0, 70),
+    seed=st.integers(0, 2**32),
+)
+def test_a_cache_holds_what_plain_concatenation_holds(
+    batch: int, heads: int, together: int, subsets: list[int], spare: int, seed: int
+) -> None:
+    """All sequences grow together up to the edge of a block at 64, then subsets of them, given by their bits."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = KVCache(num_layers=1, capacity=together + len(subsets) + spare)
+    keys: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+    values: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+
+    def grow(rows: list[int], attend: Attend) -> None:
+        q, k, v = torch.randn(3, len(rows), heads, 8, generator=generator)
+        found = attend(q, k, v)
+        for row, query, key, value, attended in zip(rows, q, k, v, found, strict=True):
+            keys[row].append(key)
+            values[row].append(value)
+            if len(keys[row]) > together - 2:
+                torch.testing.assert_close(attended, reference(query, keys[row], values[row]), atol=1e-5, rtol=1e-5)
+
+    for position in range(together):
+        grow(list(range(batch)), *cache.step(position))
+    for bits in subsets:
+        rows = [row for row in range(batch) if bits >> row & 1]
+        others = [row for row in range(batch) if row not in rows]
+        if not rows:
+            continue
+        layer = cache._layers[0]
+        assert layer is not None
+        before = layer.keys[:, others].clone(), layer.values[others].clone()
+        used = layer.used
+        grow(rows, *cache.ragged_step(torch.tensor(rows), torch.tensor([len(row) for row in keys])))
+        assert torch.equal(layer.keys[:used, others], before[0][:used]), "rows that did not advance are untouched"
+        assert torch.equal(layer.values[others, :, : used * 64], before[1][:, :, : used * 64])
+    layer = cache._layers[0]
+    assert layer is not None
+    for row in range(batch):
+        held = layer.keys[:, row].permute(0, 3, 1, 2).flatten(0, 1)[: len(keys[row])]  # (S, H, K)
+        assert torch.equal(held, torch.stack(keys[row]))
+        assert torch.equal(layer.values[row].transpose(0, 1)[: len(values[row])], torch.stack(values[row]))
+    blocks = math.ceil(max(map(len, keys)) / 64)
+    assert cache.num_bytes == blocks * 64 * batch * heads * 8 * 4 * 2, (
+        "positions, sequences, heads, width, float32, k+v"
+    )
 
 
 def test_bfloat16_steps_stay_near_float32() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from models.attention import causal_attention
 from models.config import DPARConfig, GPTConfig
-from models.dpar import DPAR, pack_patches
+from models.dpar import DPAR
 from models.gpt import GPT
 from models.layers import (
     Attention,
@@ -22,6 +22,7 @@ from models.layers import (
     index_rope,
 )
 from models.npp import next_patch_loss
+from models.packed_patches import pack_patches
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.dpar import pack_patches
+from models.packed_patches import pack_patches
 
 
 def packed_by_hand(starts: list[list[bool]]) -> dict[str, list]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,6 +49,32 @@ def test_offline_online_and_algorithm_1_agree(
     assert online == expected
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    grid=st.integers(2, 12),
+    max_length=st.one_of(st.none(), st.integers(1, 30)),
+    row_boundary=st.booleans(),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**32),
+)
+def test_patches_cover_the_image_keep_the_limit_and_begin_with_rows(
+    grid: int, max_length: int | None, row_boundary: bool, share: float, seed: int
+) -> None:
+    entropies = torch.rand(4, grid * grid, generator=torch.Generator().manual_seed(seed))
+    starts = patch_starts(PatchRule(share, max_length, row_boundary, grid), entropies)
+    assert starts[:, :2].all()
+    for row, entropy in zip(starts, entropies, strict=True):
+        first = row.nonzero()[:, 0]
+        lengths = first.diff(append=torch.tensor([grid * grid]))
+        assert int(lengths.sum()) == grid * grid
+        assert int(lengths.min()) >= 1
+        assert max_length is None or int(lengths.max()) <= max_length
+        assert row[entropy > torch.tensor(share)].all(), "an uncertain token always opens a patch"
+        if row_boundary:
+            assert row[::grid].all()
+            assert int(lengths.max()) <= grid
+
+
 @pytest.mark.parametrize(("grid", "fewest"), [(16, 65), (24, 145)])
 def test_a_threshold_never_reached_gives_the_fewest_patches_and_always_reached_all(grid: int, fewest: int) -> None:
     entropies = torch.rand(3, grid * grid)
@@ -63,5 +92,5 @@ def test_the_threshold_is_compared_as_float32_and_equality_goes_on() -> None:
 @pytest.mark.parametrize(("length", "patches"), [(1.0, 256), (2.0, 128), (1.8191, 141), (256.0, 1)])
 def test_static_patches_have_their_length(length: float, patches: int) -> None:
     starts = static_patch_starts(length, 256)
-    assert int(starts.sum()) == patches
-    assert [int(i / length) for i in range(256)] == (starts.long().cumsum(0) - 1).tolist()
+    exact = Fraction(str(length))
+    assert starts.nonzero()[:, 0].tolist() == [math.ceil(number * exact) for number in range(patches)]

@@ -11,7 +11,8 @@ from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.patching import PatchRule
-from models.sampling import SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import sample_dpar, sample_gpt
+from models.token_sampling import SamplingOptions
 
 TOKENS, CODES, CLASSES = 16, 40, 5
 GUIDED = SamplingOptions(cfg_scale=2.0)
@@ -59,6 +60,7 @@ def test_what_follows_depends_on_the_prefix(family: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (4, TOKENS + 1)])
+@pytest.mark.usefixtures("without_shape_checks")
 def test_a_prefix_of_other_images_is_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"prefix is \(\d+, \d+\), expected \(4, 0\.\.16\)"):
         sample("gpt", UNIFORMS, torch.zeros(shape, dtype=torch.int64))

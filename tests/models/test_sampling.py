@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from models.boundaries import EntropyBoundaries, GivenBoundaries
-from models.config import DPARConfig, GPTConfig
-from models.dpar import DPAR, pack_patches
+from models.config import GPTConfig
+from models.dpar import DPAR
 from models.gpt import GPT
+from models.packed_patches import pack_patches
 from models.patching import PatchRule, patch_starts, static_patch_starts
-from models.sampling import DPARDecoding, SamplingOptions, draw, filter_logits, sample_dpar, sample_gpt
+from models.sampling import DPARDecoding, sample_dpar, sample_gpt
+from models.token_sampling import SamplingOptions, filter_logits, sample_token
 
 GRID, TOKENS, CODES, CLASSES = 4, 16, 40, 5
 PLAIN, GUIDED = SamplingOptions(), SamplingOptions(cfg_scale=2.5)
@@ -23,25 +26,6 @@ PLAIN, GUIDED = SamplingOptions(), SamplingOptions(cfg_scale=2.5)
 def _without_gradients() -> Any:
     with torch.inference_mode():
         yield
-
-
-def rough(model: Any) -> Any:
-    """The model with weights far from their initial values."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
-    return model.eval()
-
-
-def dpar(**changes: Any) -> DPAR:
-    size = {"dim": 64, "num_heads": 4, "encoder_layers": 2, "global_layers": 2, "decoder_layers": 2}
-    shape = {"codebook_size": CODES, "num_tokens": TOKENS, "num_classes": CLASSES}
-    return rough(DPAR(DPARConfig(**size | shape | changes)))
-
-
-def gpt(num_classes: int | None) -> GPT:
-    size = {"dim": 32, "num_layers": 2, "num_heads": 2, "codebook_size": CODES, "num_tokens": TOKENS}
-    return rough(GPT(GPTConfig(**size, num_classes=num_classes)))
 
 
 def batch(images: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +48,9 @@ def full_logits(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor, opt
 
 @pytest.mark.parametrize("options", [PLAIN, GUIDED])
 @pytest.mark.parametrize("position_embedding", ["dynamic", "dynamic_no_redundancy", "patch_index_1d"])
-def test_cached_logits_are_those_of_the_full_forward(position_embedding: str, options: SamplingOptions) -> None:
+def test_cached_logits_are_those_of_the_full_forward(
+    position_embedding: str, options: SamplingOptions, dpar: Callable[..., DPAR]
+) -> None:
     model = dpar(position_embedding=position_embedding)
     labels, uniforms, starts = batch(8)
     tokens = (uniforms * CODES).long()
@@ -77,7 +63,7 @@ def test_cached_logits_are_those_of_the_full_forward(position_embedding: str, op
     assert decoding.num_patches.tolist() == (starts.sum(1) - 1).tolist(), "one global step a closed patch"
 
 
-def test_weights_in_bfloat16_give_float32_logits_near_the_exact_ones() -> None:
+def test_weights_in_bfloat16_give_float32_logits_near_the_exact_ones(dpar: Callable[..., DPAR]) -> None:
     labels, uniforms, starts = batch(8)
     tokens = (uniforms * CODES).long()
     logits = []
@@ -89,7 +75,9 @@ def test_weights_in_bfloat16_give_float32_logits_near_the_exact_ones() -> None:
     assert (logits[1] - logits[0]).abs().max() < 0.3 * logits[0].std()
 
 
-def test_boundaries_decided_while_drawing_are_those_of_the_patch_index() -> None:
+def test_boundaries_decided_while_drawing_are_those_of_the_patch_index(
+    dpar: Callable[..., DPAR], gpt: Callable[..., GPT]
+) -> None:
     model, entropy_model = dpar(), gpt(None)
     labels, uniforms, _ = batch(8)
     entropies = entropy_model.entropy(sample_gpt(gpt(CLASSES), labels, uniforms, PLAIN))[:, 1:].flatten().sort().values
@@ -102,7 +90,9 @@ def test_boundaries_decided_while_drawing_are_those_of_the_patch_index() -> None
 
 
 @pytest.mark.parametrize("options", [PLAIN, GUIDED])
-def test_the_likeliest_token_is_that_of_the_full_forward(options: SamplingOptions) -> None:
+def test_the_likeliest_token_is_that_of_the_full_forward(
+    options: SamplingOptions, dpar: Callable[..., DPAR], gpt: Callable[..., GPT]
+) -> None:
     greedy = SamplingOptions(cfg_scale=options.cfg_scale, top_k=1)
     labels, uniforms, starts = batch(8)
     model = gpt(CLASSES)
@@ -115,7 +105,7 @@ def test_the_likeliest_token_is_that_of_the_full_forward(options: SamplingOption
     assert torch.equal(tokens, full_logits(patched, tokens, labels, starts, options).argmax(dim=-1))
 
 
-def test_an_image_does_not_depend_on_its_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch(dpar: Callable[..., DPAR], gpt: Callable[..., GPT]) -> None:
     labels, uniforms, _ = batch(8)
     model, entropy_model = dpar(), gpt(None)
     rule = PatchRule(3.2, 4, True, GRID)
@@ -132,7 +122,7 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
     assert torch.equal(sample_gpt(gpt(CLASSES), labels[3:5], uniforms[3:5], GUIDED), whole[3:5])
 
 
-def test_one_entropy_model_serves_batch_after_batch() -> None:
+def test_one_entropy_model_serves_batch_after_batch(dpar: Callable[..., DPAR], gpt: Callable[..., GPT]) -> None:
     labels, uniforms, _ = batch(8)
     model, boundaries = dpar(), EntropyBoundaries(gpt(None), PatchRule(3.2, 4, True, GRID))
     first = sample_dpar(model, labels, uniforms, PLAIN, boundaries)
@@ -142,7 +132,7 @@ def test_one_entropy_model_serves_batch_after_batch() -> None:
     assert torch.equal(first[1], again[1])
 
 
-def test_static_boundaries_serve_every_image() -> None:
+def test_static_boundaries_serve_every_image(dpar: Callable[..., DPAR]) -> None:
     labels, uniforms, _ = batch(8)
     static = static_patch_starts(1.8, TOKENS)
     _, starts = sample_dpar(dpar(), labels, uniforms, PLAIN, GivenBoundaries(static))
@@ -153,13 +143,14 @@ def test_a_uniform_number_draws_the_token_whose_interval_it_falls_in() -> None:
     probabilities = torch.tensor([0.25, 0.0, 0.5, 0.25])
     uniforms = torch.tensor([0.0, 0.2, 0.25, 0.5, 0.74, 0.76, 1 - 2**-24])
     logits = probabilities.log().expand(len(uniforms), -1)
-    assert draw(logits, uniforms, PLAIN).tolist() == [0, 0, 2, 2, 2, 3, 3]
+    assert sample_token(logits, uniforms, PLAIN).tolist() == [0, 0, 2, 2, 2, 3, 3]
 
 
 def test_drawn_frequencies_are_the_probabilities() -> None:
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
     uniforms = (torch.arange(20_000) + 0.5) / 20_000
-    found = torch.bincount(draw(logits.expand(20_000, -1), uniforms, SamplingOptions(temperature=0.7)), minlength=4)
+    tokens = sample_token(logits.expand(20_000, -1), uniforms, SamplingOptions(temperature=0.7))
+    found = torch.bincount(tokens, minlength=4)
     torch.testing.assert_close(found / 20_000, (logits / 0.7).softmax(-1), atol=2e-4, rtol=0)
 
 
@@ -167,7 +158,7 @@ def test_a_token_that_was_filtered_out_is_never_drawn() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 30)[:, None].expand(-1, 500, -1).flatten(0, 1)
     uniforms = torch.linspace(0, 1 - 2**-24, 500).repeat(2)
-    drawn = draw(logits, uniforms, SamplingOptions(top_k=3))
+    drawn = sample_token(logits, uniforms, SamplingOptions(top_k=3))
     for row in range(2):
         kept = logits[row * 500].topk(3).indices
         assert set(drawn[row * 500 : (row + 1) * 500].tolist()) == set(kept.tolist())
@@ -189,18 +180,18 @@ def test_filters_keep_the_likeliest_tokens(options: SamplingOptions, kept: list[
     assert filter_logits(logits, options)[0].isfinite().nonzero()[:, 0].tolist() == kept
 
 
-def test_boundaries_of_other_images_are_refused() -> None:
+def test_boundaries_of_other_images_are_refused(dpar: Callable[..., DPAR]) -> None:
     labels, uniforms, starts = batch(8)
     with pytest.raises(ValueError, match=r"boundaries are \(8, 16\), expected \(16,\) or \(3, "):
         sample_dpar(dpar(), labels[:3], uniforms[:3], PLAIN, GivenBoundaries(starts))
     other = GPT(
         GPTConfig(dim=32, num_layers=1, num_heads=2, codebook_size=CODES, num_tokens=GRID, num_classes=None)
     ).eval()
-    with pytest.raises(ValueError, match="made for 4 tokens an image, the sampled model for 16"):
+    with pytest.raises(ValueError, match="entropy model is for 4 tokens an image, the sampled model for 16"):
         sample_dpar(dpar(), labels, uniforms, PLAIN, EntropyBoundaries(other, PatchRule(1.0, 4, True, GRID)))
 
 
-def test_bfloat16_sampling_finishes_with_valid_tokens() -> None:
+def test_bfloat16_sampling_finishes_with_valid_tokens(dpar: Callable[..., DPAR], gpt: Callable[..., GPT]) -> None:
     labels, uniforms, _ = batch(8)
     boundaries = EntropyBoundaries(gpt(None), PatchRule(3.2, 4, True, GRID))
     with torch.autocast("cpu", torch.bfloat16):

@@ -14,9 +14,10 @@ from conf.schema import RuntimeConfig, Settings
 from conf.section import Section
 from conf.train import TrainConfig
 from models.config import EntropyHeadConfig
-from models.dpar import DPAR, pack_patches
+from models.dpar import DPAR
 from models.entropy_head import EntropyHead, entropies_of
 from models.gpt import token_entropy
+from models.packed_patches import pack_patches
 from models.patching import PatchRule, patch_starts
 from pipeline.graph import STAGES
 from stages.entropy_head import entropy_head

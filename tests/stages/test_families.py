@@ -21,7 +21,7 @@ from conf.schema import Settings
 from conf.section import Section
 from conf.train import FAMILIES, TrainConfig, for_every_family
 from models.boundaries import Boundaries
-from models.sampling import SamplingOptions
+from models.token_sampling import SamplingOptions
 from pipeline.bench.family_costs import FAMILY_COSTS
 from pipeline.cache.keys import inputs_read
 from pipeline.graph import STAGES

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from models.flops import Cost, Macs, Sampling
+from models.macs import Cost, Macs, Sampling
 from pipeline.bench.family_costs import LengthSource, PatchCost
 from pipeline.bench.flops import CostRow
 from pipeline.bench.gates import Gate
 from pipeline.cli import tables
 
 LARGE = Macs(linear=25594.5e9, attention=1554.6e9)
-DRAWN = Sampling(classed=LARGE)
+DRAWN = Sampling(conditional=LARGE)
 COST = Cost(parameters=1_434_579_456, forward=LARGE, sampling=DRAWN)
 LLAMAGEN = CostRow(model="llamagen-XXL", image_size=1024, cost=COST, llamagen=None, patches=None, paper_gmacs=None)
 NPP = replace(LLAMAGEN, model="npp-XXL", llamagen=COST)

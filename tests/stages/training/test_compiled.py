@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
 
 import models.attention
 from models.config import DPARConfig
-from models.dpar import DPAR, PackedPatches, pack_patches
+from models.dpar import DPAR
+from models.packed_patches import PackedPatches, pack_patches
 from models.patching import PatchRule, patch_starts
 from stages.training.compiled import compile_blocks
 
@@ -28,6 +30,12 @@ SIZE = DPARConfig(
     dropout=0.0,
     class_dropout_prob=0.0,
 )
+
+
+@pytest.fixture(autouse=True)
+def _without_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler cannot trace the checks of shapes that every call of models/ passes in tests."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def batches() -> list[tuple[Tensor, Tensor, PackedPatches]]:

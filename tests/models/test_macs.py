@@ -14,13 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.boundaries import EntropyBoundaries, GivenBoundaries, HeadBoundaries
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, EntropyHeadConfig, GPTConfig, NextPatchSchedule
-from models.dpar import DPAR, pack_patches
+from models.dpar import DPAR
 from models.entropy_head import EntropyHead
-from models.flops import dpar_cost, gpt_cost, head_sampling, npp_cost
 from models.gpt import GPT
+from models.macs import dpar_cost, gpt_cost, head_sampling, npp_cost
 from models.npp import next_patch_loss
+from models.packed_patches import pack_patches
 from models.patching import PatchRule, patch_starts
-from models.sampling import DPARDecoding, SamplingOptions, sample_dpar, sample_gpt
+from models.sampling import DPARDecoding, sample_dpar, sample_gpt
+from models.token_sampling import SamplingOptions
 
 CODES = 16384
 IMAGES, GRID, TOKENS = 8, 3, 9

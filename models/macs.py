@@ -1,10 +1,10 @@
-"""What a model costs: multiply-accumulates (MACs) of one image, counted on the modules that train and sample.
+"""Cost of a model in multiply-accumulates (MACs) per image, counted on the modules that train and sample.
 
-The modules run on torch's meta device, where shapes flow and nothing is computed, and FlopCounterMode counts each
-matrix product. Two kinds are told apart: linear layers (products of two matrices) and attention (batches of products:
-queries with keys, weights with values). A forward's attention counts whole squares, as a dense layout computes them.
+The modules run on torch's meta device, which computes shapes only, under FlopCounterMode, which counts matrix products.
+There are two kinds of MACs: linear layers (products of two matrices) and attention (batched products of queries with
+keys and of weights with values). The attention of a forward pass counts the full square, as a dense layout computes it.
 
-Not counted: what is element-wise, and the pooling of tokens into patches, which is made of sums: 2 T D a layer.
+Not counted: element-wise operations, and the pooling of tokens into patches, which consists of sums (2 T D per layer).
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from itertools import pairwise
 from typing import TypeVar
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import DPARConfig, EntropyHeadConfig, GPTConfig, NextPatchSchedule
-from models.dpar import DPAR, pack_patches
+from models.dpar import DPAR
 from models.entropy_head import EntropyHead
 from models.gpt import GPT
 from models.npp import next_patch_loss
+from models.packed_patches import pack_patches
 
 _META = torch.device("meta")
 _LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm}
-_ALL = "Global"  # FlopCounterMode's name for all that ran, modules or not
-_TRAINING = 3  # a product's backward pass is two products of its size, one for each factor
+_ALL = "Global"  # FlopCounterMode's name for the total
+_TRAINING = 3  # the backward pass of a product is two products of its size, one for each factor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Macs:
-    """Multiply-accumulates an image; no whole numbers where patch counts are means."""
+    """Multiply-accumulates per image. Not whole numbers where the number of patches is a mean."""
 
     linear: float
     attention: float
@@ -51,35 +53,37 @@ NOTHING = Macs(linear=0, attention=0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """Drawing one image with caches.
+    """MACs of sampling one image with caches.
 
     Attributes:
-        unclassed: The parts that know no class: they run once, guided or not.
-        classed: The other parts: classifier-free guidance runs them twice.
+        unconditional: Parts that do not read the class. They run once, with and without guidance.
+        conditional: Parts that depend on the class. Classifier-free guidance runs them twice.
     """
 
-    unclassed: Macs = NOTHING
-    classed: Macs = NOTHING
+    unconditional: Macs = NOTHING
+    conditional: Macs = NOTHING
 
     def macs(self, *, guided: bool) -> Macs:
-        """Of all parts, with or without guidance."""
-        return self.unclassed + self.classed * (2 if guided else 1)
+        """MACs of all parts, with or without guidance."""
+        return self.unconditional + self.conditional * (2 if guided else 1)
 
     def __add__(self, other: Sampling) -> Sampling:
-        return Sampling(unclassed=self.unclassed + other.unclassed, classed=self.classed + other.classed)
+        return Sampling(
+            unconditional=self.unconditional + other.unconditional, conditional=self.conditional + other.conditional
+        )
 
     def __mul__(self, factor: float) -> Sampling:
-        return Sampling(unclassed=self.unclassed * factor, classed=self.classed * factor)
+        return Sampling(unconditional=self.unconditional * factor, conditional=self.conditional * factor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What one image costs.
+    """Cost of one image.
 
     Attributes:
-        parameters: Of the model.
-        forward: One pass over all positions at once, as training makes it; a mean where its steps differ.
-        sampling: Each position computed once.
+        parameters: Number of parameters of the model.
+        forward: One pass over all positions, as in training. The mean over a training whose steps differ.
+        sampling: Cached sampling, which computes each position once.
     """
 
     parameters: int
@@ -88,17 +92,17 @@ class Cost:
 
     @property
     def training(self) -> Macs:
-        """Forward and backward pass, nothing computed twice."""
+        """Forward and backward pass, without recomputation."""
         return self.forward * _TRAINING
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DPARCost(Cost):
-    """What one image costs on patches.
+    """Cost of one image of a model on patches.
 
     Attributes:
-        own_entropy: What sampling takes more where the model's own prediction decides whether a token opens a patch.
-            That prediction is made with the open patch. If it closes, the decoder and the head run again.
+        own_entropy: Additional MACs of sampling if the model's own prediction decides where patches open. It is made
+            as if the patch continued. If the patch closes, the decoder and the head run again.
     """
 
     own_entropy: Sampling
@@ -108,33 +112,35 @@ _Mean = TypeVar("_Mean", Macs, Sampling)
 
 
 def gpt_cost(config: GPTConfig) -> Cost:
-    """LlamaGen: T positions, the class and T - 1 tokens. The entropy model: T - 1 tokens."""
+    """Cost of LlamaGen, which reads T positions (class and T - 1 tokens), or of the entropy model (T - 1 tokens)."""
     with _META:
         model = GPT(config)
     tokens, labels = _inputs(config.num_tokens)
     forward = _count(lambda: model(tokens, labels if model.conditional else None))[_ALL]
-    drawn = _stepwise(forward, config.num_tokens - (0 if model.conditional else 1))
+    sampled = _stepwise(forward, config.num_tokens - (0 if model.conditional else 1))
     return Cost(
         parameters=_parameters(model),
         forward=forward,
-        sampling=Sampling(classed=drawn) if model.conditional else Sampling(unclassed=drawn),
+        sampling=Sampling(conditional=sampled) if model.conditional else Sampling(unconditional=sampled),
     )
 
 
 def head_sampling(config: DPARConfig) -> Sampling:
-    """What sampling takes more where an entropy head decides: it reads the encoder's states of T - 1 tokens."""
+    """Additional MACs of sampling with an entropy head, which reads the encoder's states of T - 1 tokens."""
     with _META:
         head = EntropyHead(EntropyHeadConfig.of(config, "block"))
     rows = config.num_tokens - 1
     states = torch.empty(1, rows, config.dim, device=_META)
-    return Sampling(unclassed=_stepwise(_count(lambda: head(states))[_ALL], rows))
+    return Sampling(unconditional=_stepwise(_count(lambda: head(states))[_ALL], rows))
 
 
 def npp_cost(config: GPTConfig, schedule: NextPatchSchedule, steps: int) -> Cost:
-    """LlamaGen by Next Patch Prediction: the forward is the mean over a training of `steps` steps, the rest LlamaGen's.
+    """Cost of LlamaGen trained by Next Patch Prediction.
+
+    `forward` is the mean over a training of `steps` steps. Parameters and sampling are LlamaGen's.
 
     Raises:
-        ValueError: The grid of tokens has no blocks of the schedule's sides.
+        ValueError: A side of the schedule's blocks does not divide the grid of tokens.
     """
     with _META:
         model = GPT(config)
@@ -148,14 +154,14 @@ def npp_cost(config: GPTConfig, schedule: NextPatchSchedule, steps: int) -> Cost
 
 
 def dpar_cost(config: DPARConfig, mean_length: float) -> DPARCost:
-    """DPAR at a mean patch length in tokens.
+    """Cost of DPAR at a mean patch length in tokens.
 
-    A forward reads T - 1 tokens in (T - 1) / `mean_length` patches: so the paper's GFLOPs (table S1) are met. All T
-    tokens are T / `mean_length` patches, of which a sampler closes all but the last. A count that is no whole number is
-    the mean over images that have the whole numbers next to it.
+    A forward pass reads T - 1 tokens in (T - 1) / `mean_length` patches, which reproduces the paper's GFLOPs (DPAR,
+    table S1). All T tokens are T / `mean_length` patches, of which a sampler closes all but the last. The cost of a
+    fractional number of patches is interpolated between the two whole numbers next to it.
 
     Raises:
-        ValueError: The mean length is below 1 token, or leaves less than two patches an image.
+        ValueError: The mean length is below 1 token, or leaves fewer than two patches per image.
     """
     num_tokens = config.num_tokens
     if not 1 <= mean_length <= num_tokens / 2:
@@ -173,11 +179,11 @@ def dpar_cost(config: DPARConfig, mean_length: float) -> DPARCost:
 
 
 def _dpar_image(model: DPAR, patches: int) -> DPARCost:
-    """Count an image whose encoder reads `patches` patches in a forward; a sampler closes as many.
+    """Cost of an image of which a forward pass reads `patches` patches and a sampler closes as many.
 
-    The sampler feeds each part the rows that a forward feeds it, one by one: linear layers cost the same, attention
-    meets no later rows. Two details of the pooling's keys and values, 2 D D a token and layer, are not followed: the
-    sampler makes none for the last patch, and pads patches that close together to the longest of them.
+    The sampler computes the rows of a forward pass one by one. Linear layers cost the same, and attention skips later
+    rows. Two details of the pooling's keys and values (2 D D per token and layer) are ignored: the sampler computes
+    none for the last patch, and pads patches that close together to the longest of them.
     """
     num_tokens = model.config.num_tokens
     starts = torch.zeros(1, num_tokens, dtype=torch.bool)
@@ -192,15 +198,15 @@ def _dpar_image(model: DPAR, patches: int) -> DPARCost:
         parameters=_parameters(model),
         forward=_total((encoder, stack, decoder, head)),
         sampling=Sampling(
-            unclassed=_stepwise(encoder, num_tokens - 1),
-            classed=_total((_stepwise(stack, 1 + patches), _stepwise(decoder, num_tokens), head)),
+            unconditional=_stepwise(encoder, num_tokens - 1),
+            conditional=_total((_stepwise(stack, 1 + patches), _stepwise(decoder, num_tokens), head)),
         ),
-        own_entropy=Sampling(classed=_later_step(decoder_layers + head, num_tokens) * patches),
+        own_entropy=Sampling(conditional=_later_step(decoder_layers + head, num_tokens) * patches),
     )
 
 
 def _count(run: Callable[[], object]) -> dict[str, Macs]:
-    """MACs of a call: in all, and by the paths of the modules that it calls."""
+    """MACs of a call: the total, and by module path."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
     return {
@@ -212,19 +218,19 @@ def _count(run: Callable[[], object]) -> dict[str, Macs]:
     }
 
 
-def _inputs(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and label of one image."""
+def _inputs(num_tokens: int) -> tuple[Int[Tensor, "1 T"], Int[Tensor, " 1"]]:
+    """Tokens and label of one image, on the meta device."""
     tokens = torch.empty(1, num_tokens, dtype=torch.int64, device=_META)
     return tokens, tokens[:, 0]
 
 
 def _stepwise(macs: Macs, rows: int) -> Macs:
-    """The same rows one by one against a cache: a query meets the keys up to its own, not the whole square."""
+    """Cost of the same rows one by one with a cache: a query is multiplied with the keys up to its own only."""
     return Macs(linear=macs.linear, attention=macs.attention * (rows + 1) / (2 * rows))
 
 
 def _later_step(macs: Macs, rows: int) -> Macs:
-    """One of the same rows against a cache, any of them but the first alike."""
+    """Mean cost of one of the same rows with a cache, over all rows but the first."""
     return Macs(linear=macs.linear / rows, attention=macs.attention * (rows + 2) / (2 * rows**2))
 
 
@@ -233,7 +239,7 @@ def _neighbours(count: float) -> tuple[int, int]:
 
 
 def _mean(count: float, of: Callable[[int], _Mean]) -> _Mean:
-    """Mean over images that have the whole numbers next to `count`."""
+    """Value of `of` at a fractional `count`, interpolated between the whole numbers next to it."""
     low, high = _neighbours(count)
     return of(low) * (1 - (count - low)) + of(high) * (count - low)
 
