@@ -47,7 +47,9 @@ def test_the_scores_are_of_the_heldout_images(
         decoded = model.decode(codes).permute(0, 2, 3, 1).numpy()
     squared = (np.clip(127.5 * decoded + 128, 0, 255).astype(np.uint8) - pixels) ** 2
     scores = read_json(draw_view("tokenizer", tiny_settings.tokenizer, tiny_artifacts) / "metrics.json")
-    assert scores["psnr"] == pytest.approx(np.mean(20 * np.log10(255) - 10 * np.log10(squared.mean((1, 2, 3)))), abs=1e-3)
+    assert scores["psnr"] == pytest.approx(
+        np.mean(20 * np.log10(255) - 10 * np.log10(squared.mean((1, 2, 3)))), abs=1e-3
+    )
     assert scores["heldout_codebook_usage"] == pytest.approx(len(codes.unique()) / 64, abs=1 / 64)
 
 
