@@ -25,11 +25,14 @@ from PIL import Image
 from conf.load import load_settings
 from conf.schema import RuntimeConfig, Settings
 from conf.section import Section
-from pipeline.graph import STAGES
+from pipeline.graph import STAGES, inputs_read
+from pipeline.views import view_inputs
 
 hypothesis.settings.register_profile("dpar", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("dpar")
 CLASSES = ("discs", "squares", "stripes")
+Run = Callable[[str, Section, dict[str, Path]], Path]
+"""Takes the name of a stage, its settings, and artifacts by name; gives the folder that was filled."""
 
 
 def draw(kind: str, number: int, size: int = 40) -> Image.Image:
@@ -65,30 +68,52 @@ def tiny_settings(image_root: Path) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def run_in_process(
-    image_root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, Section, dict[str, Path]], Path]:
-    """Call a stage's function directly, in a fresh folder, on the artifacts given."""
+def run_in_process(tiny_settings: Settings, image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Call a stage's function directly, in a fresh folder.
+
+    Of the artifacts given it finds those that it reads under these settings, and the images only if it says so: what is
+    read and not declared is missing.
+    """
 
     def run(name: str, config: Section, inputs: dict[str, Path]) -> Path:
-        output = tmp_path_factory.mktemp(name)
-        module, function = STAGES[name].entry
-        getattr(importlib.import_module(module), function)(
-            config, inputs | {"images": image_root}, output, RuntimeConfig(device="cpu", threads=2)
-        )
+        stage, output = STAGES[name], tmp_path_factory.mktemp(name)
+        read = {source: inputs[source] for source in inputs_read(stage, _with_section(tiny_settings, name, config))}
+        if stage.reads_images:
+            read["images"] = inputs.get("images", image_root)
+        _call(stage.entry, config, read, output)
         return output
 
     return run
 
 
 @pytest.fixture(scope="session")
-def tiny_artifacts(
-    tiny_settings: Settings, run_in_process: Callable[[str, Section, dict[str, Path]], Path]
-) -> dict[str, Path]:
+def draw_view(tiny_settings: Settings, image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Draw the view of the finished artifact `inputs[name]` into a fresh folder, given what the pipeline gives it."""
+
+    def draw_view(name: str, config: Section, inputs: dict[str, Path]) -> Path:
+        stage, output = STAGES[name], tmp_path_factory.mktemp(f"{name}-view")
+        read = view_inputs(stage, _with_section(tiny_settings, name, config), inputs)
+        read |= {name: inputs[name], "images": inputs.get("images", image_root)}
+        _call(stage.view_entry, config, read, output)
+        return output
+
+    return draw_view
+
+
+def _with_section(settings: Settings, name: str, config: Section) -> Settings:
+    return settings.model_copy(update={name: config})
+
+
+def _call(entry: tuple[str, str], config: Section, inputs: dict[str, Path], output: Path) -> None:
+    module, function = entry
+    getattr(importlib.import_module(module), function)(config, inputs, output, RuntimeConfig(device="cpu", threads=2))
+
+
+@pytest.fixture(scope="session")
+def tiny_artifacts(tiny_settings: Settings, run_in_process: Run) -> dict[str, Path]:
     """Finished artifacts of all stages up to `sample`, made one after the other. Tests must not write to them."""
     artifacts: dict[str, Path] = {}
     for stage in STAGES.values():
         if stage.name != "evaluate":
-            inputs = {name: artifacts[name] for name in stage.inputs}
-            artifacts[stage.name] = run_in_process(stage.name, getattr(tiny_settings, stage.name), inputs)
+            artifacts[stage.name] = run_in_process(stage.name, getattr(tiny_settings, stage.name), artifacts)
     return artifacts

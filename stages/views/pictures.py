@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ Pixels = npt.NDArray[np.uint8]
 _MARGIN = 6
 _BACKGROUND = (255, 255, 255)
 _INK = (40, 40, 40)
-_FRAME = (200, 200, 200)  # around pictures that may end as white as the page
+_FRAME = (200, 200, 200)
 _OUTLINE = (214, 39, 40)
 _SCALE = 3  # of small samples, so that 64 px can be seen
 _VISIBLE = 192  # side that a single picture has at least
@@ -44,7 +45,7 @@ def sample_grid(rows: Mapping[str, Pixels], image_size: int, columns: int) -> Im
         top = _MARGIN + row * step
         pen.text((_MARGIN, top + side // 2), name, fill=_INK, font=font, anchor="lm")
         for column, image in enumerate(images[:columns]):
-            canvas.paste(_enlarged(image, side), (text_width + column * step, top))
+            _framed(canvas, _enlarged(image, side), (text_width + column * step, top))
     return canvas
 
 
@@ -73,7 +74,7 @@ def patch_picture(
     for row, (image, start) in enumerate(zip(images, starts, strict=True)):
         top = head + row * row_step
         large = _enlarged(image, side)
-        canvas.paste(large, (_MARGIN, top))
+        _framed(canvas, large, (_MARGIN, top))
         outlined = _faded(large)
         _outline(outlined, start, grid, token)
         canvas.paste(outlined, (_MARGIN + step, top))
@@ -99,11 +100,9 @@ def captioned_grid(pictures: Sequence[Image.Image], captions: Sequence[str], col
     step, row_step = width + _MARGIN, height + _CAPTION + 2 * _MARGIN
     rows = -(-len(pictures) // columns)
     canvas = Image.new("RGB", (columns * step + _MARGIN, rows * row_step + _MARGIN), _BACKGROUND)
-    pen = ImageDraw.Draw(canvas)
     for place, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = _MARGIN + place % columns * step, _MARGIN + place // columns * row_step
-        canvas.paste(picture, (left, top))
-        pen.rectangle((left - 1, top - 1, left + width, top + height), outline=_FRAME)
+        _framed(canvas, picture, (left, top))
         _caption(canvas, (left, top + height + 1), caption, width)
     return canvas
 
@@ -119,6 +118,13 @@ def patches_outlined(image: Pixels, starts: npt.NDArray[np.bool_], grid: int) ->
     outlined = _faded(large)
     _outline(outlined, starts, grid, large.width / grid)
     return outlined
+
+
+def _framed(canvas: Image.Image, picture: Image.Image, place: tuple[int, int]) -> None:
+    """Paste a picture with a thin line around it, because it may end as white as the page."""
+    canvas.paste(picture, place)
+    left, top = place
+    ImageDraw.Draw(canvas).rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=_FRAME)
 
 
 def _enlarged(image: Pixels, side: int) -> Image.Image:
@@ -150,17 +156,18 @@ def _heat_map(entropy: npt.NDArray[np.float32], grid: int, low: float, high: flo
 
 
 def _colour_bar(canvas: Image.Image, place: tuple[int, int], size: tuple[int, int], low: float, high: float) -> None:
-    """The scale of the entropies, high at the top."""
+    """The scale of the entropies, high at the top, with as many decimals as tell its ends apart, up to three."""
     width, height = size
     ramp = _colours(np.linspace(1, 0, height))[:, None].repeat(width // 3, axis=1)
     canvas.paste(Image.fromarray(ramp), place)
     font_size = max(13, height // 16)
     font = ImageFont.load_default(size=font_size)
     pen = ImageDraw.Draw(canvas)
+    decimals = min(3, max(1, 1 - math.floor(math.log10(max(high - low, 1e-9)))))
     for share in (0.0, 0.5, 1.0):
-        y = place[1] + min(height - font_size, int((1 - share) * height))
-        label = f"{low + share * (high - low):.1f}"
-        pen.text((place[0] + width // 3 + _MARGIN, y), label, fill=_INK, font=font)
+        y = place[1] + font_size // 2 + int((1 - share) * (height - font_size))
+        label = f"{low + share * (high - low):.{decimals}f}"
+        pen.text((place[0] + width // 3 + _MARGIN, y), label, fill=_INK, font=font, anchor="lm")
 
 
 def _caption(canvas: Image.Image, place: tuple[int, int], text: str, width: int) -> None:

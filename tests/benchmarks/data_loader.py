@@ -186,7 +186,7 @@ def measure(folder: Path, num_images: int, rounds: int) -> tuple[list[Gate], Fig
         index_figures(index.path, num_images),
         loader_figures(PatchedData(tokens, index), rounds),
     ]
-    figures = {"mean patch length": read_json(folder / "metrics.json")["mean_length"]}
+    figures = {"mean patch length": read_json(folder / "rule.json")["mean_length"]}
     for _, more in parts:
         figures |= more
     return [found for gates, _ in parts for found in gates], {"one thread": figures}

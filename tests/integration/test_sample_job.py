@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.graph import STAGES
+from pipeline.graph import STAGES, inputs_read
 from pipeline.launch import launch
 from pipeline.project import DPAR
 from stages.runtime.job import Job
@@ -32,10 +32,10 @@ def content(output: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_job_goes_on_to_the_same_bytes(
-    tiny_settings: Settings, tiny_artifacts: dict[str, Path], image_root: Path, tmp_path: Path, processes: int
+    tiny_settings: Settings, tiny_artifacts: dict[str, Path], tmp_path: Path, processes: int
 ) -> None:
     config = tiny_settings.sample.model_copy(update={"num_samples": 4 * UNITS - 1})
-    inputs = {name: tiny_artifacts[name] for name in STAGES["sample"].inputs} | {"images": image_root}
+    inputs = {name: tiny_artifacts[name] for name in inputs_read(STAGES["sample"], tiny_settings)}
     runtime = RuntimeConfig(home=tmp_path, device="cpu", threads=1, processes=processes)
     job = Job(
         stage="sample",
@@ -65,3 +65,4 @@ def test_a_killed_job_goes_on_to_the_same_bytes(
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished units are not drawn again"
     sample(config, inputs, tmp_path / "undisturbed", runtime)
     assert content(job.output) == content(tmp_path / "undisturbed")
+    assert {"boundaries.json", "samples.zarr/zarr.json"} < set(content(job.output))

@@ -6,6 +6,7 @@ import shutil
 import struct
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,15 @@ import stages.dataset
 import stages.stores.image_index
 from conf.dataset import DatasetConfig
 from conf.schema import RuntimeConfig
+from conf.section import Section
 from stages.dataset import dataset
 from stages.images.listing import Listing
 from stages.images.sources import image_root
+from stages.runtime.artifact import read_json
 from stages.runtime.errors import ArtifactError, InputError
 from stages.stores.image_index import ImageIndex
+
+BROKEN_LIST = "record/broken.json"
 
 
 def make_images(root: Path, classes: str = "ab", count: int = 10) -> None:
@@ -52,13 +57,6 @@ def test_the_index_holds_every_image_with_its_facts(tmp_path: Path) -> None:
     data = (tmp_path / "images" / index.relpaths[13]).read_bytes()
     assert index.read(tmp_path / "images", 13) == data
     assert index.sizes[13] == len(data)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {
-        "num_images": 20,
-        "num_train": 20,
-        "num_heldout": 0,
-        "num_classes": 2,
-        "num_broken": 0,
-    }
 
 
 def as_tar(root: Path, path: Path) -> Path:
@@ -88,7 +86,7 @@ def test_a_tar_gives_the_images_labels_and_split_of_its_folders(tmp_path: Path) 
     assert np.array_equal(packed.digests, folders.digests)
     for image in range(len(folders)):
         assert packed.read(path, image) == folders.read(tmp_path / "images", image)
-    assert json.loads((tmp_path / "out2" / "broken.json").read_text()) == [
+    assert json.loads((tmp_path / "out2" / BROKEN_LIST).read_text()) == [
         {"relpath": "b.tar/b7.png", "reason": "not an image of a known format"}
     ]
 
@@ -142,7 +140,7 @@ def test_what_is_no_whole_image_is_left_out_with_a_reason_that_every_machine_giv
     Image.open(tmp_path / "images" / "a" / "a0.png").save(jpeg, "JPEG")
     (tmp_path / "images" / "a" / "bad.JPEG").write_bytes(spoil(jpeg.getvalue()))
     index = run(tmp_path / "images", tmp_path / "out", max_broken_fraction=0.1)
-    (broken,) = json.loads((tmp_path / "out" / "broken.json").read_text())
+    (broken,) = json.loads((tmp_path / "out" / BROKEN_LIST).read_text())
     assert broken["relpath"] == "a/bad.JPEG"
     assert re.search(reason, broken["reason"])
     assert str(tmp_path) not in broken["reason"]
@@ -185,12 +183,29 @@ def test_broken_images_are_listed_with_their_reason_and_left_out(tmp_path: Path)
     cut.write_bytes(cut.read_bytes()[:300])
     (tmp_path / "images" / "b" / "b7.png").write_bytes(b"hello")
     index = run(tmp_path / "images", tmp_path / "out", max_broken_fraction=0.1)
-    broken = json.loads((tmp_path / "out" / "broken.json").read_text())
+    broken = json.loads((tmp_path / "out" / BROKEN_LIST).read_text())
     assert [entry["relpath"] for entry in broken] == ["a/a3.png", "b/b7.png"]
     assert "truncated" in broken[0]["reason"]
     assert broken[1]["reason"] == "not an image of a known format"
     assert len(index) == 18
     assert not {"a/a3.png", "b/b7.png"} & set(index.relpaths)
+
+
+def test_the_view_counts_images_classes_and_broken_ones(
+    tmp_path: Path, draw_view: Callable[[str, Section, dict[str, Path]], Path]
+) -> None:
+    make_images(tmp_path / "images")
+    (tmp_path / "images" / "b" / "b7.png").write_bytes(b"hello")
+    settings = {"heldout_fraction": 0.3, "max_broken_fraction": 0.1}
+    run(tmp_path / "images", tmp_path / "out", **settings)
+    config = DatasetConfig(root=tmp_path / "images", **settings)
+    assert read_json(draw_view("dataset", config, {"dataset": tmp_path / "out"}) / "metrics.json") == {
+        "num_images": 19,
+        "num_train": 13,
+        "num_heldout": 6,
+        "num_classes": 2,
+        "num_broken": 1,
+    }
 
 
 def test_too_many_broken_images_fail_and_are_named(tmp_path: Path) -> None:
@@ -244,7 +259,7 @@ def test_a_killed_attempt_is_continued_without_reading_again(tmp_path: Path, mon
     monkeypatch.setattr(stages.dataset, "_check", counting)
     run(tmp_path / "images", tmp_path / "killed", heldout_fraction=0.2)
     assert len(read) == 12
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert content(tmp_path / "killed") == content(tmp_path / "whole") != {}
 
 
 def test_a_file_changed_since_the_killed_attempt_is_read_again(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,27 +13,31 @@ import torch
 from conf.evaluate import EvaluateConfig
 from conf.schema import Settings
 from conf.section import Section
-from pipeline.graph import STAGES
-from stages.evaluate import RUNGS, score_names
+from stages.images.decode import center_crop, decode
 from stages.runtime.artifact import read_json
-from stages.runtime.errors import InputError
+from stages.runtime.errors import ArtifactError, InputError
 from stages.scores.features import Inception, Lite0
-from stages.scores.frechet import frechet_distance
-from stages.scores.statistics import FeatureStats
+from stages.scores.table import RUNGS, SCORES
+from stages.stores.image_index import ImageIndex
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
 
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]) -> Path:
-    inputs = {name: tiny_artifacts[name] for name in STAGES["evaluate"].inputs}
-    return run_in_process("evaluate", tiny_settings.evaluate, inputs)
+    return run_in_process("evaluate", tiny_settings.evaluate, tiny_artifacts)
 
 
-def test_every_rung_is_scored_on_the_same_number_of_images(evaluated: Path) -> None:
-    metrics = read_json(evaluated / "metrics.json")
+@pytest.fixture(scope="module")
+def scored(tiny_settings: Settings, draw_view: Run, evaluated: Path) -> Path:
+    """The view, which has the scores."""
+    return draw_view("evaluate", tiny_settings.evaluate, {"evaluate": evaluated})
+
+
+def test_every_rung_is_scored_on_the_same_number_of_images(scored: Path) -> None:
+    metrics = read_json(scored / "metrics.json")
     assert {f"fd_lite0_{rung}" for rung in RUNGS} <= set(metrics)
-    counts = read_json(evaluated / "scores.json")["num_images"]
+    counts = read_json(scored / "scores.json")["num_images"]
     assert counts["reference"] == 36
     assert counts["samples"] == 12
     assert {counts[rung] for rung in RUNGS if rung != "samples"} == {9}
@@ -42,40 +46,99 @@ def test_every_rung_is_scored_on_the_same_number_of_images(evaluated: Path) -> N
     assert metrics["ratio_to_random"] == pytest.approx(metrics["fd_lite0_samples"] / metrics["fd_lite0_random"])
 
 
-def test_the_scores_can_be_computed_again_from_the_features(evaluated: Path) -> None:
+def frechet(mean: np.ndarray, covariance: np.ndarray, features: np.ndarray) -> float:
+    """|m - n|^2 + tr(A + B - 2 sqrt(A B)), with the root's trace from the eigenvalues of the symmetric product."""
+    other = np.cov(features.astype(np.float64), rowvar=False)
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    trace = np.sqrt(np.linalg.eigvalsh(root @ other @ root).clip(0)).sum()
+    distance = np.square(mean - features.astype(np.float64).mean(axis=0)).sum()
+    return float(distance + np.trace(covariance) + np.trace(other) - 2 * trace)
+
+
+def balls(points: np.ndarray, neighbours: int) -> np.ndarray:
+    """Distance of each point to its k-th nearest other one."""
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    return np.sort(distances, axis=1)[:, neighbours]
+
+
+def test_the_scores_are_those_of_the_features(evaluated: Path, scored: Path) -> None:
+    metrics = read_json(scored / "metrics.json")
     with np.load(evaluated / "features.npz") as features:
         assert "reference" not in features, "of a large data set they would fill the disk"
         mean, covariance = features["reference_mean"], features["reference_covariance"]
-        heldout = FeatureStats.of(features["heldout"])
-    reference = FeatureStats(36, mean, covariance * 35)
-    expected = read_json(evaluated / "metrics.json")["fd_lite0_heldout"]
-    assert frechet_distance(reference, heldout) == pytest.approx(expected, rel=1e-9)
+        for rung in RUNGS:
+            wanted = frechet(mean, covariance, features[rung][:9])
+            assert metrics[f"fd_lite0_{rung}"] == pytest.approx(wanted, rel=1e-6)
+        samples, real = features["samples"].astype(np.float64), features["reference_compared"].astype(np.float64)
+        assert metrics["fd_lite0"] == pytest.approx(frechet(mean, covariance, samples), rel=1e-6)
+    distances = np.linalg.norm(samples[:, None] - real[None], axis=-1)
+    assert metrics["precision_lite0"] == (distances <= balls(real, 3)).any(axis=1).mean()
+    assert metrics["recall_lite0"] == (distances <= balls(samples, 3)[:, None]).any(axis=0).mean()
+    assert metrics["ratio_to_marginals"] == pytest.approx(
+        metrics["fd_lite0_samples"] / metrics["fd_lite0_marginals"], rel=1e-12
+    )
+
+
+def test_the_reference_is_the_training_images(
+    evaluated: Path, tiny_artifacts: dict[str, Path], image_root: Path, tiny_settings: Settings
+) -> None:
+    index = ImageIndex.open(tiny_artifacts["dataset"])
+    pixels = np.stack([center_crop(decode(index.read(image_root, row)), 32) for row in range(index.num_train)])
+    wanted, _ = Lite0(tiny_settings.evaluate.input_size, torch.device("cpu")).extract(pixels)
+    with np.load(evaluated / "features.npz") as features:
+        assert int(features["reference_count"]) == 36
+        np.testing.assert_allclose(features["reference_compared"], wanted, rtol=1e-3, atol=1e-4)
+        wanted = wanted.astype(np.float64)
+        np.testing.assert_allclose(features["reference_mean"], wanted.mean(axis=0), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(features["reference_covariance"], np.cov(wanted, rowvar=False), rtol=1e-3, atol=1e-4)
+
+
+def test_damaged_features_are_named(evaluated: Path, tiny_settings: Settings, draw_view: Run, tmp_path: Path) -> None:
+    shutil.copytree(evaluated, tmp_path / "damaged")
+    path = tmp_path / "damaged" / "features.npz"
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ArtifactError, match=r"features\.npz is damaged .*: `dpar verify --deep`"):
+        draw_view("evaluate", tiny_settings.evaluate, {"evaluate": tmp_path / "damaged"})
 
 
 def test_precision_looks_at_no_more_real_images_than_it_is_told_to(
-    evaluated: Path, tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
+    evaluated: Path,
+    scored: Path,
+    tiny_settings: Settings,
+    run_in_process: Run,
+    draw_view: Run,
+    tiny_artifacts: dict[str, Path],
 ) -> None:
     config = tiny_settings.evaluate.model_copy(update={"compared": 8})
-    inputs = {name: tiny_artifacts[name] for name in STAGES["evaluate"].inputs}
-    output = run_in_process("evaluate", config, inputs)
-    assert [read_json(folder / "scores.json")["compared_reference"] for folder in (evaluated, output)] == [36, 8]
-    distances = [read_json(folder / "metrics.json")["fd_lite0"] for folder in (evaluated, output)]
+    output = run_in_process("evaluate", config, tiny_artifacts)
+    views = (scored, draw_view("evaluate", config, {"evaluate": output}))
+    assert [read_json(view / "scores.json")["compared_reference"] for view in views] == [36, 8]
+    distances = [read_json(view / "metrics.json")["fd_lite0"] for view in views]
     assert distances[0] == distances[1]
+    with np.load(output / "features.npz") as few, np.load(evaluated / "features.npz") as all_:
+        chosen = np.linspace(0, 35, 8).astype(int)
+        assert np.array_equal(few["reference_compared"], all_["reference_compared"][chosen])
 
 
 def test_without_the_ladder_only_the_samples_are_scored(
-    tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
+    tiny_settings: Settings, run_in_process: Run, draw_view: Run, tiny_artifacts: dict[str, Path]
 ) -> None:
     config = tiny_settings.evaluate.model_copy(update={"ladder": False, "max_reference": 10})
-    inputs = {name: tiny_artifacts[name] for name in STAGES["evaluate"].inputs}
-    metrics = read_json(run_in_process("evaluate", config, inputs) / "metrics.json")
-    assert "fd_lite0_heldout" not in metrics
-    assert metrics["num_reference"] == 10
+    inputs = {name: tiny_artifacts[name] for name in ("dataset", "sample")}  # no tokens and no tokenizer
+    view = draw_view("evaluate", config, {"evaluate": run_in_process("evaluate", config, inputs)})
+    assert set(read_json(view / "metrics.json")) == {
+        *("fd_lite0", "is_lite0", "precision_lite0", "recall_lite0", "num_samples", "num_reference")
+    }
+    assert read_json(view / "metrics.json")["num_reference"] == 10
+    assert read_json(view / "scores.json")["num_images"] == {"samples": 12, "reference": 10}
 
 
-@pytest.mark.parametrize(("name", "expected"), [("lite0", "fd_lite0"), ("inception", "fid_uncertified")])
-def test_no_score_is_called_fid(name: str, expected: str) -> None:
-    assert score_names(SimpleNamespace(name=name))["frechet"] == expected
+def test_no_score_is_called_fid() -> None:
+    assert {name for score in SCORES.values() for name in score.names.values()} == {
+        *("fd_lite0", "is_lite0", "precision_lite0", "recall_lite0"),
+        *("fid_uncertified", "inception_score", "precision", "recall"),
+    }
 
 
 def test_lite0_gives_features_and_classes_and_knows_its_weights() -> None:

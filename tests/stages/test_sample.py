@@ -9,16 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from conf.sample import SampleConfig
 from conf.schema import RuntimeConfig, Settings
 from conf.section import Section
-from pipeline.graph import STAGES
 from stages.runtime.artifact import read_json
 from stages.runtime.errors import ArtifactError
-from stages.sample import sample, sample_labels, shown_classes
+from stages.sample import sample, sample_labels
 from stages.stores.samples import SampleStore
 from stages.stores.units import UnitWriter
+from stages.views.sample import shown_classes
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
 TRAINING_LABELS = np.repeat(np.arange(4), [60, 25, 10, 5]).astype(np.uint16)
@@ -37,20 +38,38 @@ def test_classes_follow_their_policy() -> None:
     assert not np.array_equal(labels("uniform", 40), labels("uniform", 40, seed=1))
 
 
-def inputs(artifacts: dict[str, Path]) -> dict[str, Path]:
-    return {name: artifacts[name] for name in STAGES["sample"].inputs}
-
-
-def test_the_artifact_holds_images_pictures_and_numbers(tiny_artifacts: dict[str, Path]) -> None:
+def test_the_artifact_holds_images_and_the_rule_that_cut_them(tiny_artifacts: dict[str, Path]) -> None:
     path = tiny_artifacts["sample"]
     store = SampleStore.open(path / "samples.zarr")
     assert len(store) == 12
     assert store.images(np.arange(12)).shape == (12, 32, 32, 3)
     assert store.patch_starts[:, :2].all()  # the first token is alone
-    assert (path / "grid.png").stat().st_size > 0
-    assert (path / "patches.png").stat().st_size > 0
-    lengths = 64 / store.patch_starts.sum(axis=1)
-    assert read_json(path / "metrics.json")["sample_mean_patch_length"] == pytest.approx(64 / (64 / lengths).mean())
+    assert read_json(path / "boundaries.json") == {
+        "source": "entropy_head",
+        "threshold": read_json(tiny_artifacts["entropy_head"] / "thresholds.json")["entropy_head"],
+        "max_length": 4,
+        "row_boundary": True,
+        "grid": 8,
+    }
+
+
+def test_the_view_shows_samples_of_each_class(
+    tiny_artifacts: dict[str, Path], tiny_settings: Settings, draw_view: Run
+) -> None:
+    store = SampleStore.open(tiny_artifacts["sample"] / "samples.zarr")
+    view = draw_view("sample", tiny_settings.sample, tiny_artifacts)
+    lengths = [length for starts in store.patch_starts for length in np.diff(np.append(np.flatnonzero(starts), 64))]
+    numbers = read_json(view / "metrics.json")
+    assert numbers["num_samples"] == 12
+    assert numbers["sample_mean_patch_length"] == pytest.approx(np.mean(lengths), rel=1e-12)
+    with Image.open(view / "grid.png") as picture:
+        pixels = np.asarray(picture)
+    side, margin = 3 * 32, 6  # small images are enlarged
+    for label in range(3):
+        for column, number in enumerate(np.flatnonzero(store.labels == label)[: tiny_settings.sample.grid_columns]):
+            top, left = margin + label * (side + margin), pixels.shape[1] - (2 - column) * (side + margin)
+            shown = pixels[top : top + side : 3, left : left + side : 3]
+            assert np.array_equal(shown, store.images(np.array([number]))[0])
 
 
 def test_patches_keep_to_the_rule(tiny_artifacts: dict[str, Path]) -> None:
@@ -65,8 +84,8 @@ def test_batch_size_does_not_change_the_samples(
     tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
 ) -> None:
     other = tiny_settings.sample.model_copy(update={"batch_size": 6})
-    again = SampleStore.open(run_in_process("sample", other, inputs(tiny_artifacts)) / "samples.zarr")
-    store = SampleStore.of(tiny_artifacts)
+    again = SampleStore.open(run_in_process("sample", other, tiny_artifacts) / "samples.zarr")
+    store = SampleStore.open(tiny_artifacts["sample"] / "samples.zarr")
     assert np.array_equal(again.labels, store.labels)
     assert (again.tokens != store.tokens).mean() < 0.01  # equal up to float noise of another batch shape
 
@@ -75,7 +94,7 @@ def test_a_longer_maximum_and_an_unreachable_threshold_give_longer_patches(
     tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
 ) -> None:
     config = tiny_settings.sample.model_copy(update={"threshold": 100.0, "max_length": 8})
-    store = SampleStore.open(run_in_process("sample", config, inputs(tiny_artifacts)) / "samples.zarr")
+    store = SampleStore.open(run_in_process("sample", config, tiny_artifacts) / "samples.zarr")
     # Only the forced starts remain: 0, 1, and the start of each row.
     assert (store.patch_starts.sum(axis=1) == 9).all()
 
@@ -84,7 +103,7 @@ def test_batches_need_not_divide_the_samples(
     tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
 ) -> None:
     config = tiny_settings.sample.model_copy(update={"batch_size": 5})
-    output = run_in_process("sample", config, inputs(tiny_artifacts))
+    output = run_in_process("sample", config, tiny_artifacts)
     store = SampleStore.open(output / "samples.zarr")
     assert [len(block) for block in store.blocks()] == [5, 5, 2]
     assert read_json(output / "record" / "progress.json")["done"] == 12
@@ -97,6 +116,7 @@ def test_batches_need_not_divide_the_samples(
 def test_a_threshold_that_never_or_always_cuts_is_said_and_counted(
     tiny_settings: Settings,
     run_in_process: Run,
+    draw_view: Run,
     tiny_artifacts: dict[str, Path],
     caplog: pytest.LogCaptureFixture,
     threshold: float,
@@ -104,22 +124,28 @@ def test_a_threshold_that_never_or_always_cuts_is_said_and_counted(
     words: str,
 ) -> None:
     config = tiny_settings.sample.model_copy(update={"threshold": threshold, "num_samples": 2})
-    numbers = read_json(run_in_process("sample", config, inputs(tiny_artifacts)) / "metrics.json")
+    made = run_in_process("sample", config, tiny_artifacts)
+    numbers = read_json(draw_view("sample", config, tiny_artifacts | {"sample": made}) / "metrics.json")
     assert (numbers["threshold"], numbers["share_above_threshold"]) == (threshold, share)
     assert numbers["sample_mean_patch_length"] == (1.0 if share else pytest.approx(64 / 17))
     assert re.search(words, caplog.text)
 
 
-def test_a_threshold_between_is_not_warned_of(tiny_artifacts: dict[str, Path]) -> None:
-    numbers = read_json(tiny_artifacts["sample"] / "metrics.json")
-    assert numbers["threshold"] == read_json(tiny_artifacts["entropy_head"] / "thresholds.json")["entropy_head"]
-    assert 0 < numbers["share_above_threshold"] < 1
+def test_a_threshold_between_is_counted_and_not_warned_of(
+    tiny_artifacts: dict[str, Path], tiny_settings: Settings, draw_view: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = read_json(draw_view("sample", tiny_settings.sample, tiny_artifacts) / "metrics.json")
+    threshold = read_json(tiny_artifacts["entropy_head"] / "thresholds.json")["entropy_head"]
+    with np.load(tiny_artifacts["entropy_head"] / "entropies.npz") as saved:
+        share = (saved["entropy_head"][:, 1:] > np.float32(threshold)).mean()
+    assert (numbers["threshold"], numbers["share_above_threshold"]) == (threshold, pytest.approx(share, rel=1e-12))
+    assert 0 < share < 1
+    assert not caplog.text
 
 
 def test_a_full_disk_keeps_finished_units_and_the_same_bytes_come_later(
     tiny_settings: Settings,
     tiny_artifacts: dict[str, Path],
-    image_root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -132,7 +158,7 @@ def test_a_full_disk_keeps_finished_units_and_the_same_bytes_come_later(
         written.append(unit)
 
     monkeypatch.setattr(UnitWriter, "write", on_a_disk)
-    given = (tiny_settings.sample, inputs(tiny_artifacts) | {"images": image_root}, tmp_path, RuntimeConfig(threads=2))
+    given = (tiny_settings.sample, tiny_artifacts, tmp_path, RuntimeConfig(threads=2))
     with pytest.raises(OSError, match="No space left"):
         sample(*given)
     with pytest.raises(ArtifactError, match="complete=False"):
@@ -142,7 +168,7 @@ def test_a_full_disk_keeps_finished_units_and_the_same_bytes_come_later(
     )
     sample(*given)
     assert written == [0, 1, 2], "a finished unit is not drawn again"
-    for name in ("samples.zarr/zarr.json", "grid.png", "patches.png", "metrics.json"):
+    for name in ("samples.zarr/zarr.json", "boundaries.json"):
         assert (tmp_path / name).read_bytes() == (tiny_artifacts["sample"] / name).read_bytes()
 
 

@@ -17,9 +17,11 @@ from models.config import VQConfig
 from models.discriminator import PatchDiscriminator
 from models.lpips import LPIPS
 from models.vq import VQModel
+from stages.images.decode import center_crop, decode
 from stages.runtime.artifact import file_sha256, read_json
 from stages.runtime.distributed import World
 from stages.runtime.errors import InputError
+from stages.stores.image_index import ImageIndex
 from stages.tokenizer import tokenizer
 from stages.training.images import ImageBatch, ImageFiles, VQObjective
 from stages.training.loop import CHECKPOINTS
@@ -30,22 +32,45 @@ Run = Callable[[str, Section, dict[str, Path]], Path]
 TINY = VQConfig(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, z_channels=32, codebook_size=64)
 
 
+def lines(artifact: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (artifact / "record/metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_scores_are_of_the_heldout_images(
+    tiny_settings: Settings, draw_view: Run, tiny_artifacts: dict[str, Path], image_root: Path
+) -> None:
+    index, model = ImageIndex.open(tiny_artifacts["dataset"]), load_vq(tiny_artifacts["tokenizer"])
+    rows = range(index.num_train, len(index))
+    pixels = np.stack([center_crop(decode(index.read(image_root, row)), 32) for row in rows]).astype(np.float64)
+    with torch.inference_mode():
+        codes = model.encode(torch.from_numpy(pixels / 127.5 - 1).float().permute(0, 3, 1, 2))
+        decoded = model.decode(codes).permute(0, 2, 3, 1).numpy()
+    squared = (np.clip(127.5 * decoded + 128, 0, 255).astype(np.uint8) - pixels) ** 2
+    scores = read_json(draw_view("tokenizer", tiny_settings.tokenizer, tiny_artifacts) / "metrics.json")
+    assert scores["psnr"] == pytest.approx(
+        np.mean(20 * np.log10(255) - 10 * np.log10(squared.mean((1, 2, 3)))), abs=1e-3
+    )
+    assert scores["heldout_codebook_usage"] == pytest.approx(len(codes.unique()) / 64, abs=1 / 64)
+
+
 def test_training_lowers_the_loss_and_an_import_gives_the_same_weights(
-    tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
+    tiny_settings: Settings, run_in_process: Run, draw_view: Run, tiny_artifacts: dict[str, Path]
 ) -> None:
     trained = tiny_artifacts["tokenizer"]
-    lines = (trained / "record/metrics.jsonl").read_text().splitlines()
-    losses = [float(line.split('"squared_error": ')[1].split(",")[0]) for line in lines if "squared_error" in line]
+    losses = [line["squared_error"] for line in lines(trained) if "squared_error" in line]
     assert losses[-1] < losses[0]
     config = TokenizerConfig(
         checkpoint=trained / "vq.safetensors", model=tiny_settings.tokenizer.model, image_size=32, lpips_weight=0
     )
     imported = run_in_process("tokenizer", config, {"dataset": tiny_artifacts["dataset"]})
     assert (imported / "vq.safetensors").read_bytes() == (trained / "vq.safetensors").read_bytes()
-    assert read_json(imported / "metrics.json") == read_json(trained / "metrics.json")
-    assert read_json(imported / "metrics.json")["num_images"] == 9
-    assert read_json(imported / "source.json")["sha256"] == file_sha256(trained / "vq.safetensors")
-    assert not (trained / "source.json").exists()
+    assert read_json(imported / "record/source.json")["sha256"] == file_sha256(trained / "vq.safetensors")
+    assert not (trained / "record/source.json").exists()
+    views = [draw_view("tokenizer", config, {"tokenizer": artifact}) for artifact in (imported, trained)]
+    scores = [read_json(view / "metrics.json") for view in views]
+    assert scores[0] == scores[1]
+    assert scores[0]["num_images"] == 9
+    assert [line["psnr"] for line in lines(imported)] == [scores[0]["psnr"]]
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
@@ -121,10 +146,7 @@ def test_before_its_start_the_discriminator_has_gradients_of_zero_and_sees_nothi
 
 
 def test_the_tiny_preset_plays_against_a_discriminator_from_its_start_on(tiny_artifacts: dict[str, Path]) -> None:
-    lines = [
-        json.loads(line) for line in (tiny_artifacts["tokenizer"] / "record/metrics.jsonl").read_text().splitlines()
-    ]
-    losses = {line["step"]: line for line in lines if "loss" in line}
+    losses = {line["step"]: line for line in lines(tiny_artifacts["tokenizer"]) if "loss" in line}
     assert [step for step, line in losses.items() if "discriminator_loss" in line] == [6, 8]
     assert [step for step, line in losses.items() if line["discriminator_grad_norm"] > 0] == [6, 8]
     assert 0 < losses[8]["codebook_usage"] <= 1
