@@ -39,17 +39,26 @@ _SMALL = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 
 class StageFailed(RuntimeError):
-    """A stage's process ended badly. `code` is 2 when the user can mend it, else 1."""
+    """A stage's process ended badly. `code` is 2 when the user can fix it, else 1; `kind` is the name of its error."""
 
-    def __init__(self, stage: str, message: str, code: int, log: Path) -> None:
+    def __init__(self, stage: str, message: str, code: int, log: Path, kind: str = "") -> None:
         super().__init__(f"stage {stage} failed: {message} (log: {log})")
-        self.stage, self.message, self.code, self.log = stage, message, code, log
+        self.stage, self.message, self.code, self.log, self.kind = stage, message, code, log, kind
 
 
 def launch(
-    stage: Stage, job: Job, runtime: RuntimeConfig, *, code_root: Path, lock: int, on_progress: OnProgress
+    stage: Stage,
+    job: Job,
+    runtime: RuntimeConfig,
+    *,
+    code_root: Path,
+    lock: int,
+    on_progress: OnProgress,
+    reading: tuple[int, ...] = (),
 ) -> None:
     """Run a stage's process to its end, with its output in `record/log.txt`.
+
+    `lock` and `reading` are the open locks of its artifact and of those that it reads: it holds them too.
 
     Raises:
         StageFailed: It did not end well.
@@ -68,7 +77,7 @@ def launch(
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | _QUIET | _SMALL | {"PYTHONPATH": _python_path(code_root)},
-                pass_fds=(lock,),
+                pass_fds=(lock, *reading),
                 start_new_session=True,
                 preexec_fn=parent_death_hook(),
             )
@@ -157,7 +166,7 @@ def _failure(stage: Stage, job: Job, returncode: int, log_start: int) -> StageFa
         return StageFailed(stage.name, f"its process was ended by {name}{hint}", 1, log)
     try:
         error = read_json(job.output / ERROR_FILE)
-        return StageFailed(stage.name, error["message"], error["code"], log)
+        return StageFailed(stage.name, error["message"], error["code"], log, error["kind"])
     except (OSError, ValueError, KeyError):
         return StageFailed(stage.name, f"exit code {code}, last line: {said or 'it left no output'}", 1, log)
 

@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.cache import Cache, Manifest
+from pipeline import input_checks, listing
+from pipeline.cache import Cache
+from pipeline.external import external_digest
 from pipeline.graph import Stage
-from pipeline.keys import Parts, inputs_read, key_of, key_parts
-from pipeline.launch import launch
+from pipeline.keys import definitions, inputs_read, key_of, key_parts
+from pipeline.launch import StageFailed, launch
+from pipeline.manifest import Manifest, Parts
 from pipeline.plan import StageStatus, plan
 from pipeline.project import DPAR, Project
-from stages.artifact import read_json, remove_partials
-from stages.errors import InputError
+from stages.artifact import read_json
+from stages.errors import ArtifactError, InputError, StaleIndexError
 from stages.job import Job
 from stages.sources import image_root
 
-__all__ = ["Observer", "StageResult", "StageStatus", "plan", "run_stage"]
+__all__ = ["NullObserver", "Observer", "StageResult", "StageStatus", "plan", "run_stage"]
 logger = logging.getLogger(__name__)
 
 
@@ -56,7 +59,7 @@ class Observer(Protocol):
         """The stage failed or was stopped."""
 
 
-class Silence:
+class NullObserver:
     """An observer that does nothing."""
 
     def stage_started(self, stage: str, key: str, work: Path) -> None:
@@ -92,13 +95,15 @@ def run_stage(
         project: The graph and its code.
 
     Raises:
-        InputError: An input is not finished, or a file that the settings name is missing.
+        InputError: An input is not finished, or a file that the settings name is missing or has changed meanwhile.
+        ArtifactError: An input is damaged; it is marked, so that the next run makes it again.
         StageFailed: The stage's process did not end well.
     """
-    observer = observer or Silence()
+    observer = observer or NullObserver()
     cache = Cache(runtime.home)
     inputs = _finished_inputs(stage, settings, runtime, project, cache)
-    parts = key_parts(project, stage, settings, cache.home, {name: found.digest for name, found in inputs.items()})
+    digests = {name: found.digest for name, found in inputs.items()}
+    parts = key_parts(project, stage, settings, cache.home, digests, deep=True)
     key = key_of(parts)
     before = cache.lookup(key)
     waited: list[bool] = []
@@ -108,7 +113,7 @@ def run_stage(
             found = cache.lookup(key)
             if found is None or (force and found == before):
                 run = _Run(stage, settings, runtime, project, cache, observer)
-                result = run.make(parts, {name: cache.path(m.key) for name, m in inputs.items()}, lock)
+                result = run.make(parts, inputs, lock)
                 observer.stage_finished(result)
                 return result
             before = found
@@ -128,25 +133,39 @@ class _Run:
     cache: Cache
     observer: Observer
 
-    def make(self, parts: Parts, inputs: dict[str, Path], lock: int) -> StageResult:
+    def make(self, parts: Parts, inputs: dict[str, Manifest], lock: int) -> StageResult:
         """Run the process in the work folder of its key, then commit."""
-        key = key_of(parts)
-        work = self.cache.work(key)
-        work.mkdir(parents=True, exist_ok=True)
-        remove_partials(work)  # as large as checkpoints, and nobody else writes here while the lock is held
-        section = getattr(self.settings, self.stage.name)
+        name, key = self.stage.name, key_of(parts)
+        found = definitions(self.project, self.stage)  # of the code that starts now
+        work = self.cache.begin(parts)
+        self.observer.stage_started(name, key, work)
+        started = time.monotonic()
+        try:
+            with self.cache.reading([manifest.key for manifest in inputs.values()]) as reading:
+                input_checks.require_whole(self.cache, name, inputs)
+                self._require_external(parts, deep=True)
+                self._launch(work, inputs, lock, reading)
+                input_checks.require_same(self.cache, name, inputs)
+                self._require_external(parts, deep=False)
+                manifest = self.cache.commit(parts, time.monotonic() - started, found)
+        except BaseException as error:
+            self.observer.stage_failed(name, error)
+            raise
+        return _result(self.cache, manifest, "ran")
+
+    def _launch(self, work: Path, inputs: dict[str, Manifest], lock: int, reading: tuple[int, ...]) -> None:
+        """Run the process to its end. What it found wrong with its inputs is kept for the next run."""
+        paths = {name: self.cache.path(manifest.key) for name, manifest in inputs.items()}
         if self.stage.reads_images:
-            inputs = inputs | {"images": image_root(self.settings.dataset)}
+            paths["images"] = image_root(self.settings.dataset)
+        name = self.stage.name
         job = Job(
-            stage=self.stage.name,
-            config=section.model_dump(mode="json"),
-            inputs=inputs,
+            stage=name,
+            config=getattr(self.settings, name).model_dump(mode="json"),
+            inputs=paths,
             output=work,
             runtime=self.runtime.model_dump(mode="json"),
         )
-        name = self.stage.name
-        self.observer.stage_started(name, key, work)
-        started = time.monotonic()
         try:
             launch(
                 self.stage,
@@ -155,12 +174,26 @@ class _Run:
                 code_root=self.project.code_root,
                 lock=lock,
                 on_progress=lambda progress: self.observer.stage_progress(name, progress),
+                reading=reading,
             )
-            manifest = self.cache.commit(parts, time.monotonic() - started)
-        except BaseException as error:
-            self.observer.stage_failed(name, error)
+        except StageFailed as error:
+            if error.kind == StaleIndexError.__name__:
+                listing.distrust(paths["images"], self.cache.home)
+            if error.kind == ArtifactError.__name__:
+                input_checks.mark_reported(self.cache, error.message, inputs)
             raise
-        return _result(self.cache, manifest, "ran")
+
+    def _require_external(self, parts: Parts, *, deep: bool) -> None:
+        """Weights must be those that the key was made of: the same bytes at the start, the same file at the end."""
+        if self.stage.external in (None, "images"):
+            return
+        section = getattr(self.settings, self.stage.name)
+        if external_digest(self.stage, section, self.cache.home, deep=deep) != parts["external"]:
+            when = "since it was last read" if deep else f"while {self.stage.name} ran"
+            raise InputError(
+                f"{self.stage.name}.{self.stage.external} {getattr(section, str(self.stage.external))} has changed "
+                f"{when}: nothing was made of it, run again"
+            )
 
 
 def _finished_inputs(

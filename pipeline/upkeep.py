@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.cache import MANIFEST, TRASH, WORK, Cache, Manifest
+from pipeline.cache import DAMAGE, TRASH, WORK, Cache
+from pipeline.differences import changes, lines, nearest
 from pipeline.graph import Stage
-from pipeline.keys import changes, key_of
-from pipeline.plan import current_parts, plan
+from pipeline.input_checks import is_chunk
+from pipeline.keys import key_of
+from pipeline.manifest import Manifest, ManifestError, read_manifest
+from pipeline.plan import plan, target
 from pipeline.project import DPAR, Project
 from stages.errors import InputError
+
+_MAY_DIFFER = {"code", "package"}  # between an artifact and what it is accepted for
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,20 @@ def verify(runtime: RuntimeConfig, *, deep: bool = False, project: Project = DPA
     cache = Cache(runtime.home)
     by_content = {(name, manifest.digest): path for name in project.graph for path, manifest in cache.manifests(name)}
     findings = []
-    for stage in project.graph.values():
-        for path in sorted((cache.home / stage.name).glob(f"{stage.name}-*")):
-            manifest = cache.read(path)
-            if manifest is None:
-                findings.append(Finding(stage.name, path, [f"{MANIFEST} is missing or cannot be read"]))
+    for name in project.graph:
+        for path in cache.artifacts(name):
+            try:
+                manifest = read_manifest(path)
+            except ManifestError as error:
+                findings.append(Finding(name, path, [str(error)]))
                 continue
             damages = dict(cache.damages(path, manifest, deep=deep))
             if deep:
                 inputs = manifest.parts["inputs"].items()
                 damages |= _store_damages(path, [by_content[source] for source in inputs if source in by_content])
-            findings.append(Finding(stage.name, path, list(damages.values())))
+            if not damages and (what := cache.marked(path)):
+                damages[DAMAGE] = f"marked as damaged when it was read: {what}"
+            findings.append(Finding(name, path, list(damages.values())))
     return findings
 
 
@@ -94,25 +102,43 @@ def collect(found: list[Garbage]) -> None:
 def accept(
     stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project = DPAR
 ) -> tuple[Manifest, list[str]]:
-    """Let the newest artifact of a stage stand for the current settings and code; returns it and the changes ignored.
+    """Mark an artifact as valid for the current code; returns it and the changes ignored.
+
+    It is the newest whole one with the settings, inputs, outside files and schema of now: only its code and the
+    versions of packages may be others.
 
     Raises:
-        InputError: There is none, it is damaged, an input is not finished, or it is current already.
+        InputError: There is none, an input is not finished, or the stage is cached already.
     """
     cache = Cache(runtime.home)
-    parts = current_parts(stage, settings, runtime, project)
-    if parts is None:
-        raise InputError(f"{stage.name} reads a stage that is not finished: run that first, then accept")
-    if cache.lookup(key_of(parts)) is not None:
+    wanted = target(stage, settings, runtime, project)
+    if wanted.unmade:
+        raise InputError(f"{stage.name} reads {wanted.unmade[0]}, which is not finished: run that first, then accept")
+    if cache.lookup(key_of(wanted.parts)) is not None:
         raise InputError(f"{stage.name} is cached already: there is nothing to accept")
-    usable = [(path, manifest) for path, manifest in cache.manifests(stage.name) if not cache.damage(path, manifest)]
-    if not usable:
+    whole = [(path, manifest) for path, manifest in cache.manifests(stage.name) if _is_whole(cache, path, manifest)]
+    if not whole:
         raise InputError(f"{stage.name} has no whole artifact to accept: run it, `dpar stage {stage.name}`")
-    path, manifest = usable[0]
-    ignored = changes(manifest.parts, parts)
-    reason = f"accepted by {getpass.getuser()} in place of a run; made as {manifest.key}; ignored: {'; '.join(ignored)}"
-    with cache.lock(key_of(parts)):
-        return cache.accept(path, manifest, parts, reason), ignored
+    for path, manifest in whole:
+        found = changes(manifest, wanted)
+        if {change.kind for change in found} <= _MAY_DIFFER:
+            ignored = lines(found)
+            reason = f"accepted by {getpass.getuser()}; made as {manifest.key}; ignored: {'; '.join(ignored)}"
+            with cache.lock(key_of(wanted.parts)):
+                return cache.accept(path, manifest, wanted.parts, reason, wanted.definitions), ignored
+    _, found = nearest(whole, wanted) or (None, [])
+    differ = "; ".join(change.line for change in found if change.kind not in _MAY_DIFFER)
+    raise InputError(
+        f"no artifact of {stage.name} differs in code and packages alone, the nearest also in: {differ}; "
+        f"run it, `dpar stage {stage.name}`"
+    )
+
+
+def _is_whole(cache: Cache, path: Path, manifest: Manifest) -> bool:
+    """Every file holds what it was made with; chunks are as long, and checked as they are read."""
+    if cache.damage(path, manifest) is not None:
+        return False
+    return next(cache.damages(path, manifest, deep=True, skip=is_chunk), None) is None
 
 
 def _with_sources(keys: set[str], made: dict[str, Manifest]) -> set[str]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from stages.artifact import read_json, write_atomic, write_json
-from stages.errors import ArtifactError, InputError
+from stages.errors import ArtifactError, StaleIndexError
 from stages.listing import Listing
 from stages.sources import archive_path, read_image
 
@@ -144,16 +144,16 @@ class ImageIndex:
         """The bytes of an image, checked against the index.
 
         Raises:
-            InputError: Its file is gone, or does not hold what was indexed.
+            StaleIndexError: Its file is gone, or does not hold what was indexed.
         """
         relpath, offset, size = self.relpaths[image], int(self.offsets[image]), int(self.sizes[image])
         try:
             data = read_image(root, relpath, offset, size)
         except OSError as error:
             lost = archive_path(root, relpath) if offset else root / relpath
-            raise InputError(f"image {lost} cannot be read ({error.strerror}): restore it or run again") from error
+            raise StaleIndexError(f"image {lost} cannot be read ({error.strerror}): restore it or run again") from error
         if len(data) != size or file_digest(data) != self.digests[image].tobytes():
-            raise InputError(
+            raise StaleIndexError(
                 f"image {root / relpath} is not the file that the dataset stage indexed ({len(data)} bytes, indexed "
                 f"with {size}): restore it, or run again to index the changed images"
             )

@@ -10,7 +10,7 @@ import pytest
 
 from conf.load import load_settings
 from pipeline.graph import STAGES
-from pipeline.keys import changes, inputs_read, key_of, key_parts
+from pipeline.keys import inputs_read, key_of, key_parts
 from pipeline.project import DPAR
 
 
@@ -98,22 +98,3 @@ def test_a_key_does_not_depend_on_the_order_of_its_parts(images: Path) -> None:
     parts = parts_of(images)["train"]
     assert key_of(dict(reversed(parts.items()))) == key_of(parts)
     assert key_of(parts).startswith("train-")
-
-
-def test_changes_are_told_by_name_with_both_values(images: Path) -> None:
-    old = parts_of(images)["train"]
-    new = parts_of(images, "train.training.steps=7", "train.dropout=0.25", inputs="other")["train"]
-    new = new | {"packages": {"torch": "3.0"}, "schema": 99, "code": old["code"] | {"models.dpar:DPAR": "edited"}}
-    new["code"] = {name: digest for name, digest in new["code"].items() if name != "stages.train:train"}
-    torch, steps, dropout = old["packages"]["torch"], old["settings"]["training"]["steps"], old["settings"]["dropout"]
-    assert changes(old, new) == [
-        f"setting dropout: {dropout} -> 0.25",
-        f"setting training.steps: {steps} -> 7",
-        "input patch_index has other contents",
-        "input tokenize has other contents",
-        "code models.dpar:DPAR was edited",
-        "code stages.train:train is no longer used",
-        f"package torch: {torch} -> 3.0",
-        f"artifact schema: {old['schema']} -> 99",
-    ]
-    assert changes(old, old) == []

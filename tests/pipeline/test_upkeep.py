@@ -72,6 +72,7 @@ def test_accept_lets_an_artifact_stand_for_edited_code_and_says_so(tiny: Tiny) -
     assert tiny.plan()["alpha"].state == "stale"
     manifest, ignored = accept(tiny.module.GRAPH["alpha"], tiny.settings(), tiny.runtime, tiny.project)
     assert ignored == ["code stages.helper:increase was edited"]
+    assert manifest == tiny.cache.lookup(manifest.key)
     assert tiny.plan()["alpha"].state == "cached"
     assert tiny.plan()["alpha"].reason.startswith("accepted by ")
     assert "stages.helper:increase was edited" in (manifest.accepted or "")
@@ -85,11 +86,71 @@ def test_accept_needs_something_whole_to_accept(tiny: Tiny) -> None:
     alpha = tiny.module.GRAPH["alpha"]
     with pytest.raises(InputError, match="alpha has no whole artifact to accept"):
         accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
-    with pytest.raises(InputError, match="beta reads a stage that is not finished"):
+    with pytest.raises(InputError, match="beta reads alpha, which is not finished"):
         accept(tiny.module.GRAPH["beta"], tiny.settings(), tiny.runtime, tiny.project)
     tiny.run("alpha")
     with pytest.raises(InputError, match="alpha is cached already"):
         accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
+
+
+def test_accept_ignores_code_and_packages_and_nothing_else(tiny: Tiny) -> None:
+    graph = tiny.module.GRAPH
+
+    def refused(name: str, **values: int) -> str:
+        with pytest.raises(InputError) as caught:
+            accept(graph[name], tiny.settings(**values), tiny.runtime, tiny.project)
+        return str(caught.value)
+
+    tiny.run_all(beta=7)
+    tiny.edit("helper", "x + 1", "x + 2")
+    assert refused("alpha", alpha=3) == (
+        "no artifact of alpha differs in code and packages alone, the nearest also in: setting value: 1 -> 3; "
+        "run it, `dpar stage alpha`"
+    )
+    tiny.run("alpha")  # other contents
+    assert "the nearest also in: input alpha has other contents; run it" in refused("beta", beta=7)
+    assert tiny.plan(beta=7)["beta"].state == "stale"
+
+
+def test_accept_takes_the_newest_that_may_stand_and_not_the_newest(tiny: Tiny) -> None:
+    alpha = tiny.module.GRAPH["alpha"]
+    first = tiny.run("alpha")
+    tiny.edit("helper", "x + 1", "x + 2")
+    second = tiny.run("alpha")
+    tiny.run("alpha", alpha=8)  # newer, and of other settings
+    tiny.edit("helper", "x + 2", "x + 3")
+    manifest, _ = accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
+    assert manifest.digest == second.digest
+    assert f"made as {second.key}" in str(manifest.accepted)
+    (second.path / "number.json").write_text("4")  # as long as before: found by reading. A link: the accepted one too
+    tiny.edit("helper", "x + 3", "x + 4")
+    manifest, _ = accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
+    assert manifest.digest == first.digest
+
+
+def test_why_compares_with_the_nearest_artifact_also_while_an_input_is_missing(tiny: Tiny) -> None:
+    beta = tiny.module.GRAPH["beta"]
+
+    def why(**values: int) -> list[str]:
+        return explain(beta, tiny.settings(**values), tiny.runtime, tiny.project)
+
+    tiny.run_all(beta=5)
+    tiny.edit("beta", "    x = ", "    x = 0 + ")
+    tiny.run("beta", beta=9)
+    tiny.edit("beta", "    x = 0 + ", "    x = ")  # near is now the older one
+    assert why(beta=6) == ["setting value: 5 -> 6"]
+    assert tiny.plan(beta=6)["beta"].reason == "setting value: 5 -> 6"
+    assert why(beta=6, alpha=2) == ["setting value: 5 -> 6", "waits for alpha"]
+    assert tiny.plan(beta=6, alpha=2)["beta"].reason == "setting value: 5 -> 6 (and 1 more: dpar why beta)"
+    assert tiny.plan(beta=6, alpha=2)["gamma"].reason == "waits for beta"
+
+
+def test_why_says_what_is_wrong_with_the_very_artifact(tiny: Tiny) -> None:
+    path = tiny.run("alpha").path
+    (path / "number.json").write_text("")
+    alpha = tiny.module.GRAPH["alpha"]
+    damaged = ["file number.json has 0 bytes, expected 1"]
+    assert explain(alpha, tiny.settings(), tiny.runtime, tiny.project) == damaged
 
 
 def test_why_tells_every_change(tiny: Tiny) -> None:
