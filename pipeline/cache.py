@@ -170,7 +170,14 @@ class Cache:
 
     def is_locked(self, key: str) -> bool:
         """Whether someone is making the artifact of a key right now."""
-        path = self.home / LOCKS / f"{key}.lock"
+        return self._is_held(f"{key}.lock")
+
+    def is_busy(self, key: str) -> bool:
+        """Whether someone is making or reading the artifact of a key right now."""
+        return self._is_held(f"{key}.lock") or self._is_held(f"{key}.readers")
+
+    def _is_held(self, name: str) -> bool:
+        path = self.home / LOCKS / name
         if not path.exists():
             return False
         with path.open("rb") as file:
@@ -226,12 +233,13 @@ class Cache:
         _flush_folder(path.parent)
         return manifest
 
-    def discard(self, path: Path) -> None:
-        """Move a folder to the trash, if it is there."""
+    def discard(self, path: Path) -> Path:
+        """Move a folder to the trash, if it is there; returns its place there."""
+        trash = self.home / TRASH / f"{path.name}.{time.time_ns()}"
         if os.path.lexists(path):
-            trash = self.home / TRASH / f"{path.name}.{time.time_ns()}"
             trash.parent.mkdir(parents=True, exist_ok=True)
             os.rename(path, trash)
+        return trash
 
     def accept(
         self, path: Path, manifest: Manifest, parts: Parts, reason: str, definitions: Mapping[str, str]

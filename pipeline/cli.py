@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from pipeline.cli_measure import app as measure_app
 from pipeline.cli_patches import app as patches_app
 from pipeline.cli_sample import app as sample_app
 from pipeline.cli_upkeep import app as upkeep_app
+from pipeline.external import trusted_since
 from pipeline.failures import describe_failure
 from pipeline.graph import STAGES
 from pipeline.options import (
@@ -74,7 +76,7 @@ def run(
     """Make what is not made yet, and show the scores."""
     settings, runtime = load(preset, ablation, overrides)
     wanted = select(from_stage, until_stage, force)
-    statuses = asked_for(plan(settings, runtime), wanted, force)
+    statuses = asked_for(plan(settings, runtime, deep=True), wanted, force)
     if dry_run:
         _show_statuses(statuses, as_json)
         return
@@ -111,7 +113,7 @@ def stage(
     """Run one stage here, without Prefect. What it reads must be cached."""
     known_stage(name)
     settings, runtime = load(preset, ablation, overrides)
-    statuses = asked_for(plan(settings, runtime), [name], [name] if force else [])
+    statuses = asked_for(plan(settings, runtime, deep=True), [name], [name] if force else [])
     if dry_run:
         _show_statuses(statuses, as_json)
         return
@@ -121,9 +123,25 @@ def stage(
 
 
 @app.command()
-def status(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
+def status(
+    *,
+    preset: Preset = None,
+    ablation: Ablation = None,
+    overrides: Overrides,
+    deep: Annotated[bool, typer.Option("--deep", help="Look at every image file, as a run does.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show which stages are cached, stale or missing, and why."""
-    _show_statuses(plan(*load(preset, ablation, overrides)), as_json)
+    settings, runtime = load(preset, ablation, overrides)
+    since = None if deep else trusted_since(settings, runtime.home)
+    unchanged_since = None if since is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+    statuses = plan(settings, runtime, deep=deep)
+    if as_json:
+        show_json({"stages": [asdict(each) for each in statuses], "folders_unchanged_since": unchanged_since})
+        return
+    _show_statuses(statuses, as_json)
+    if unchanged_since is not None:
+        typer.echo(f"image folders unchanged since {unchanged_since}: files not looked at; --deep looks")
 
 
 @app.command()
@@ -177,7 +195,7 @@ def run_command(arguments: Sequence[str]) -> int:
         typer.echo(f"dpar: {failure.line}", err=True)
         return failure.code
     if code == INTERRUPTED:  # typer returns it in place of KeyboardInterrupt
-        typer.echo("dpar: stopped; the same command again goes on from here", err=True)
+        typer.echo("dpar: interrupted; run again to resume", err=True)
     return int(code or 0)
 
 

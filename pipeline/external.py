@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from conf.schema import Settings
 from conf.section import Section
 from pipeline.graph import Stage
 from pipeline.listing import look
@@ -38,6 +39,15 @@ def external_digest(stage: Stage, section: Section, home: Path, *, deep: bool = 
         return look(image_root(section), section.source, home, deep=deep).digest  # type: ignore[arg-type, attr-defined]
     path = weights_path(stage, section)
     return None if path is None else _weights_digest(path, home, deep=deep)
+
+
+def trusted_since(settings: Settings, home: Path) -> float | None:
+    """Since when image folders are unchanged whose files `dpar status` need not look at; None if it looks at all."""
+    try:
+        root = image_root(settings.dataset)
+    except InputError:
+        return None
+    return look(root, settings.dataset.source, home, deep=False).trusted_since
 
 
 def weights_path(stage: Stage, section: Section) -> Path | None:

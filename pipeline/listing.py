@@ -106,7 +106,9 @@ def _taken(source: str, folder: str) -> Callable[[str], bool]:
 
 def _read_folder(folder: Path, taken: Callable[[str], bool]) -> Entry:
     """Digest of the metadata of a folder's own files, and its folders by name; hidden ones left out."""
-    lines, folders, links = [], [], []
+    lines: list[str] = []
+    folders: list[str] = []
+    links: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name

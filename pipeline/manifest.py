@@ -71,8 +71,8 @@ def content_digest(files: Mapping[str, list[Any]]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Manifest of the artifact in a folder.
+def read_manifest(folder: Path, key: str | None = None) -> Manifest:
+    """Manifest of the artifact in a folder, which is named by its key unless one is given.
 
     Raises:
         ManifestError: There is none, or it does not hold what it must. Nothing that it names is opened.
@@ -90,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise
     except ValueError as error:
         raise ManifestError(f"{MANIFEST} is no JSON: {error}") from error
-    return parse_manifest(content, folder.name)
+    return parse_manifest(content, folder.name if key is None else key)
 
 
 def parse_manifest(content: Any, key: str) -> Manifest:

@@ -1,20 +1,19 @@
-"""Looking after the cache: verify what it holds, collect what nothing needs, accept an artifact as it is."""
+"""Looking after the cache: verify what it holds, accept an artifact for the current code."""
 
 from __future__ import annotations
 
 import getpass
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.cache import DAMAGE, TRASH, WORK, Cache
+from pipeline.cache import DAMAGE, Cache
 from pipeline.differences import changes, lines, nearest
 from pipeline.graph import Stage
 from pipeline.input_checks import is_chunk
 from pipeline.keys import key_of
 from pipeline.manifest import Manifest, ManifestError, read_manifest
-from pipeline.plan import plan, target
+from pipeline.plan import target
 from pipeline.project import DPAR, Project
 from stages.errors import InputError
 
@@ -28,15 +27,6 @@ class Finding:
     stage: str
     path: Path
     damages: list[str]
-
-
-@dataclass(frozen=True)
-class Garbage:
-    """A folder that nothing needs."""
-
-    path: Path
-    why: str
-    bytes: int
 
 
 def verify(runtime: RuntimeConfig, *, deep: bool = False, project: Project = DPAR) -> list[Finding]:
@@ -70,33 +60,6 @@ def _store_damages(path: Path, sources: list[Path]) -> dict[str, str]:
     from stages.stores.verify import artifact_damage
 
     return {str(file.relative_to(path)): what for file, what in artifact_damage(path, sources)}
-
-
-def garbage(settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) -> list[Garbage]:
-    """What `collect` would remove: replaced and abandoned folders, and artifacts that no current one was made from.
-
-    Kept are the artifacts of these settings, the newest of every stage, and everything that those were made from.
-    """
-    cache = Cache(runtime.home)
-    made = {manifest.key: manifest for name in project.graph for _, manifest in cache.manifests(name)}
-    needed = {status.key for status in plan(settings, runtime, project) if status.key is not None}
-    newest = [cache.manifests(name)[:1] for name in project.graph]
-    needed |= _with_sources({found[0][1].key for found in newest if found} | (needed & made.keys()), made)
-    found = [Garbage(path, "replaced by a forced run", _size(path)) for path in _children(cache.home / TRASH)]
-    abandoned = [path for path in _children(cache.home / WORK) if not cache.is_locked(path.name)]
-    abandoned = [path for path in abandoned if path.name not in needed]
-    found += [Garbage(path, "left by a run that did not finish", _size(path)) for path in abandoned]
-    made_folders = [path for name in project.graph for path in _children(cache.home / name)]
-    unneeded = [path for path in made_folders if path.name not in needed]
-    return found + [Garbage(path, "nothing kept was made from it", _size(path)) for path in unneeded]
-
-
-def collect(found: list[Garbage]) -> None:
-    """Remove folders that `garbage` found, unless a run has taken one up since."""
-    for entry in found:
-        folder = entry.path.parent
-        if folder.name != WORK or not Cache(folder.parent).is_locked(entry.path.name):
-            shutil.rmtree(entry.path)
 
 
 def accept(
@@ -139,27 +102,3 @@ def _is_whole(cache: Cache, path: Path, manifest: Manifest) -> bool:
     if cache.damage(path, manifest) is not None:
         return False
     return next(cache.damages(path, manifest, deep=True, skip=is_chunk), None) is None
-
-
-def _with_sources(keys: set[str], made: dict[str, Manifest]) -> set[str]:
-    """Keys, and those of the artifacts that they were made from, told by their content digests."""
-    by_content: dict[tuple[str, str], set[str]] = {}
-    for manifest in made.values():
-        by_content.setdefault((manifest.stage, manifest.digest), set()).add(manifest.key)
-    reached: set[str] = set()
-    waiting = set(keys)
-    while waiting:
-        key = waiting.pop()
-        if key in made and key not in reached:
-            reached.add(key)
-            for source in made[key].parts["inputs"].items():
-                waiting |= by_content.get(source, set())
-    return reached
-
-
-def _children(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-
-
-def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())

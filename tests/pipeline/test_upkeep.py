@@ -1,4 +1,4 @@
-"""Looking after the cache: verify names damage, gc keeps what is needed, accept re-stamps, why tells every change."""
+"""Looking after the cache: verify names damage, accept re-stamps, why tells every change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.plan import explain
-from pipeline.upkeep import accept, collect, garbage, verify
+from pipeline.upkeep import accept, verify
 from stages.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,43 +26,6 @@ def test_verify_finds_sizes_at_once_and_flipped_bits_when_deep(tiny: Tiny) -> No
     path.unlink()
     missing = {finding.stage: finding.damages for finding in verify(tiny.runtime, project=tiny.project)}
     assert missing["beta"] == ["file number.json is missing"]
-
-
-def test_gc_removes_what_nothing_needs_and_nothing_else(tiny: Tiny) -> None:
-    tiny.run_all(beta=5)
-    old = tiny.run("beta", beta=5).path
-    tiny.run_all()
-    newest = tiny.run("beta").path
-    tiny.run("alpha", force=True)
-    (tiny.home / ".work" / "beta-0000").mkdir(parents=True)
-    found = garbage(tiny.settings(), tiny.runtime, tiny.project)
-    assert {entry.path.name for entry in found if ".trash" not in entry.path.parts} == {
-        old.name,
-        "beta-0000",
-        *(entry.path.name for entry in found if entry.path.name.startswith("gamma")),
-    }
-    collect(found)
-    assert not old.exists()
-    assert newest.exists()
-    assert not list((tiny.home / ".trash").iterdir())
-    assert tiny.run_all() == ["cached"] * 3
-
-
-def test_gc_leaves_a_run_that_is_going_on_alone(tiny: Tiny) -> None:
-    (tiny.home / ".work" / "beta-0000").mkdir(parents=True)
-    with tiny.cache.lock("beta-0000"):
-        assert garbage(tiny.settings(), tiny.runtime, tiny.project) == []
-    assert len(garbage(tiny.settings(), tiny.runtime, tiny.project)) == 1
-
-
-def test_gc_leaves_alone_what_a_run_has_taken_up_since_it_looked(tiny: Tiny) -> None:
-    (tiny.home / ".work" / "beta-0000").mkdir(parents=True)
-    found = garbage(tiny.settings(), tiny.runtime, tiny.project)
-    with tiny.cache.lock("beta-0000"):
-        collect(found)
-    assert [entry.path.exists() for entry in found] == [True]
-    collect(found)
-    assert [entry.path.exists() for entry in found] == [False]
 
 
 def test_accept_lets_an_artifact_stand_for_edited_code_and_says_so(tiny: Tiny) -> None:
