@@ -39,7 +39,7 @@ def key_parts(
         settings: Of the whole run.
         home: Where the digests of outside files are remembered.
         input_digests: Content digest of each input.
-        deep: Look at every outside file, whatever is remembered of its folder.
+        deep: Look at every image file, whatever is remembered of its folder.
 
     Raises:
         InputError: A file or folder that the settings name is missing.
@@ -47,6 +47,7 @@ def key_parts(
     """
     section = getattr(settings, stage.name)
     inside = inside_parts(project, stage, settings, input_digests)
+    deep = deep and stage.external == "images"  # weights are read again only when a stage that needs them starts
     return inside | {"external": external_digest(stage, section, home, deep=deep)}
 
 

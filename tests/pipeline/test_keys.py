@@ -69,7 +69,7 @@ def test_two_ways_to_write_a_setting_have_one_key(images: Path, one: str, other:
     assert changed(parts_of(images, one), parts_of(images, other)) == set()
 
 
-def test_images_count_by_their_listing_and_not_by_their_place(images: Path) -> None:
+def test_images_count_by_their_metadata_and_not_by_their_place(images: Path) -> None:
     before = parts_of(images)
     moved = shutil.move(images, images.with_name("moved"))
     assert changed(before, parts_of(moved)) == set()
