@@ -38,11 +38,11 @@ _SMALL = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 
 class StageFailed(RuntimeError):
-    """A stage's process ended badly. `code` is 2 when the user can mend it, else 1."""
+    """A stage's process ended badly. `code` is 2 when the user can fix it, else 1; `kind` is the name of its error."""
 
-    def __init__(self, stage: str, message: str, code: int, log: Path) -> None:
+    def __init__(self, stage: str, message: str, code: int, log: Path, kind: str = "") -> None:
         super().__init__(f"stage {stage} failed: {message} (log: {log})")
-        self.stage, self.message, self.code, self.log = stage, message, code, log
+        self.stage, self.message, self.code, self.log, self.kind = stage, message, code, log, kind
 
 
 def launch(
@@ -64,7 +64,7 @@ def launch(
         job: What it is told to do.
         runtime: Where and how.
         code_root: Folder of the code's packages.
-        locks: Descriptors of locks that the process holds, too.
+        locks: Descriptors of open locks that the process holds too.
         spmd: Start it by torchrun, in as many processes as the runtime settings say.
         on_progress: Is told how far it is.
 
@@ -174,7 +174,7 @@ def _failure(name: str, job: Job, returncode: int, log_start: int) -> StageFaile
         return StageFailed(name, f"its process was ended by {ended_by}{hint}", 1, log)
     try:
         error = read_json(job.output / ERROR_FILE)
-        return StageFailed(name, error["message"], error["code"], log)
+        return StageFailed(name, error["message"], error["code"], log, error["kind"])
     except (OSError, ValueError, KeyError):
         return StageFailed(name, f"exit code {code}, last line: {said or 'it left no output'}", 1, log)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.cache.keys import Parts, changes, key_of, key_parts
-from pipeline.cache.store import Cache, Manifest
+from pipeline.cache.differences import Target, lines, nearest
+from pipeline.cache.keys import inside_parts, key_parts
+from pipeline.cache.manifest import Manifest, ManifestError, key_of, read_manifest
+from pipeline.cache.store import Cache
 from pipeline.graph import Stage, inputs_read
 from pipeline.project import DPAR, Project
 from stages.runtime.errors import InputError
@@ -32,24 +34,18 @@ class StageStatus:
     path: Path | None
 
 
-def plan(settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) -> list[StageStatus]:
-    """State of every stage of the graph, in order."""
-    cache = Cache(runtime.home)
-    digests: dict[str, str] = {}
-    statuses = []
-    for stage in project.graph.values():
-        inputs = inputs_read(stage, settings)
-        waits = next((name for name in inputs if name not in digests), None)
-        if waits is not None:
-            state: State = "stale" if cache.manifests(stage.name) else "missing"
-            statuses.append(StageStatus(stage.name, state, f"waits for {waits}", None, None))
-            continue
-        parts = key_parts(project, stage, settings, cache.home, {name: digests[name] for name in inputs})
-        status, manifest = _status(cache, stage, parts)
-        statuses.append(status)
-        if manifest is not None:
-            digests[stage.name] = manifest.digest
-    return statuses
+def plan(
+    settings: Settings, runtime: RuntimeConfig, project: Project = DPAR, *, deep: bool = False
+) -> list[StageStatus]:
+    """State of every stage of the graph, in order.
+
+    Args:
+        settings: Of the whole run.
+        runtime: Where the artifacts are.
+        project: The graph and its code.
+        deep: Look at every image file; else what is remembered of an unchanged folder is trusted.
+    """
+    return [status for status, _ in _survey(settings, runtime, project, deep=deep)]
 
 
 def cached_paths(statuses: Iterable[StageStatus]) -> dict[str, Path]:
@@ -70,45 +66,79 @@ def require_cached(settings: Settings, runtime: RuntimeConfig, names: Collection
     return cached_paths(statuses)
 
 
-def current_parts(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) -> Parts | None:
-    """Parts of a stage's key under these settings, None while an input is not finished."""
-    cache = Cache(runtime.home)
-    by_name = {status.stage: status for status in plan(settings, runtime, project)}
-    digests = {}
-    for name in inputs_read(stage, settings):
-        key = by_name[name].key
-        manifest = cache.lookup(key) if key is not None else None
-        if manifest is None:
-            return None
-        digests[name] = manifest.digest
-    return key_parts(project, stage, settings, cache.home, digests)
+def target(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) -> Target:
+    """What a stage would be made from under these settings."""
+    return next(found for status, found in _survey(settings, runtime, project) if status.stage == stage.name)
 
 
 def explain(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) -> list[str]:
-    """Every change between a stage's newest artifact and what it would be made from now; empty when it is cached."""
-    status = next(status for status in plan(settings, runtime, project) if status.stage == stage.name)
+    """Every change between a stage's nearest artifact and what it would be made from now; empty when it is cached."""
+    status, wanted = next(pair for pair in _survey(settings, runtime, project) if pair[0].stage == stage.name)
     if status.state == "cached":
         return []
-    parts = current_parts(stage, settings, runtime, project)
-    made = Cache(runtime.home).manifests(stage.name)
-    if parts is None or not made:
+    cache = Cache(runtime.home)
+    if status.path is not None and status.path.exists():  # made from just this, and damaged since
         return [status.reason]
-    return changes(made[0][1].parts, parts) or [status.reason]
+    return _changes(cache, stage, wanted) + _waits(wanted) or [status.reason]
 
 
-def _status(cache: Cache, stage: Stage, parts: Parts) -> tuple[StageStatus, Manifest | None]:
-    key = key_of(parts)
+def _survey(
+    settings: Settings, runtime: RuntimeConfig, project: Project, *, deep: bool = False
+) -> Iterator[tuple[StageStatus, Target]]:
+    """State of every stage, and what it would be made from."""
+    cache = Cache(runtime.home)
+    digests: dict[str, str] = {}
+    for stage in project.graph.values():
+        inputs, code = inputs_read(stage, settings), project.fingerprint(stage, cache.home)
+        unmade = tuple(name for name in inputs if name not in digests)
+        known = {name: digests[name] for name in inputs if name in digests}
+        if unmade:
+            wanted = Target(inside_parts(stage, settings, known, code), code.definitions, unmade)
+            yield _waiting_status(cache, stage, wanted), wanted
+            continue
+        parts = key_parts(stage, settings, cache.home, known, code, deep=deep)
+        wanted = Target(parts, code.definitions)
+        status, manifest = _status(cache, stage, wanted)
+        if manifest is not None:
+            digests[stage.name] = manifest.digest
+        yield status, wanted
+
+
+def _waiting_status(cache: Cache, stage: Stage, wanted: Target) -> StageStatus:
+    state: State = "stale" if cache.manifests(stage.name) else "missing"
+    reasons = _changes(cache, stage, wanted) + _waits(wanted)[:1]
+    return StageStatus(stage.name, state, _summary(stage, reasons), None, None)
+
+
+def _status(cache: Cache, stage: Stage, wanted: Target) -> tuple[StageStatus, Manifest | None]:
+    key = key_of(wanted.parts)
     path = cache.path(key)
-    manifest = cache.read(path)
-    if manifest is not None:
+    if path.exists():
+        try:
+            manifest = read_manifest(path)
+        except ManifestError as error:
+            return StageStatus(stage.name, "stale", str(error), key, path), None
         damage = cache.damage(path, manifest)
         if damage is None:
             return StageStatus(stage.name, "cached", manifest.accepted or "unchanged", key, path), manifest
         return StageStatus(stage.name, "stale", damage, key, path), None
-    made = cache.manifests(stage.name)
-    if not made:
+    reasons = _changes(cache, stage, wanted)
+    if not reasons:
         reason = "its last run did not finish" if cache.work(key).exists() else "not made yet"
         return StageStatus(stage.name, "missing", reason, key, path), None
-    differences = changes(made[0][1].parts, parts) or ["its manifest is missing or cannot be read"]
-    more = f" (and {len(differences) - 1} more: dpar why {stage.name})" if len(differences) > 1 else ""
-    return StageStatus(stage.name, "stale", differences[0] + more, key, path), None
+    return StageStatus(stage.name, "stale", _summary(stage, reasons), key, path), None
+
+
+def _changes(cache: Cache, stage: Stage, wanted: Target) -> list[str]:
+    """Differences to the nearest artifact, none without one."""
+    found = nearest(cache.manifests(stage.name), wanted)
+    return [] if found is None else lines(found[1])
+
+
+def _waits(wanted: Target) -> list[str]:
+    return [f"waits for {name}" for name in wanted.unmade]
+
+
+def _summary(stage: Stage, reasons: list[str]) -> str:
+    more = f" (and {len(reasons) - 1} more: dpar why {stage.name})" if len(reasons) > 1 else ""
+    return reasons[0] + more

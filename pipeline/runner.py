@@ -13,18 +13,21 @@ from typing import Any, Literal, Protocol
 
 from conf.schema import RuntimeConfig, Settings
 from pipeline import views
-from pipeline.cache.keys import Parts, key_of, key_parts
-from pipeline.cache.store import Cache, Manifest
+from pipeline.cache import input_checks, listing
+from pipeline.cache.external import external_digest
+from pipeline.cache.fingerprint import Fingerprint
+from pipeline.cache.keys import key_parts
+from pipeline.cache.manifest import Manifest, Parts, key_of
+from pipeline.cache.store import Cache
 from pipeline.graph import Stage, inputs_read
-from pipeline.launch import launch
+from pipeline.launch import StageFailed, launch
 from pipeline.plan import StageStatus, cached_paths, plan
 from pipeline.project import DPAR, Project
 from stages.images.sources import image_root
-from stages.runtime.artifact import remove_partials
-from stages.runtime.errors import InputError
+from stages.runtime.errors import ArtifactError, InputError, StaleIndexError
 from stages.runtime.job import Job
 
-__all__ = ["Observer", "StageResult", "StageStatus", "plan", "run_stage"]
+__all__ = ["NullObserver", "Observer", "StageResult", "StageStatus", "plan", "run_stage"]
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +62,7 @@ class Observer(Protocol):
         """The stage failed or was stopped."""
 
 
-class Silence:
+class NullObserver:
     """An observer that does nothing."""
 
     def stage_started(self, stage: str, key: str, work: Path) -> None:
@@ -95,13 +98,16 @@ def run_stage(
         project: The graph and its code.
 
     Raises:
-        InputError: An input is not finished, or a file that the settings name is missing.
+        InputError: An input is not finished, or a file that the settings name is missing or has changed meanwhile.
+        ArtifactError: An input is damaged; it is marked, so that the next run makes it again.
         StageFailed: The stage's process did not end well.
     """
-    observer = observer or Silence()
+    observer = observer or NullObserver()
     cache = Cache(runtime.home)
     inputs = _finished_inputs(stage, settings, runtime, project, cache)
-    parts = key_parts(project, stage, settings, cache.home, {name: found.digest for name, found in inputs.items()})
+    digests = {name: found.digest for name, found in inputs.items()}
+    code = project.fingerprint(stage, cache.home)
+    parts = key_parts(stage, settings, cache.home, digests, code, deep=True)
     key = key_of(parts)
     before = cache.lookup(key)
     waited: list[bool] = []
@@ -110,8 +116,8 @@ def run_stage(
             # Someone may have finished it between the look and the lock; a forced run wants one made after it began.
             found = cache.lookup(key)
             if found is None or (force and found == before):
-                run = _Run(stage, settings, runtime, project, cache, observer)
-                result = run.make(parts, {name: cache.path(m.key) for name, m in inputs.items()}, lock)
+                run = _Run(stage, settings, runtime, project, cache, observer, code)
+                result = run.make(parts, inputs, lock)
                 observer.stage_finished(result)
                 return result
             before = found
@@ -133,26 +139,43 @@ class _Run:
     project: Project
     cache: Cache
     observer: Observer
+    code: Fingerprint
+    """Of the code that starts now."""
 
-    def make(self, parts: Parts, inputs: dict[str, Path], lock: int) -> StageResult:
+    def make(self, parts: Parts, inputs: dict[str, Manifest], lock: int) -> StageResult:
         """Run the process in the work folder of its key, then commit."""
-        key = key_of(parts)
-        work = self.cache.work(key)
-        work.mkdir(parents=True, exist_ok=True)
-        remove_partials(work)  # as large as checkpoints, and nobody else writes here while the lock is held
-        section = getattr(self.settings, self.stage.name)
+        name, key = self.stage.name, key_of(parts)
+        work = self.cache.begin(parts)
+        self.observer.stage_started(name, key, work)
+        started = time.monotonic()
+        try:
+            with self.cache.reading([manifest.key for manifest in inputs.values()]) as reading:
+                input_checks.require_whole(self.cache, name, inputs)
+                self._require_external(parts, deep=True)
+                self._launch(work, inputs, lock, reading)
+                input_checks.require_same(self.cache, name, inputs)
+                self._require_external(parts, deep=False)
+                manifest = self.cache.commit(parts, time.monotonic() - started, self.code.definitions)
+        except BaseException as error:
+            self.observer.stage_failed(name, error)
+            raise
+        known = _known(self.settings, self.runtime, self.project)
+        view_error = views.draw(self.stage, self.settings, self.runtime, self.cache.path(key), known, self.project)
+        return _result(self.cache, manifest, "ran", view_error)
+
+    def _launch(self, work: Path, inputs: dict[str, Manifest], lock: int, reading: tuple[int, ...]) -> None:
+        """Run the process to its end. What it found wrong with its inputs is kept for the next run."""
+        paths = {name: self.cache.path(manifest.key) for name, manifest in inputs.items()}
         if self.stage.reads_images:
-            inputs = inputs | {"images": image_root(self.settings.dataset)}
+            paths["images"] = image_root(self.settings.dataset)
+        name = self.stage.name
         job = Job(
-            stage=self.stage.name,
-            config=section.model_dump(mode="json"),
-            inputs=inputs,
+            stage=name,
+            config=getattr(self.settings, name).model_dump(mode="json"),
+            inputs=paths,
             output=work,
             runtime=self.runtime.model_dump(mode="json"),
         )
-        name = self.stage.name
-        self.observer.stage_started(name, key, work)
-        started = time.monotonic()
         try:
             launch(
                 name,
@@ -160,23 +183,28 @@ class _Run:
                 job,
                 self.runtime,
                 code_root=self.project.code_root,
-                locks=(lock,),
+                locks=(lock, *reading),
                 spmd=self.stage.spmd,
                 on_progress=lambda progress: self.observer.stage_progress(name, progress),
             )
-            manifest = self.cache.commit(parts, time.monotonic() - started)
-        except BaseException as error:
-            self.observer.stage_failed(name, error)
+        except StageFailed as error:
+            if error.kind == StaleIndexError.__name__:
+                listing.distrust(paths["images"], self.cache.home)
+            if error.kind == ArtifactError.__name__:
+                input_checks.mark_reported(self.cache, error.message, inputs)
             raise
-        view_error = views.draw(
-            self.stage,
-            self.settings,
-            self.runtime,
-            self.cache.path(key),
-            _known(self.settings, self.runtime, self.project),
-            self.project,
-        )
-        return _result(self.cache, manifest, "ran", view_error)
+
+    def _require_external(self, parts: Parts, *, deep: bool) -> None:
+        """Weights must be those that the key was made of: the same bytes at the start, the same file at the end."""
+        if self.stage.external in (None, "images"):
+            return
+        section = getattr(self.settings, self.stage.name)
+        if external_digest(self.stage, section, self.cache.home, deep=deep) != parts["external"]:
+            when = "since it was last read" if deep else f"while {self.stage.name} ran"
+            raise InputError(
+                f"{self.stage.name}.{self.stage.external} {getattr(section, str(self.stage.external))} has changed "
+                f"{when}: nothing was made of it, run again"
+            )
 
 
 def _finished_inputs(

@@ -1,19 +1,22 @@
-"""Looking after the cache: verify what it holds, collect what nothing needs, accept an artifact as it is."""
+"""Looking after the cache: verify what it holds, accept an artifact for the current code."""
 
 from __future__ import annotations
 
 import getpass
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.cache.keys import changes, key_of
-from pipeline.cache.store import MANIFEST, TRASH, WORK, Cache, Manifest
+from pipeline.cache.differences import changes, lines, nearest
+from pipeline.cache.input_checks import is_chunk
+from pipeline.cache.manifest import Manifest, ManifestError, key_of, read_manifest
+from pipeline.cache.store import DAMAGE, Cache
 from pipeline.graph import Stage
-from pipeline.plan import current_parts, plan
+from pipeline.plan import target
 from pipeline.project import DPAR, Project
 from stages.runtime.errors import InputError
+
+_MAY_DIFFER = {"code", "package"}  # between an artifact and what it is accepted for
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,6 @@ class Finding:
     damages: list[str]
 
 
-@dataclass(frozen=True)
-class Garbage:
-    """A folder that nothing needs."""
-
-    path: Path
-    why: str
-    bytes: int
-
-
 def verify(runtime: RuntimeConfig, *, deep: bool = False, project: Project = DPAR) -> list[Finding]:
     """Check every artifact's files against its manifest: their sizes, and with `deep` every byte.
 
@@ -43,17 +37,20 @@ def verify(runtime: RuntimeConfig, *, deep: bool = False, project: Project = DPA
     cache = Cache(runtime.home)
     by_content = {(name, manifest.digest): path for name in project.graph for path, manifest in cache.manifests(name)}
     findings = []
-    for stage in project.graph.values():
-        for path in sorted((cache.home / stage.name).glob(f"{stage.name}-*")):
-            manifest = cache.read(path)
-            if manifest is None:
-                findings.append(Finding(stage.name, path, [f"{MANIFEST} is missing or cannot be read"]))
+    for name in project.graph:
+        for path in cache.artifacts(name):
+            try:
+                manifest = read_manifest(path)
+            except ManifestError as error:
+                findings.append(Finding(name, path, [str(error)]))
                 continue
             damages = dict(cache.damages(path, manifest, deep=deep))
             if deep:
                 inputs = manifest.parts["inputs"].items()
                 damages |= _store_damages(path, [by_content[source] for source in inputs if source in by_content])
-            findings.append(Finding(stage.name, path, list(damages.values())))
+            if not damages and (what := cache.marked(path)):
+                damages[DAMAGE] = f"marked as damaged when it was read: {what}"
+            findings.append(Finding(name, path, list(damages.values())))
     return findings
 
 
@@ -64,76 +61,43 @@ def _store_damages(path: Path, sources: list[Path]) -> dict[str, str]:
     return {str(file.relative_to(path)): what for file, what in artifact_damage(path, sources)}
 
 
-def garbage(settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) -> list[Garbage]:
-    """What `collect` would remove: replaced and abandoned folders, and artifacts that no current one was made from.
-
-    Kept are the artifacts of these settings, the newest of every stage, and everything that those were made from.
-    """
-    cache = Cache(runtime.home)
-    made = {manifest.key: manifest for name in project.graph for _, manifest in cache.manifests(name)}
-    needed = {status.key for status in plan(settings, runtime, project) if status.key is not None}
-    newest = [cache.manifests(name)[:1] for name in project.graph]
-    needed |= _with_sources({found[0][1].key for found in newest if found} | (needed & made.keys()), made)
-    found = [Garbage(path, "replaced by a forced run", _size(path)) for path in _children(cache.home / TRASH)]
-    abandoned = [path for path in _children(cache.home / WORK) if not cache.is_locked(path.name)]
-    abandoned = [path for path in abandoned if path.name not in needed]
-    found += [Garbage(path, "left by a run that did not finish", _size(path)) for path in abandoned]
-    made_folders = [path for name in project.graph for path in _children(cache.home / name)]
-    unneeded = [path for path in made_folders if path.name not in needed]
-    return found + [Garbage(path, "nothing kept was made from it", _size(path)) for path in unneeded]
-
-
-def collect(found: list[Garbage]) -> None:
-    """Remove folders that `garbage` found, unless a run has taken one up since."""
-    for entry in found:
-        folder = entry.path.parent
-        if folder.name != WORK or not Cache(folder.parent).is_locked(entry.path.name):
-            shutil.rmtree(entry.path)
-
-
 def accept(
     stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project = DPAR
 ) -> tuple[Manifest, list[str]]:
-    """Let the newest artifact of a stage stand for the current settings and code; returns it and the changes ignored.
+    """Mark an artifact as valid for the current code; returns it and the changes ignored.
+
+    It is the newest whole one with the settings, inputs, outside files and schema of now: only its code and the
+    versions of packages may be others.
 
     Raises:
-        InputError: There is none, it is damaged, an input is not finished, or it is current already.
+        InputError: There is none, an input is not finished, or the stage is cached already.
     """
     cache = Cache(runtime.home)
-    parts = current_parts(stage, settings, runtime, project)
-    if parts is None:
-        raise InputError(f"{stage.name} reads a stage that is not finished: run that first, then accept")
-    if cache.lookup(key_of(parts)) is not None:
+    wanted = target(stage, settings, runtime, project)
+    if wanted.unmade:
+        raise InputError(f"{stage.name} reads {wanted.unmade[0]}, which is not finished: run that first, then accept")
+    if cache.lookup(key_of(wanted.parts)) is not None:
         raise InputError(f"{stage.name} is cached already: there is nothing to accept")
-    usable = [(path, manifest) for path, manifest in cache.manifests(stage.name) if not cache.damage(path, manifest)]
-    if not usable:
+    whole = [(path, manifest) for path, manifest in cache.manifests(stage.name) if _is_whole(cache, path, manifest)]
+    if not whole:
         raise InputError(f"{stage.name} has no whole artifact to accept: run it, `dpar stage {stage.name}`")
-    path, manifest = usable[0]
-    ignored = changes(manifest.parts, parts)
-    reason = f"accepted by {getpass.getuser()} in place of a run; made as {manifest.key}; ignored: {'; '.join(ignored)}"
-    with cache.lock(key_of(parts)):
-        return cache.accept(path, manifest, parts, reason), ignored
+    for path, manifest in whole:
+        found = changes(manifest, wanted)
+        if {change.kind for change in found} <= _MAY_DIFFER:
+            ignored = lines(found)
+            reason = f"accepted by {getpass.getuser()}; made as {manifest.key}; ignored: {'; '.join(ignored)}"
+            with cache.lock(key_of(wanted.parts)):
+                return cache.accept(path, manifest, wanted.parts, reason, wanted.definitions), ignored
+    _, found = nearest(whole, wanted) or (None, [])
+    differ = "; ".join(change.line for change in found if change.kind not in _MAY_DIFFER)
+    raise InputError(
+        f"no artifact of {stage.name} differs in code and packages alone, the nearest also in: {differ}; "
+        f"run it, `dpar stage {stage.name}`"
+    )
 
 
-def _with_sources(keys: set[str], made: dict[str, Manifest]) -> set[str]:
-    """Keys, and those of the artifacts that they were made from, told by their content digests."""
-    by_content: dict[tuple[str, str], set[str]] = {}
-    for manifest in made.values():
-        by_content.setdefault((manifest.stage, manifest.digest), set()).add(manifest.key)
-    reached: set[str] = set()
-    waiting = set(keys)
-    while waiting:
-        key = waiting.pop()
-        if key in made and key not in reached:
-            reached.add(key)
-            for source in made[key].parts["inputs"].items():
-                waiting |= by_content.get(source, set())
-    return reached
-
-
-def _children(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-
-
-def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+def _is_whole(cache: Cache, path: Path, manifest: Manifest) -> bool:
+    """Every file holds what it was made with; chunks are as long, and checked as they are read."""
+    if cache.damage(path, manifest) is not None:
+        return False
+    return next(cache.damages(path, manifest, deep=True, skip=is_chunk), None) is None

@@ -1,52 +1,44 @@
 """The one cache: finished artifacts by key, committed by a rename.
 
-home/<stage>/<key>/     a finished artifact; manifest.json is written last, before the rename
-home/.work/<key>/       one being made; it survives a kill, and the same key goes on in it
-home/.locks/<key>.lock  held by whoever makes it; the kernel frees it when the last holder dies
-home/.trash/            what a forced run has replaced, until `dpar gc`
+home/<stage>/<key>/        a finished artifact; manifest.json is written last, before the rename
+home/.work/<key>/          one being made; it survives a kill, and the same key resumes in it
+home/.locks/<key>.lock     held by whoever makes it; the kernel frees it when the last holder dies
+home/.locks/<key>.readers  shared by the runs that read it, so that nobody removes it meanwhile
+home/.trash/               what a forced run has replaced, until `dpar gc`
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import platform
 import shutil
-import subprocess
+import stat
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.keys import Parts, key_of
-from stages.runtime.artifact import RECORD, read_json, remove_partials, write_json
+from pipeline.cache import repository
+from pipeline.cache.manifest import (
+    MANIFEST,
+    Manifest,
+    ManifestError,
+    Parts,
+    content_digest,
+    key_of,
+    parse_manifest,
+    read_manifest,
+    stage_of,
+)
+from stages.runtime.artifact import RECORD, file_sha256, read_json, remove_partials, write_json
 from stages.runtime.errors import ArtifactError
 
-MANIFEST = "manifest.json"
+DAMAGE = "damage.json"  # beside a manifest: what was found damaged when the artifact was read
+PARTS = f"{RECORD}/parts.json"  # in a work folder: what its key was made of
 WORK, LOCKS, TRASH = ".work", ".locks", ".trash"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a finished artifact is, and how it came to be."""
-
-    key: str
-    stage: str
-    parts: Parts
-    digest: str
-    """Of the contents, files in `record/` left out: what the keys of later stages hold."""
-    files: dict[str, list[Any]]
-    """Path to [bytes, sha256], `manifest.json` and `record/log.txt` aside."""
-    created: float
-    """Seconds since the epoch."""
-    duration_s: float
-    environment: dict[str, Any] = field(default_factory=dict)
-    """Facts that are good to know and in no key: commit, host platform, Python."""
-    accepted: str | None = None
-    """Why the artifact stands under a key that it was not made for."""
 
 
 class Cache:
@@ -69,33 +61,64 @@ class Cache:
         return None if manifest is None or self.damage(self.path(key), manifest) else manifest
 
     def read(self, path: Path) -> Manifest | None:
-        """Manifest of the artifact in a folder, None when there is none that can be read."""
+        """Manifest of the artifact in a folder, None when there is none that can be trusted."""
         try:
-            return Manifest(**read_json(path / MANIFEST))
-        except (OSError, ValueError, TypeError):
+            return read_manifest(path)
+        except ManifestError:
             return None
 
     def damage(self, path: Path, manifest: Manifest) -> str | None:
-        """The first thing wrong with the sizes of an artifact's files, None when nothing is."""
-        return next((what for _, what in self.damages(path, manifest, deep=False)), None)
+        """What is wrong with an artifact: as it was marked, else the first file of another size; None if nothing."""
+        return self.marked(path) or next((what for _, what in self.damages(path, manifest, deep=False)), None)
 
-    def damages(self, path: Path, manifest: Manifest, *, deep: bool) -> Iterator[tuple[str, str]]:
-        """Every file of an artifact that is not as it was made, and what is wrong with it. `deep` reads them all."""
+    def damages(
+        self, path: Path, manifest: Manifest, *, deep: bool, skip: Callable[[str], bool] = lambda name: False
+    ) -> Iterator[tuple[str, str]]:
+        """Every file of an artifact that is not as it was made, and what is wrong with it.
+
+        Args:
+            path: Its folder.
+            manifest: What it must hold.
+            deep: Read the files too, except those that `skip` is true of.
+            skip: Given a file's name.
+        """
         for name, (size, digest) in manifest.files.items():
             try:
-                found = (path / name).stat().st_size
+                found = (path / name).lstat()
             except OSError:
                 yield name, f"file {name} is missing"
                 continue
-            if found != size:
-                yield name, f"file {name} has {found} bytes, expected {size}"
-            elif deep and (what := _content_damage(path, name, digest)):
+            if not stat.S_ISREG(found.st_mode):
+                yield name, f"{name} is no regular file"
+            elif found.st_size != size:
+                yield name, f"file {name} has {found.st_size} bytes, expected {size}"
+            elif deep and not skip(name) and (what := _content_damage(path, name, digest)):
                 yield name, what
 
+    def mark(self, path: Path, what: str) -> None:
+        """Let an artifact count as damaged until it is made again."""
+        write_json(path / DAMAGE, {"what": what, "found": time.time()})
+
+    def marked(self, path: Path) -> str | None:
+        """What an artifact was marked with, None if it was not."""
+        try:
+            return str(read_json(path / DAMAGE)["what"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError):
+            return "it was marked as damaged"
+
+    def artifacts(self, stage: str) -> list[Path]:
+        """Folders named as the artifacts of a stage are, by name. Whatever else lies there is not ours."""
+        try:
+            with os.scandir(self.home / stage) as entries:
+                return sorted(Path(each.path) for each in entries if stage_of(each.name) == stage and each.is_dir())
+        except OSError:
+            return []
+
     def manifests(self, stage: str) -> list[tuple[Path, Manifest]]:
-        """Readable artifacts of a stage, newest first."""
-        folders = [path for path in (self.home / stage).glob(f"{stage}-*") if path.is_dir()]
-        found = [(path, manifest) for path in folders if (manifest := self.read(path))]
+        """Artifacts of a stage whose manifest can be trusted, newest first."""
+        found = [(path, manifest) for path in self.artifacts(stage) if (manifest := self.read(path))]
         return sorted(found, key=lambda pair: pair[1].created, reverse=True)
 
     @contextmanager
@@ -104,9 +127,7 @@ class Cache:
 
         A child that outlives a killed parent keeps the lock, so that no one else writes into its folder.
         """
-        path = self.home / LOCKS / f"{key}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = self._open_lock(f"{key}.lock")
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,9 +138,46 @@ class Cache:
         finally:
             os.close(descriptor)
 
+    @contextmanager
+    def reading(self, keys: Collection[str]) -> Iterator[tuple[int, ...]]:
+        """Keep artifacts from being removed; yields the locks' file descriptors, for children to hold them too."""
+        with ExitStack() as stack:
+            descriptors = []
+            for key in sorted(keys):
+                descriptors.append(self._open_lock(f"{key}.readers"))
+                stack.callback(os.close, descriptors[-1])
+                fcntl.flock(descriptors[-1], fcntl.LOCK_SH)
+            yield tuple(descriptors)
+
+    @contextmanager
+    def alone(self, key: str) -> Iterator[bool]:
+        """Whether nobody makes or reads the artifact of a key; if so, nobody can begin to until the end."""
+        with ExitStack() as stack:
+            try:
+                for name in (f"{key}.lock", f"{key}.readers"):
+                    descriptor = self._open_lock(name)
+                    stack.callback(os.close, descriptor)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def _open_lock(self, name: str) -> int:
+        path = self.home / LOCKS / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
     def is_locked(self, key: str) -> bool:
         """Whether someone is making the artifact of a key right now."""
-        path = self.home / LOCKS / f"{key}.lock"
+        return self._is_held(f"{key}.lock")
+
+    def is_busy(self, key: str) -> bool:
+        """Whether someone is making or reading the artifact of a key right now."""
+        return self._is_held(f"{key}.lock") or self._is_held(f"{key}.readers")
+
+    def _is_held(self, name: str) -> bool:
+        path = self.home / LOCKS / name
         if not path.exists():
             return False
         with path.open("rb") as file:
@@ -129,37 +187,63 @@ class Cache:
                 return True
         return False
 
-    def commit(self, parts: Parts, duration_s: float) -> Manifest:
-        """Turn the work folder of a key into its artifact; whatever stood in its place goes to the trash."""
+    def begin(self, parts: Parts) -> Path:
+        """The work folder of a key, which says what the key was made of. Its lock must be held."""
+        work = self.work(key_of(parts))
+        work.mkdir(parents=True, exist_ok=True)
+        remove_partials(work)  # as large as checkpoints
+        write_json(work / PARTS, parts)
+        return work
+
+    def commit(self, parts: Parts, duration_s: float, definitions: Mapping[str, str] | None = None) -> Manifest:
+        """Turn the work folder of a key into its artifact; whatever stood in its place goes to the trash.
+
+        Raises:
+            ArtifactError: A file has a name that a manifest cannot hold.
+        """
         key = key_of(parts)
-        work, path = self.work(key), self.path(key)
+        work = self.work(key)
         remove_partials(work)
-        files = {str(file.relative_to(work)): [file.stat().st_size, file_sha256(file)] for file in _files(work)}
+        (work / PARTS).unlink(missing_ok=True)
+        files = {file.relative_to(work).as_posix(): [file.stat().st_size, file_sha256(file)] for file in _files(work)}
         manifest = Manifest(
             key=key,
             stage=parts["stage"],
             parts=parts,
+            definitions=dict(definitions or {}),
             digest=content_digest(files),
             files=files,
             created=time.time(),
             duration_s=round(duration_s, 3),
             environment=_environment(),
         )
-        write_json(work / MANIFEST, asdict(manifest))
+        return self._install(work, manifest)
+
+    def _install(self, work: Path, manifest: Manifest) -> Manifest:
+        """Write the manifest and give the folder its name."""
+        try:
+            parse_manifest(manifest.sealed(), manifest.key)
+        except ManifestError as error:
+            raise ArtifactError(f"{work} cannot become an artifact: {error}") from error
+        path = self.path(manifest.key)
+        write_json(work / MANIFEST, manifest.sealed())
         path.parent.mkdir(parents=True, exist_ok=True)
         self.discard(path)
         os.rename(work, path)
         _flush_folder(path.parent)
         return manifest
 
-    def discard(self, path: Path) -> None:
-        """Move a folder to the trash, if it is there."""
-        if path.exists():
-            trash = self.home / TRASH / f"{path.name}.{time.time_ns()}"
+    def discard(self, path: Path) -> Path:
+        """Move a folder to the trash, if it is there; returns its place there."""
+        trash = self.home / TRASH / f"{path.name}.{time.time_ns()}"
+        if os.path.lexists(path):
             trash.parent.mkdir(parents=True, exist_ok=True)
             os.rename(path, trash)
+        return trash
 
-    def accept(self, path: Path, manifest: Manifest, parts: Parts, reason: str) -> Manifest:
+    def accept(
+        self, path: Path, manifest: Manifest, parts: Parts, reason: str, definitions: Mapping[str, str]
+    ) -> Manifest:
         """Let an existing artifact stand for the key of `parts` too: hard links, and a manifest that says so."""
         key = key_of(parts)
         work = self.work(key)
@@ -167,38 +251,17 @@ class Cache:
         for name in manifest.files:
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(path / name, work / name)
-        stamped = asdict(manifest) | {"key": key, "parts": parts, "accepted": reason, "created": time.time()}
-        write_json(work / MANIFEST, stamped)
-        self.discard(self.path(key))
-        self.path(key).parent.mkdir(parents=True, exist_ok=True)
-        os.rename(work, self.path(key))
-        return Manifest(**stamped)
-
-
-def content_digest(files: dict[str, list[Any]]) -> str:
-    """Digest over paths and contents, the record left out."""
-    lines = [f"{name} {digest}" for name, (_, digest) in sorted(files.items()) if not name.startswith(f"{RECORD}/")]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Digest of a file.
-
-    Raises:
-        ArtifactError: It cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+        stamped = replace(
+            manifest, key=key, parts=parts, definitions=dict(definitions), accepted=reason, created=time.time()
+        )
+        return self._install(work, stamped)
 
 
 def _content_damage(path: Path, name: str, digest: str) -> str | None:
     try:
         same = file_sha256(path / name) == digest
-    except ArtifactError as error:
-        return str(error)
+    except OSError as error:
+        return f"file {name} cannot be read: {error.strerror}"
     return None if same else f"file {name} has other contents than when it was made"
 
 
@@ -207,20 +270,15 @@ def _files(folder: Path) -> list[Path]:
 
     Views are drawn later, into a finished artifact.
     """
-    skipped = {folder / MANIFEST, folder / RECORD / "log.txt"}
+    skipped = {folder / MANIFEST, folder / DAMAGE, folder / RECORD / "log.txt"}
     return sorted(path for path in folder.rglob("*") if path.is_file() and path not in skipped)
 
 
 def _environment() -> dict[str, Any]:
     """Where and from what an artifact was made."""
     facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    root = Path(__file__).resolve().parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return facts
-    return facts | {"commit": done.stdout.strip()}
+    head = repository.head()
+    return facts if head is None else facts | {"commit": head.commit, "dirty": head.dirty}
 
 
 def _flush_folder(folder: Path) -> None:

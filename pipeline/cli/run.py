@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
@@ -12,6 +13,7 @@ import yaml
 from conf.load import describe, names
 from conf.schema import RuntimeConfig, Settings
 from pipeline import views as drawn_views
+from pipeline.cache.external import trusted_since
 from pipeline.cli import display
 from pipeline.cli.options import (
     Ablation,
@@ -52,7 +54,7 @@ def run(
     settings, runtime = load(preset, ablation, overrides)
     given = as_options(preset, ablation, overrides)
     wanted = select(settings, from_stage, until_stage, force)
-    statuses = asked_for(plan(settings, runtime), wanted, settings, force=force, given=given)
+    statuses = asked_for(plan(settings, runtime, deep=True), wanted, settings, force=force, given=given)
     if dry_run:
         _show_statuses(statuses, as_json)
         return
@@ -92,7 +94,8 @@ def stage(
     known_stage(name)
     settings, runtime = load(preset, ablation, overrides)
     given = as_options(preset, ablation, overrides)
-    statuses = asked_for(plan(settings, runtime), [name], settings, force=[name] if force else [], given=given)
+    statuses = plan(settings, runtime, deep=True)
+    statuses = asked_for(statuses, [name], settings, force=[name] if force else [], given=given)
     if dry_run:
         _show_statuses(statuses, as_json)
         return
@@ -102,14 +105,28 @@ def stage(
 
 
 @app.command()
-def status(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
+def status(
+    *,
+    preset: Preset = None,
+    ablation: Ablation = None,
+    overrides: Overrides,
+    deep: Annotated[bool, typer.Option("--deep", help="Look at every image file, as a run does.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show which stages are cached, stale or missing, and why."""
     settings, runtime = load(preset, ablation, overrides)
+    since = None if deep else trusted_since(settings, runtime.home)
+    unchanged_since = None if since is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
     wanted = select(settings)
-    _show_statuses([status for status in plan(settings, runtime) if status.stage in wanted], as_json)
-    unread = [name for name in STAGES if name not in wanted]
-    if unread and not as_json:
+    statuses = [status for status in plan(settings, runtime, deep=deep) if status.stage in wanted]
+    if as_json:
+        show_json({"stages": [asdict(each) for each in statuses], "folders_unchanged_since": unchanged_since})
+        return
+    _show_statuses(statuses, as_json)
+    if unread := [name for name in STAGES if name not in wanted]:
         typer.echo(f"not read under these settings: {', '.join(unread)}")
+    if unchanged_since is not None:
+        typer.echo(f"image folders unchanged since {unchanged_since}: files not looked at; --deep looks")
 
 
 @app.command()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from pipeline import upkeep
+from conf.load import load_settings, names
+from pipeline import garbage, upkeep
 from pipeline.cli import display
-from pipeline.cli.options import Ablation, Overrides, Preset, StageName, load
+from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, StageName, load, show_json
 from pipeline.graph import STAGES
 from pipeline.selection import known_stage
 
@@ -45,29 +47,55 @@ def gc(
     preset: Preset = None,
     ablation: Ablation = None,
     overrides: Overrides,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+    older_than: Annotated[int, typer.Option(metavar="DAYS", min=0, help="Keep what is younger.")] = 30,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only listed.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Remove what nothing needs any more.
+    """List or remove what nothing needs any more.
 
-    What these settings or the newest artifact of any stage were made from stays.
+    Kept are the artifacts of these settings and of every preset, what was made, tracked or worked on lately, and all
+    that these were made from.
     """
-    found = upkeep.garbage(*load(preset, ablation, overrides))
-    for entry in found:
-        typer.echo(f"{display.size(entry.bytes):>9}  {entry.path}  ({entry.why})")
+    settings, runtime = load(preset, ablation, overrides)
+    presets = {name: load_settings(name)[0] for name in names("preset")}
+    found = garbage.find_garbage(settings, runtime, presets, older_than_s=older_than * garbage.DAY_S)
+    removed = garbage.collect(runtime.home, found.garbage) if yes else []
+    if as_json:
+        left_alone = [{"path": path, "why": what} for path, what in found.left_alone]
+        show_json(
+            {
+                "garbage": [asdict(entry) for entry in found.garbage],
+                "removed": [entry.path for entry in removed],
+                "left_alone": left_alone,
+            }
+        )
+        return
+    for entry in found.garbage:
+        about = "; ".join(filter(None, (entry.why, entry.belongs)))
+        typer.echo(f"{display.size(entry.bytes):>9}  {entry.path}  ({about})")
+    for path, what in found.left_alone:
+        typer.echo(f"left alone {path}: {what}")
+    _say_total(found.garbage, removed, yes=yes)
+
+
+def _say_total(found: list[garbage.Garbage], removed: list[garbage.Garbage], *, yes: bool) -> None:
     if not found:
         typer.echo("nothing to remove")
-    elif yes or typer.confirm(f"remove {display.size(sum(entry.bytes for entry in found))}?"):
-        upkeep.collect(found)
+    elif yes:
+        in_use = f", {len(found) - len(removed)} in use left" if len(removed) < len(found) else ""
+        typer.echo(f"removed {display.size(sum(entry.bytes for entry in removed))}{in_use}")
+    else:
+        typer.echo(f"{display.size(sum(entry.bytes for entry in found))} could be removed: dpar gc --yes")
 
 
 @app.command()
 def accept(name: StageName, *, preset: Preset = None, ablation: Ablation = None, overrides: Overrides) -> None:
-    """Keep a stale artifact as it is.
+    """Mark an artifact as valid for the current code.
 
-    The newest one of the stage then stands for the settings and the code of now, as if made from them.
+    It is the newest one with the settings and inputs of now: only code and package versions are ignored.
     """
     manifest, ignored = upkeep.accept(STAGES[known_stage(name)], *load(preset, ablation, overrides))
-    typer.echo(f"{name} is cached now as {manifest.key}; ignored: {'; '.join(ignored) or 'nothing'}")
+    typer.echo(f"{name} is cached now as {manifest.key}; ignored: {'; '.join(ignored)}")
 
 
 @app.command()

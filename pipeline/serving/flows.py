@@ -26,7 +26,7 @@ from conf.schema import RuntimeConfig, Settings
 from pipeline.graph import STAGES, Stage, inputs_read
 from pipeline.launch import StageFailed
 from pipeline.plan import plan
-from pipeline.runner import Observer, Silence, run_stage
+from pipeline.runner import NullObserver, Observer, run_stage
 from pipeline.selection import as_options, asked_for, select
 from pipeline.serving.relay import LogRelay, Together
 from pipeline.tracking.tracker import Tracker
@@ -163,7 +163,7 @@ def _run(
         get_run_logger().info("%s is %s: %s", status.stage, status.state, status.reason)
     if dry_run:
         return Completed(message=_count(status.state for status in statuses))
-    observers: list[Observer] = [LogRelay(get_run_logger), SCREEN.get(Silence())]
+    observers: list[Observer] = [LogRelay(get_run_logger), SCREEN.get(NullObserver())]
     with ExitStack() as stack:
         if runtime.tracking:
             tags = {"preset": preset, "ablation": ablation, "prefect.flow_run_id": str(flow_run.id)}

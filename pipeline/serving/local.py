@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from conf.load import load_settings
-from pipeline.runner import Observer, Silence
+from pipeline.runner import NullObserver, Observer
 from pipeline.servers import environment, prefect_server, server_folder
 
 
@@ -55,4 +55,4 @@ def run_pipeline(
             "until_stage": until_stage,
             "force": list(force),
         }
-        flows.run_here(parameters, observer or Silence())
+        flows.run_here(parameters, observer or NullObserver())

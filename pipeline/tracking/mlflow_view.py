@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 # MLflow must not make a stage wait for a server that is gone; it reads these at each request.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -26,7 +24,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from pipeline.cache.store import MANIFEST, Cache
+from pipeline.cache import repository
+from pipeline.cache.differences import flat
+from pipeline.cache.manifest import MANIFEST
+from pipeline.cache.store import Cache
 from pipeline.report import collect
 from pipeline.tracking.journal import Event, Journal
 from pipeline.tracking.metric_tail import MetricTail, Point, StageRun
@@ -91,7 +92,7 @@ class MlflowView:
             run = self._client.create_run(self._experiment, start_time=event["time_ms"], tags=tags)
             journal.run_id = run.info.run_id
             journal.save()
-        params = [Param(name, str(value)[:_LONGEST]) for name, value in _flat(event["settings"]).items()]
+        params = [Param(name, str(value)[:_LONGEST]) for name, value in flat(event["settings"]).items()]
         for start in range(0, len(params), _PARAMS):
             self._client.log_batch(journal.run_id, params=params[start : start + _PARAMS])
         self._client.log_dict(journal.run_id, event["settings"], "settings.yaml")
@@ -198,14 +199,6 @@ class MlflowView:
             self._client.log_artifact(run_id, str(picture))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"train": {"seed": 0}}` as `{"train.seed": 0}`."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
 def _metrics(points: Iterable[Point], time_ms: int) -> list[Metric]:
     return [Metric(point.name, float(point.value), time_ms, point.step) for point in points]
 
@@ -224,13 +217,8 @@ def _score_table(path: Path) -> str:
 
 def _commit() -> dict[str, str]:
     """Tags that say which code ran; none outside a repository."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changed = subprocess.run([*git, "status", "-s"], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"mlflow.source.git.commit": commit.stdout.strip(), "git.dirty": str(bool(changed.stdout.strip())).lower()}
+    head = repository.head()
+    return {} if head is None else {"mlflow.source.git.commit": head.commit, "git.dirty": str(head.dirty).lower()}
 
 
 def _parent(journal: Journal) -> str:

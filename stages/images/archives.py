@@ -78,12 +78,6 @@ def members(archive: Span) -> Iterator[Member]:
             name, size = "", -1
 
 
-def headers(archive: Span) -> Iterator[bytes]:
-    """The header block of each regular file: its name, size and time."""
-    for member in members(archive):
-        yield _read(archive, member.offset - _BLOCK, _BLOCK)
-
-
 def _header(archive: Span, place: int) -> tarfile.TarInfo | None:
     """The header at a place, None at the end mark."""
     block = _read(archive, place, min(_BLOCK, archive.stop - place))

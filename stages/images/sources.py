@@ -91,9 +91,7 @@ def read_image(root: Path, relpath: str, offset: int, size: int) -> bytes:
 def _is_split(folder: Path) -> bool:
     """True for ImageNet's `train`, false for a class of that name: a split holds folders and no images."""
     with os.scandir(folder) as entries:
-        kinds = {
-            "folder" if entry.is_dir() else "image" for entry in entries if entry.is_dir() or _is_image(entry.name)
-        }
+        kinds = {"folder" if entry.is_dir() else "image" for entry in entries if entry.is_dir() or is_image(entry.name)}
     return kinds == {"folder"}
 
 
@@ -138,7 +136,7 @@ def _nested(archive: Span) -> Iterator[tuple[str, Span]]:
 def _class_tar(name: str, archive: Span) -> Iterator[ImageFile]:
     empty = True
     for member in sorted(members(archive)):
-        if _is_image(member.name.rpartition("/")[2]):
+        if is_image(member.name.rpartition("/")[2]):
             empty = False
             relpath = f"{name}/{member.name}"
             _check_utf8(archive.title, relpath)
@@ -153,13 +151,14 @@ def _walk(root: Path, class_name: str) -> Iterator[str]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         below = Path(folder).relative_to(root).as_posix()
         for name in names:
-            if _is_image(name):
+            if is_image(name):
                 relpath = f"{below}/{name}"
                 _check_utf8(root, relpath)
                 yield relpath
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image: not hidden, and with one of EXTENSIONS."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 

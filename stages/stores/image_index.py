@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from stages.images.listing import Listing
 from stages.images.sources import archive_path, read_image
 from stages.runtime.artifact import read_json, write_atomic, write_json
-from stages.runtime.errors import ArtifactError, InputError
+from stages.runtime.errors import ArtifactError, StaleIndexError
 
 INDEX_FILE = "images.parquet"
 CLASSES_FILE = "classes.json"
@@ -150,16 +150,16 @@ class ImageIndex:
         """The bytes of an image, checked against the index.
 
         Raises:
-            InputError: Its file is gone, or does not hold what was indexed.
+            StaleIndexError: Its file is gone, or does not hold what was indexed.
         """
         relpath, offset, size = self.relpaths[image], int(self.offsets[image]), int(self.sizes[image])
         try:
             data = read_image(root, relpath, offset, size)
         except OSError as error:
             lost = archive_path(root, relpath) if offset else root / relpath
-            raise InputError(f"image {lost} cannot be read ({error.strerror}): restore it or run again") from error
+            raise StaleIndexError(f"image {lost} cannot be read ({error.strerror}): restore it or run again") from error
         if len(data) != size or file_digest(data) != self.digests[image].tobytes():
-            raise InputError(
+            raise StaleIndexError(
                 f"image {root / relpath} is not the file that the dataset stage indexed ({len(data)} bytes, indexed "
                 f"with {size}): restore it, or run again to index the changed images"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import signal
 import subprocess
@@ -176,6 +177,7 @@ class Tiny:
         # A test run in the background of a shell has Ctrl-C ignored, and its children would inherit that.
         return subprocess.Popen(
             command,
+            env=os.environ | {"PYTHONSAFEPATH": "1"},  # the runner is the real one, beside it lie the small stages
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -229,11 +229,11 @@ def test_observers_hear_start_end_and_failure(tiny: Tiny) -> None:
 
 def test_an_observer_hears_of_a_commit_that_fails(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.cache.store import Cache
-    from pipeline.runner import Silence, run_stage
+    from pipeline.runner import NullObserver, run_stage
 
     heard: list[str] = []
 
-    class Ear(Silence):
+    class Ear(NullObserver):
         def stage_failed(self, stage: str, error: BaseException) -> None:
             heard.append(f"{stage}: {error}")
 

@@ -1,4 +1,4 @@
-"""Looking after the cache: verify names damage, gc keeps what is needed, accept re-stamps, why tells every change."""
+"""Looking after the cache: verify names damage, accept re-stamps, why tells every change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.plan import explain
-from pipeline.upkeep import accept, collect, garbage, verify
+from pipeline.upkeep import accept, verify
 from stages.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,43 +28,6 @@ def test_verify_finds_sizes_at_once_and_flipped_bits_when_deep(tiny: Tiny) -> No
     assert missing["beta"] == ["file number.json is missing"]
 
 
-def test_gc_removes_what_nothing_needs_and_nothing_else(tiny: Tiny) -> None:
-    tiny.run_all(beta=5)
-    old = tiny.run("beta", beta=5).path
-    tiny.run_all()
-    newest = tiny.run("beta").path
-    tiny.run("alpha", force=True)
-    (tiny.home / ".work" / "beta-0000").mkdir(parents=True)
-    found = garbage(tiny.settings(), tiny.runtime, tiny.project)
-    assert {entry.path.name for entry in found if ".trash" not in entry.path.parts} == {
-        old.name,
-        "beta-0000",
-        *(entry.path.name for entry in found if entry.path.name.startswith("gamma")),
-    }
-    collect(found)
-    assert not old.exists()
-    assert newest.exists()
-    assert not list((tiny.home / ".trash").iterdir())
-    assert tiny.run_all() == ["cached"] * 3
-
-
-def test_gc_leaves_a_run_that_is_going_on_alone(tiny: Tiny) -> None:
-    (tiny.home / ".work" / "beta-0000").mkdir(parents=True)
-    with tiny.cache.lock("beta-0000"):
-        assert garbage(tiny.settings(), tiny.runtime, tiny.project) == []
-    assert len(garbage(tiny.settings(), tiny.runtime, tiny.project)) == 1
-
-
-def test_gc_leaves_alone_what_a_run_has_taken_up_since_it_looked(tiny: Tiny) -> None:
-    (tiny.home / ".work" / "beta-0000").mkdir(parents=True)
-    found = garbage(tiny.settings(), tiny.runtime, tiny.project)
-    with tiny.cache.lock("beta-0000"):
-        collect(found)
-    assert [entry.path.exists() for entry in found] == [True]
-    collect(found)
-    assert [entry.path.exists() for entry in found] == [False]
-
-
 def test_accept_lets_an_artifact_stand_for_edited_code_and_says_so(tiny: Tiny) -> None:
     tiny.run_all()
     before = tiny.run("alpha").path / "number.json"
@@ -72,6 +35,7 @@ def test_accept_lets_an_artifact_stand_for_edited_code_and_says_so(tiny: Tiny) -
     assert tiny.plan()["alpha"].state == "stale"
     manifest, ignored = accept(tiny.module.GRAPH["alpha"], tiny.settings(), tiny.runtime, tiny.project)
     assert ignored == ["code stages.helper:increase was edited"]
+    assert manifest == tiny.cache.lookup(manifest.key)
     assert tiny.plan()["alpha"].state == "cached"
     assert tiny.plan()["alpha"].reason.startswith("accepted by ")
     assert "stages.helper:increase was edited" in (manifest.accepted or "")
@@ -85,11 +49,71 @@ def test_accept_needs_something_whole_to_accept(tiny: Tiny) -> None:
     alpha = tiny.module.GRAPH["alpha"]
     with pytest.raises(InputError, match="alpha has no whole artifact to accept"):
         accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
-    with pytest.raises(InputError, match="beta reads a stage that is not finished"):
+    with pytest.raises(InputError, match="beta reads alpha, which is not finished"):
         accept(tiny.module.GRAPH["beta"], tiny.settings(), tiny.runtime, tiny.project)
     tiny.run("alpha")
     with pytest.raises(InputError, match="alpha is cached already"):
         accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
+
+
+def test_accept_ignores_code_and_packages_and_nothing_else(tiny: Tiny) -> None:
+    graph = tiny.module.GRAPH
+
+    def refused(name: str, **values: int) -> str:
+        with pytest.raises(InputError) as caught:
+            accept(graph[name], tiny.settings(**values), tiny.runtime, tiny.project)
+        return str(caught.value)
+
+    tiny.run_all(beta=7)
+    tiny.edit("helper", "x + 1", "x + 2")
+    assert refused("alpha", alpha=3) == (
+        "no artifact of alpha differs in code and packages alone, the nearest also in: setting value: 1 -> 3; "
+        "run it, `dpar stage alpha`"
+    )
+    tiny.run("alpha")  # other contents
+    assert "the nearest also in: input alpha has other contents; run it" in refused("beta", beta=7)
+    assert tiny.plan(beta=7)["beta"].state == "stale"
+
+
+def test_accept_takes_the_newest_that_may_stand_and_not_the_newest(tiny: Tiny) -> None:
+    alpha = tiny.module.GRAPH["alpha"]
+    first = tiny.run("alpha")
+    tiny.edit("helper", "x + 1", "x + 2")
+    second = tiny.run("alpha")
+    tiny.run("alpha", alpha=8)  # newer, and of other settings
+    tiny.edit("helper", "x + 2", "x + 3")
+    manifest, _ = accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
+    assert manifest.digest == second.digest
+    assert f"made as {second.key}" in str(manifest.accepted)
+    (second.path / "number.json").write_text("4")  # as long as before: found by reading. A link: the accepted one too
+    tiny.edit("helper", "x + 3", "x + 4")
+    manifest, _ = accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
+    assert manifest.digest == first.digest
+
+
+def test_why_compares_with_the_nearest_artifact_also_while_an_input_is_missing(tiny: Tiny) -> None:
+    beta = tiny.module.GRAPH["beta"]
+
+    def why(**values: int) -> list[str]:
+        return explain(beta, tiny.settings(**values), tiny.runtime, tiny.project)
+
+    tiny.run_all(beta=5)
+    tiny.edit("beta", "    x = ", "    x = 0 + ")
+    tiny.run("beta", beta=9)
+    tiny.edit("beta", "    x = 0 + ", "    x = ")  # near is now the older one
+    assert why(beta=6) == ["setting value: 5 -> 6"]
+    assert tiny.plan(beta=6)["beta"].reason == "setting value: 5 -> 6"
+    assert why(beta=6, alpha=2) == ["setting value: 5 -> 6", "waits for alpha"]
+    assert tiny.plan(beta=6, alpha=2)["beta"].reason == "setting value: 5 -> 6 (and 1 more: dpar why beta)"
+    assert tiny.plan(beta=6, alpha=2)["gamma"].reason == "waits for beta"
+
+
+def test_why_says_what_is_wrong_with_the_very_artifact(tiny: Tiny) -> None:
+    path = tiny.run("alpha").path
+    (path / "number.json").write_text("")
+    alpha = tiny.module.GRAPH["alpha"]
+    damaged = ["file number.json has 0 bytes, expected 1"]
+    assert explain(alpha, tiny.settings(), tiny.runtime, tiny.project) == damaged
 
 
 def test_why_tells_every_change(tiny: Tiny) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from conf.load import load_settings
 from pipeline.cache.fingerprint import Code
-from pipeline.cache.keys import key_of, key_parts
+from pipeline.cache.keys import key_parts
+from pipeline.cache.manifest import key_of
 from pipeline.graph import COUNTED, NEUTRAL, STAGES, VIEWS, inputs_read
 from pipeline.project import Project
 from pipeline.views import draw_all, is_current, read_metrics
@@ -26,7 +27,15 @@ def keys(root: Path, home: Path) -> dict[str, str]:
     """Keys of all stages of a copy of the code, whatever their inputs hold."""
     project, settings = Project(STAGES, root), load_settings("demo")[0]
     return {
-        name: key_of(key_parts(project, stage, settings, home, dict.fromkeys(inputs_read(stage, settings), "same")))
+        name: key_of(
+            key_parts(
+                stage,
+                settings,
+                home,
+                dict.fromkeys(inputs_read(stage, settings), "same"),
+                project.fingerprint(stage, home),
+            )
+        )
         for name, stage in STAGES.items()
     }
 

@@ -11,7 +11,7 @@ import pytest
 from pipeline.cache.keys import key_of
 from pipeline.cache.store import Cache
 
-PARTS = {"schema": 1, "stage": "alpha", "settings": {}, "code": {}, "inputs": {}, "packages": {}, "external": None}
+PARTS = {"schema": 2, "stage": "alpha", "settings": {}, "code": [], "inputs": {}, "packages": {}, "external": None}
 KEY = key_of(PARTS)
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conf.schema import RuntimeConfig
+from pipeline.cache.manifest import Manifest, content_digest, key_of
 from pipeline.cache.store import Cache
 from pipeline.upkeep import verify
 from stages.images.listing import Listing
@@ -74,7 +75,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Home:
     artifacts: dict[str, Path] = {}
 
     def commit(stage: str, make: Callable[[Path], str], *inputs: str) -> str:
-        parts = {"stage": stage, "inputs": {name: digests[name] for name in inputs}}
+        parts = {"schema": 2, "stage": stage, "settings": {}, "code": [], "packages": {}, "external": None}
+        parts["inputs"] = {name: digests[name] for name in inputs}
         work = next_work(cache, parts)
         made = make(work)
         manifest = cache.commit(parts, 0.0)
@@ -113,8 +115,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 def next_work(cache: Cache, parts: dict[str, Any]) -> Path:
-    from pipeline.cache.keys import key_of
-
     work = cache.work(key_of(parts))
     work.mkdir(parents=True)
     return work
@@ -235,7 +235,8 @@ def test_no_damage_to_any_file_goes_undetected(home: Home, kind: str) -> None:
 def test_an_artifact_without_a_readable_manifest_is_damaged(home: Home, kind: str) -> None:
     file = home.artifacts["tokenize"] / "manifest.json"
     damage(file, DAMAGES[kind](home.content[file], 0))
-    assert home.damages() == ["manifest.json is missing or cannot be read"]
+    (found,) = home.damages()
+    assert found.startswith("manifest.json ")
 
 
 def test_every_damaged_file_is_told_of_once(home: Home) -> None:
@@ -292,7 +293,9 @@ def recommit(path: Path) -> None:
     for name in manifest["files"]:
         data = (path / name).read_bytes()
         manifest["files"][name] = [len(data), hashlib.sha256(data).hexdigest()]
-    write_json(path / "manifest.json", manifest)
+    del manifest["seal"]
+    whole = Manifest(**manifest | {"digest": content_digest(manifest["files"])})
+    write_json(path / "manifest.json", whole.sealed())
 
 
 def test_damage_from_before_the_manifest_is_found_too(home: Home) -> None:

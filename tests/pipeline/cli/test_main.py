@@ -113,7 +113,7 @@ def test_a_dry_run_makes_nothing(options: list[str], capsys: pytest.CaptureFixtu
     assert not list((tmp_path / "home").glob("dataset/*"))
 
 
-def test_why_names_the_setting_that_changed_and_accept_keeps_the_artifact(
+def test_why_names_the_setting_that_changed_and_accept_does_not_ignore_it(
     options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = [*options, "--set", "dataset.heldout_fraction=0.5"]
@@ -124,9 +124,8 @@ def test_why_names_the_setting_that_changed_and_accept_keeps_the_artifact(
     assert run_command(["why", "dataset", *options]) == 0
     assert "nothing has changed" in capsys.readouterr().out
     assert states(capsys, changed)["dataset"] == "stale"
-    assert run_command(["accept", "dataset", *changed]) == 0
-    assert "heldout_fraction" in capsys.readouterr().out
-    assert states(capsys, changed)["dataset"] == "cached"
+    assert run_command(["accept", "dataset", *changed]) == 2
+    assert "setting heldout_fraction: 0.0 -> 0.5; run it" in capsys.readouterr().err
 
 
 def test_verify_finds_damage(options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -140,15 +139,63 @@ def test_verify_finds_damage(options: list[str], capsys: pytest.CaptureFixture[s
     assert "classes.json" in capsys.readouterr().out
 
 
-def test_gc_asks_first_and_then_removes(
-    options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_status_says_what_it_did_not_look_at(
+    options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run_command(["stage", "dataset", *options]) == 0
+    capsys.readouterr()
+    assert run_command(["status", *options]) == 0
+    assert "files not looked at; --deep looks" in capsys.readouterr().out
+    image = tmp_path / "images/cat/0.png"
+    image.write_bytes(bytes(image.stat().st_size))  # in place: the folder does not change
+    assert states(capsys, options)["dataset"] == "cached"
+    assert run_command(["status", "--json", *options]) == 0
+    assert answer(capsys)["folders_unchanged_since"] is not None
+    assert run_command(["status", "--json", "--deep", *options]) == 0
+    found = answer(capsys)
+    assert found["folders_unchanged_since"] is None
+    assert found["stages"][0]["state"] == "stale"
+    assert found["stages"][0]["reason"] == "the files it reads from outside have changed"
+
+
+def test_a_damaged_input_is_one_line_and_code_1(
+    options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run_command(["stage", "dataset", *options]) == 0
+    (index,) = (tmp_path / "home").glob("dataset/*/images.parquet")
+    data = bytearray(index.read_bytes())
+    data[100] ^= 1
+    index.write_bytes(data)
+    capsys.readouterr()
+    tokenizer = ["--set", "tokenizer.source=train", "--set", "tokenizer.lpips_weight=0"]
+    assert run_command(["stage", "tokenizer", *tokenizer, *options]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dpar:")]
+    assert line == (
+        "dpar: tokenizer reads dataset, which is damaged: file images.parquet has other contents than when it was made "
+        f"(in {index.parent}): `dpar run` makes dataset again"
+    )
+    assert not (tmp_path / "home" / "tokenizer").exists()
+    assert states(capsys, options)["dataset"] == "stale"
+    assert run_command(["stage", "dataset", *options]) == 0
+    assert states(capsys, options)["dataset"] == "cached"
+    assert (index.read_bytes() == data) is False
+
+
+def test_gc_lists_and_removes_when_told_to(
+    options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for _ in range(2):
         assert run_command(["stage", "dataset", "--force", *options]) == 0
     trash = tmp_path / "home" / ".trash"
-    monkeypatch.setattr("typer.confirm", lambda question: False)
+    capsys.readouterr()
     assert run_command(["gc", *options]) == 0
-    assert len(list(trash.iterdir())) == 1
+    assert "(replaced by a forced run; preset imagenet256-b, imagenet256-l" in capsys.readouterr().out
+    assert run_command(["gc", "--json", *options]) == 0
+    listed = answer(capsys)
+    (path,) = trash.iterdir()
+    assert [entry["path"] for entry in listed["garbage"]] == [str(path)]
+    assert listed["garbage"][0]["bytes"] == sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert listed["removed"] == listed["left_alone"] == []
     assert run_command(["gc", "--yes", *options]) == 0
     assert list(trash.iterdir()) == []
     capsys.readouterr()
@@ -251,7 +298,7 @@ def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(options: list[str], tmp_pat
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == cli.INTERRUPTED
-    assert error == "dpar: stopped; the same command again goes on from here\n"
+    assert error == "dpar: interrupted; run again to resume\n"
     assert not list((tmp_path / "home").glob("dataset/*"))
 
 

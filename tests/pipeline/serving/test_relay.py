@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runner import Silence, StageResult
+from pipeline.runner import NullObserver, StageResult
 from pipeline.serving.relay import LogRelay, Together
 
 
@@ -50,7 +50,7 @@ def test_a_cached_stage_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_all_are_told(tmp_path: Path) -> None:
     heard: list[str] = []
 
-    class Listener(Silence):
+    class Listener(NullObserver):
         def stage_started(self, stage: str, key: str, work: Path) -> None:
             heard.append(key)
 

@@ -14,6 +14,7 @@ import pytest
 from conf.load import load_settings
 from conf.schema import RuntimeConfig
 from pipeline import servers
+from pipeline.cache.manifest import Manifest, Parts, content_digest, key_of
 from pipeline.cache.store import Cache
 from pipeline.processes import HOST, Service, answers, free_port, wait_until
 from pipeline.runner import StageResult
@@ -27,6 +28,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 SETTINGS, _ = load_settings("tiny")
 
 
+DIGEST = content_digest({})  # of every artifact here: they list no files
+
+
+def parts(stage: str) -> Parts:
+    inputs = {"tokenize": DIGEST} if stage == "evaluate" else {}
+    common = {"schema": 2, "settings": {}, "code": [], "packages": {}, "external": None}
+    return {**common, "stage": stage, "inputs": inputs}
+
+
+def key(stage: str) -> str:
+    return key_of(parts(stage))
+
+
 class Run:
     """Plays the runner: makes artifacts of a home and tells a tracker."""
 
@@ -38,8 +52,8 @@ class Run:
 
     def start(self, tracker: Tracker, stage: str, steps: range) -> Path:
         """Begin, or go on with, a stage that has logged these steps."""
-        work = self.cache.work(f"{stage}-1")
-        tracker.stage_started(stage, f"{stage}-1", work)
+        work = self.cache.work(key(stage))
+        tracker.stage_started(stage, key(stage), work)
         (work / "record").mkdir(parents=True, exist_ok=True)
         partial = work / "record" / "metrics.partial"
         partial.write_text("".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in steps))
@@ -47,15 +61,16 @@ class Run:
         return work
 
     def finish(self, tracker: Tracker, stage: str, inputs: dict[str, str], **metrics: float) -> StageResult:
-        work, path = self.cache.work(f"{stage}-1"), self.cache.path(f"{stage}-1")
+        work, path = self.cache.work(key(stage)), self.cache.path(key(stage))
         (work / "views").mkdir()
         (work / "views" / "grid.png").write_bytes(b"a picture")
-        manifest = {"key": f"{stage}-1", "stage": stage, "parts": {"inputs": inputs}, "digest": f"digest of {stage}"}
-        manifest |= {"files": {}, "created": 1.0, "duration_s": 2.0}
-        (work / "manifest.json").write_text(json.dumps(manifest))
+        assert inputs == parts(stage)["inputs"]
+        facts = {"key": key(stage), "stage": stage, "parts": parts(stage), "definitions": {}, "digest": DIGEST}
+        manifest = Manifest(**facts, files={}, created=1.0, duration_s=2.0)
+        (work / "manifest.json").write_text(json.dumps(manifest.sealed()))
         path.parent.mkdir()
         os.rename(work, path)
-        result = StageResult(stage, "ran", f"{stage}-1", path, f"digest of {stage}", metrics, 2.0)
+        result = StageResult(stage, "ran", key(stage), path, DIGEST, metrics, 2.0)
         tracker.stage_finished(result)
         return result
 
@@ -128,7 +143,7 @@ def test_a_run_is_one_row_with_a_row_below_it_for_each_stage_that_ran(run: Run) 
     tokenize, evaluate = by_name["tokenize"], by_name["evaluate"]
     assert {child.data.tags["mlflow.parentRunId"] for child in (tokenize, evaluate)} == {pipeline.info.run_id}
     assert pipeline.data.tags["stage.tokenize.run_id"] == tokenize.info.run_id
-    assert evaluate.data.tags["stage.key"] == "evaluate-1"
+    assert evaluate.data.tags["stage.key"] == key("evaluate")
     assert mlflow.steps(evaluate) == [1, 2, 3]  # the final loss is that of step 3, and no second point
     assert {"manifest.json", "grid.png"} <= mlflow.files(evaluate)
     (made_from,) = evaluate.inputs.dataset_inputs
@@ -201,7 +216,7 @@ def test_after_a_kill_the_stage_goes_on_in_its_run_and_no_step_is_there_twice(ru
 
 
 def test_a_run_known_from_another_store_is_begun_anew(run: Run) -> None:
-    StageRun("0" * 32).write(run.runtime.home / ".servers" / "runs", "train-1")
+    StageRun("0" * 32).write(run.runtime.home / ".servers" / "runs", key("train"))
     with run.tracker() as tracker:
         run.start(tracker, "train", range(1, 5))
         run.finish(tracker, "train", {})

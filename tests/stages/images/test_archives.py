@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.images.archives import Member, headers, members, whole
+from stages.images.archives import Member, members, whole
 from stages.runtime.errors import InputError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -84,22 +84,6 @@ def test_an_archive_in_an_archive_is_read_where_it_lies(tmp_path: Path) -> None:
                     yield data[member.offset : member.offset + member.size]
 
     assert list(nested()) == [b"one", b"two"] * 2
-
-
-def test_headers_tell_names_sizes_and_times_apart(tmp_path: Path) -> None:
-    def of(**changes: object) -> list[bytes]:
-        path = tmp_path / "a.tar"
-        info = tarfile.TarInfo("n01.tar")
-        info.size = 600
-        for name, value in changes.items():
-            setattr(info, name, value)
-        with tarfile.open(path, "w") as tar:
-            tar.addfile(info, io.BytesIO(bytes(info.size)))
-        with path.open("rb") as file:
-            return list(headers(whole(file, path)))
-
-    assert of() == of()
-    assert len({of()[0], of(name="n02.tar")[0], of(size=601)[0], of(mtime=7)[0]}) == 4
 
 
 @pytest.mark.parametrize(

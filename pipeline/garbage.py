@@ -1,0 +1,268 @@
+"""Collecting what nothing needs: which folders of the cache can go, why, and whose settings they are of.
+
+Only what the cache itself has made is ever listed: real folders named by a key, below the real folder of their stage,
+with a manifest that can be trusted. Everything else below home is a person's, and so is what only looks like ours.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import time as now
+
+from conf.schema import RuntimeConfig, Settings
+from pipeline.cache.differences import flat
+from pipeline.cache.fingerprint import FingerprintError
+from pipeline.cache.manifest import Manifest, ManifestError, Parts, read_manifest, stage_of
+from pipeline.cache.store import PARTS, TRASH, WORK, Cache
+from pipeline.graph import Stage
+from pipeline.plan import plan
+from pipeline.project import DPAR, Project
+from stages.runtime.artifact import read_json
+from stages.runtime.errors import InputError
+
+RUNS = ".servers/runs"  # one file for each key that MLflow has a run of
+DAY_S = 24 * 60 * 60
+_REPLACED = re.compile(r"(.+)\.\d+")
+_SHOWN = 2  # settings named of an artifact
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A folder that nothing needs."""
+
+    path: Path
+    key: str
+    why: str
+    bytes: int
+    belongs: str
+    """The nearest preset, and what its settings have otherwise; empty where that is not known."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a look for garbage found."""
+
+    garbage: list[Garbage]
+    left_alone: list[tuple[Path, str]]
+    """Folders named as artifacts whose manifest cannot be trusted, and what is wrong with it."""
+
+
+def find_garbage(
+    settings: Settings,
+    runtime: RuntimeConfig,
+    presets: Mapping[str, Settings],
+    *,
+    older_than_s: float,
+    project: Project = DPAR,
+) -> Found:
+    """List what `collect` would remove.
+
+    Kept are the artifacts of these settings and of all presets, what was made, tracked or worked on lately, and
+    everything that any of these were made from. What a running process makes or reads is not listed.
+
+    Args:
+        settings: Of the whole run.
+        runtime: Where the artifacts are.
+        presets: By name.
+        older_than_s: What is younger is kept.
+        project: The graph and its code.
+    """
+    search = _Search(Cache(runtime.home), project, presets, now() - older_than_s)
+    needed = search.needed([settings, *presets.values()], runtime)
+    found = [*search.replaced(), *search.unfinished(needed), *search.unneeded(needed)]
+    return Found([entry for entry in found if not search.cache.is_busy(entry.key)], search.left_alone)
+
+
+def collect(home: Path, found: Iterable[Garbage]) -> list[Garbage]:
+    """Remove what `find_garbage` found, except what a process has taken up since; returns what was removed."""
+    cache = Cache(home)
+    removed = []
+    for entry in found:
+        with cache.alone(entry.key) as free:
+            if free and _is_real_folder(entry.path):
+                # Out of its place at once: a removal that is cut short must not leave half an artifact there.
+                in_place = entry.path.parent.name not in (WORK, TRASH)
+                shutil.rmtree(cache.discard(entry.path) if in_place else entry.path)
+                removed.append(entry)
+    return removed
+
+
+class _Search:
+    """One look through a cache."""
+
+    def __init__(self, cache: Cache, project: Project, presets: Mapping[str, Settings], cutoff: float) -> None:
+        self.cache, self.project, self.presets, self.cutoff = cache, project, presets, cutoff
+        self.left_alone: list[tuple[Path, str]] = []
+        self.own: dict[Path, Manifest] = {}
+        for name in project.graph:
+            for path in _real_folders(cache.home / name):
+                if stage_of(path.name) == name:
+                    self._take(path)
+        # A person may have put artifacts elsewhere, with links here: they are never removed, but count as sources.
+        self.made = {manifest.key: manifest for name in project.graph for _, manifest in cache.manifests(name)}
+        self._by_content: dict[tuple[str, str], set[str]] = {}
+        for manifest in self.made.values():
+            self._by_content.setdefault((manifest.stage, manifest.digest), set()).add(manifest.key)
+
+    def _take(self, path: Path) -> None:
+        try:
+            self.own[path] = read_manifest(path)
+        except ManifestError as error:
+            self.left_alone.append((path, str(error)))
+
+    def needed(self, wanted: Iterable[Settings], runtime: RuntimeConfig) -> set[str]:
+        """Keys that are kept."""
+        waiting = {key for settings in wanted for key in self._keys(settings, runtime)} | self._recent()
+        for path in self._recent_work():
+            waiting |= {path.name}
+            parts = _parts_of_work(path)
+            waiting |= {key for source in _inputs(parts) for key in self._sources(source)}
+        reached: set[str] = set()
+        while waiting:
+            key = waiting.pop()
+            if key not in reached:
+                reached.add(key)
+                sources = _inputs(self.made[key].parts) if key in self.made else []
+                waiting |= {other for source in sources for other in self._sources(source)}
+        return reached
+
+    def _keys(self, settings: Settings, runtime: RuntimeConfig) -> Iterator[str]:
+        """Keys of what these settings ask for; of a stage that is not cached, of all artifacts of the same settings."""
+        try:
+            statuses = {status.stage: status for status in plan(settings, runtime, self.project)}
+        except (InputError, FingerprintError, OSError):  # such as a preset whose image root is elsewhere
+            statuses = {}
+        for stage in self.project.graph.values():
+            status = statuses.get(stage.name)
+            if status is not None and status.key is not None:
+                yield status.key
+            if status is None or status.state != "cached":
+                yield from (
+                    manifest.key
+                    for manifest in self.made.values()
+                    if manifest.stage == stage.name and self._is_of(manifest, settings)
+                )
+
+    def _is_of(self, manifest: Manifest, settings: Settings) -> bool:
+        """Whether an artifact and all that it was made from have these settings, as far as that is still there."""
+        if manifest.parts["settings"] != getattr(settings, manifest.stage).key_fields():
+            return False
+        sources = [self._sources(source) for source in _inputs(manifest.parts)]
+        return all(not keys or any(self._is_of(self.made[key], settings) for key in keys) for keys in sources)
+
+    def _sources(self, source: tuple[str, str]) -> set[str]:
+        """Keys of the artifacts of a stage with some content."""
+        return self._by_content.get(source, set())
+
+    def _recent(self) -> set[str]:
+        """Keys of what was made or tracked lately."""
+        made = {key for key, manifest in self.made.items() if manifest.created >= self.cutoff}
+        runs = self.cache.home / RUNS
+        return made | {path.stem for path in runs.glob("*.json") if path.lstat().st_mtime >= self.cutoff}
+
+    def _work(self) -> list[Path]:
+        return [path for path in _real_folders(self.cache.home / WORK) if stage_of(path.name) in self.project.graph]
+
+    def _recent_work(self) -> list[Path]:
+        return [path for path in self._work() if _newest(path) >= self.cutoff]
+
+    def replaced(self) -> Iterator[Garbage]:
+        """What forced runs have replaced."""
+        for path in _real_folders(self.cache.home / TRASH):
+            match = _REPLACED.fullmatch(path.name)
+            if match and stage_of(match[1]) in self.project.graph:
+                yield self._garbage(path, match[1], "replaced by a forced run", _parts_of(path, match[1]))
+
+    def unfinished(self, needed: set[str]) -> Iterator[Garbage]:
+        """What runs have left that did not finish."""
+        for path in self._work():
+            if path.name not in needed:
+                yield self._garbage(path, path.name, "left by a run that did not finish", _parts_of_work(path))
+
+    def unneeded(self, needed: set[str]) -> Iterator[Garbage]:
+        """Artifacts that nothing kept was made from."""
+        for path, manifest in self.own.items():
+            if manifest.key not in needed:
+                yield self._garbage(path, manifest.key, "nothing kept was made from it", manifest.parts)
+
+    def _garbage(self, path: Path, key: str, why: str, parts: Parts | None) -> Garbage:
+        stage = self.project.graph[str(stage_of(key))]
+        return Garbage(path, key, why, _size(path), "" if parts is None else self._belongs(stage, parts))
+
+    def _belongs(self, stage: Stage, parts: Parts) -> str:
+        """`preset tiny with training.steps=5`: the nearest presets and what the artifact's settings have otherwise."""
+        own = flat(parts["settings"])
+        found: dict[str, list[str]] = {}
+        for name, preset in self.presets.items():
+            theirs = flat(getattr(preset, stage.name).key_fields())
+            names = sorted(own.keys() | theirs.keys())
+            found[name] = [each for each in names if (each in own, own.get(each)) != (each in theirs, theirs.get(each))]
+        if not found:
+            return ""
+        fewest = min(map(len, found.values()))
+        nearest = [name for name, differ in found.items() if len(differ) == fewest]
+        differ = [f"{name}={own.get(name, 'absent')}" for name in found[nearest[0]]]
+        more = f" and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
+        shown = f" with {', '.join(differ[:_SHOWN])}{more}" if differ else ""
+        return f"preset {nearest[0] if shown else ', '.join(nearest)}{shown}"
+
+
+def _inputs(parts: Parts | None) -> list[tuple[str, str]]:
+    """Stage and content digest of each input."""
+    inputs = parts.get("inputs") if isinstance(parts, dict) else None
+    return [(name, str(digest)) for name, digest in inputs.items()] if isinstance(inputs, dict) else []
+
+
+def _parts_of(path: Path, key: str) -> Parts | None:
+    try:
+        return read_manifest(path, key).parts
+    except ManifestError:
+        return None
+
+
+def _parts_of_work(path: Path) -> Parts | None:
+    """What the key of a work folder was made of, None where that is not known."""
+    try:
+        parts = read_json(path / PARTS)
+    except (OSError, ValueError):
+        return None
+    return parts if isinstance(parts, dict) and isinstance(parts.get("settings"), dict) else None
+
+
+def _real_folders(parent: Path) -> list[Path]:
+    """Folders in a folder, by name; links, also the folder itself, are left out."""
+    if not _is_real_folder(parent):
+        return []
+    with os.scandir(parent) as entries:
+        return sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
+
+
+def _is_real_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    """Of a folder and everything below it; links are not followed."""
+    for place, folders, names in os.walk(folder):
+        for name in [".", *folders, *names]:
+            try:
+                yield os.lstat(os.path.join(place, name))
+            except OSError:  # gone meanwhile
+                continue
+
+
+def _size(folder: Path) -> int:
+    return sum(found.st_size for found in _stats(folder) if stat.S_ISREG(found.st_mode))
+
+
+def _newest(folder: Path) -> float:
+    return max((found.st_mtime for found in _stats(folder)), default=0.0)
