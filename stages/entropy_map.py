@@ -16,12 +16,13 @@ from conf.entropy_map import EntropyMapConfig
 from conf.schema import RuntimeConfig
 from models.gpt import GPT
 from stages.runtime.artifact import file_sha256
-from stages.runtime.distributed import World, barrier, process_group
+from stages.runtime.distributed import World, process_group
 from stages.runtime.errors import ArtifactError
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.tokens import TokenStore
+from stages.stores.writing import write_units
 from stages.weights.own import MODEL_FILE, load_gpt
 
 STORE = EntropyStore.FILE
@@ -39,15 +40,15 @@ def entropy_map(config: EntropyMapConfig, inputs: Inputs, output: Path, runtime:
         _check_model(model, store, inputs["entropy_model"])
         writer = entropy_writer(output / STORE, _facts(config, store, inputs["entropy_model"]))
         mapper = Mapper(model, store, config, world)
-        pending = writer.pending(world.rank, world.size)
-        total = store.num_views * writer.spec.count_rows(range(world.rank, writer.spec.num_units, world.size))
-        done = total - store.num_views * writer.spec.count_rows(pending)
-        progress = Progress(output, "views", total, done=done, enabled=world.is_main)
-        for unit in pending:
-            writer.write(unit, entropy=mapper.entropies(unit, progress))
-        barrier()
-        if world.is_main:
-            writer.finish()
+        write_units(
+            writer,
+            lambda unit, progress: {"entropy": mapper.entropies(unit, progress)},
+            pending=writer.pending(world.rank, world.size),
+            output=output,
+            what="views",
+            world=world,
+            per_row=store.num_views,
+        )
 
 
 @dataclass(frozen=True)

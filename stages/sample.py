@@ -15,13 +15,14 @@ import numpy.typing as npt
 from conf.sample import SampleConfig
 from conf.schema import RuntimeConfig
 from stages.runtime.artifact import write_json
-from stages.runtime.distributed import barrier, process_group
+from stages.runtime.distributed import process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
 from stages.runtime.randomness import Purpose, stream
-from stages.sampling.sampler import Sampler
+from stages.sampling.sampler import SampleBatch, Sampler
 from stages.stores.samples import SampleFacts, SampleStore, sample_writer
 from stages.stores.tokens import TokenStore
+from stages.stores.writing import write_units
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +43,16 @@ def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeC
         )
         writer = sample_writer(output / SampleStore.FILE, facts)
         labels = sample_labels(config, store.labels[: store.num_train], store.num_classes)
-        units = writer.pending(world.rank, world.size)
-        # The other processes are taken to be as far as this one.
-        done = max(0, config.num_samples - len(units) * config.batch_size * world.size)
-        progress = Progress(output, "images", config.num_samples, done=done, enabled=world.is_main)
-        for unit in units:
+
+        def make(unit: int, progress: Progress) -> SampleBatch:
             numbers = np.arange(config.num_samples)[writer.spec.rows(unit)]
-            writer.write(unit, **sampler.sample(numbers, labels[numbers]))
-            progress.update(min(config.num_samples, progress.done + len(numbers) * world.size))
-        barrier()
+            batch = sampler.sample(numbers, labels[numbers])
+            progress.update(progress.done + len(numbers))
+            return batch
+
+        pending = writer.pending(world.rank, world.size)
+        write_units(writer, make, pending=pending, output=output, what="images", world=world)
         if world.is_main:
-            writer.finish()
             write_json(output / "boundaries.json", sampler.rule)
 
 

@@ -23,12 +23,14 @@ from conf.tokenize import TokenizeConfig
 from models.vq import VQModel
 from stages.images.decode import Pixels, decode, pixels_to_float, view_names, views
 from stages.runtime.artifact import file_sha256
-from stages.runtime.distributed import World, barrier, process_group
+from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.prefetch import prefetch
 from stages.runtime.progress import Progress
 from stages.stores.image_index import CLASSES_FILE, ImageIndex
+from stages.stores.layout import Array
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
+from stages.stores.writing import write_units
 from stages.weights.own import VQ_FILE, load_vq
 
 STORE = TokenStore.FILE
@@ -48,18 +50,16 @@ def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: Runt
         reader = ViewReader(index, inputs["images"], config)
         encoder = Encoder(model, config, facts.num_views, world)
         pending = writer.pending(world.rank, world.size)
-        total = writer.spec.count_rows(range(world.rank, writer.spec.num_units, world.size))
-        done = total - writer.spec.count_rows(pending)
-        progress = Progress(output, "images", total, done=done, enabled=world.is_main)
         images = (row for unit in pending for row in range(len(index))[writer.spec.rows(unit)])
         with reader.ahead(images) as pictures:
-            for unit in pending:
+
+            def make(unit: int, progress: Progress) -> dict[str, Array]:
                 rows = writer.spec.rows(unit)
                 tokens = encoder.tokens(islice(pictures, rows.stop - rows.start), progress)
-                writer.write(unit, tokens=tokens, labels=index.labels[rows])
-        barrier()
+                return {"tokens": tokens, "labels": index.labels[rows]}
+
+            write_units(writer, make, pending=pending, output=output, what="images", world=world)
         if world.is_main:
-            writer.finish()
             shutil.copyfile(inputs["dataset"] / CLASSES_FILE, output / CLASSES_FILE)
 
 

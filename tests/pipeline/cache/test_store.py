@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache.keys import key_of
+from pipeline.cache.manifest import key_of
 from pipeline.cache.store import Cache
 
 PARTS = {"schema": 2, "stage": "alpha", "settings": {}, "code": [], "inputs": {}, "packages": {}, "external": None}
