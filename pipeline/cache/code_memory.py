@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import fingerprint, module_code
+from pipeline.cache import code_reader, fingerprint, module_code
 from pipeline.cache.fingerprint import Code, Fingerprint, Place
 from stages.runtime.artifact import read_json, write_json
 
@@ -54,7 +54,7 @@ class CodeMemory:
 
 def _own_code() -> list[str]:
     """The code that makes fingerprints, for another way to make them gives others."""
-    return [json.dumps(_metadata(Path(str(module.__file__)))) for module in (fingerprint, module_code)]
+    return [json.dumps(_metadata(Path(str(module.__file__)))) for module in (fingerprint, code_reader, module_code)]
 
 
 def _metadata(path: Path) -> list[int]:

@@ -15,33 +15,16 @@ where its name is used, so one that is made for what its right side does must be
 
 from __future__ import annotations
 
-import ast
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cache.module_code import (
-    AT_IMPORT,
-    DEFINITIONS,
-    EVERYTHING,
-    Module,
-    Target,
-    bindings,
-    chain,
-    imports_in,
-    is_first_party,
-    load_module,
-    runs,
-    without_docstrings,
-)
+from pipeline.cache.code_reader import FingerprintError, Place, Reader, Uses
+from pipeline.cache.module_code import AT_IMPORT, EVERYTHING, Module, load_module
 
+__all__ = ["Code", "Fingerprint", "FingerprintError", "Place"]
 CODE_PACKAGES = ("stages", "models")  # conf holds values, which are in the key; pipeline runs stages and changes none
-Place = tuple[str, str]  # a module, and a name in it, AT_IMPORT or EVERYTHING
-
-
-class FingerprintError(ValueError):
-    """Code that cannot be followed by reading it."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +35,6 @@ class Fingerprint:
     """Sorted digests of its definitions, equal ones once: what a key holds."""
     definitions: dict[str, str]
     """Digest of each definition's own text by "module:name", for people."""
-
-
-@dataclass(frozen=True)
-class _Uses:
-    """What some statements say and which names they use."""
-
-    text: str
-    """Canonical, without first-party module names."""
-    places: frozenset[tuple[str, Place]] = frozenset()
-    """First-party definitions, each with the name it is used by."""
-    outside: frozenset[tuple[str, str]] = frozenset()
-    """Names of other packages, each with the name it is used by."""
-    imported: frozenset[Place] = frozenset()
-    """What runs because of imports inside the statements."""
 
 
 class Code:
@@ -87,7 +56,7 @@ class Code:
     ) -> None:
         self.root, self.neutral, self.counted, self.packages = root, neutral, counted, packages
         self._modules: dict[str, Module | None] = {}
-        self._uses: dict[Place, list[_Uses]] = {}
+        self._uses: dict[Place, list[Uses]] = {}
 
     def fingerprint(self, entry: Place) -> Fingerprint:
         """Fingerprint of everything that the function `entry` (module, name) reaches.
@@ -144,7 +113,7 @@ class Code:
             parents = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
             yield from ((parent, AT_IMPORT) for parent in parents if self.module(parent))
 
-    def uses(self, place: Place) -> list[_Uses]:
+    def uses(self, place: Place) -> list[Uses]:
         """What a place says and uses; of AT_IMPORT statement by statement, for a module may be split between them."""
         if place not in self._uses:
             module = self._module(place[0])
@@ -153,7 +122,7 @@ class Code:
             else:
                 nodes = module.nodes(place[1])
                 groups = [[node] for node in nodes] if place[1] == AT_IMPORT else [nodes]
-                self._uses[place] = [_Reader(self, module, group).uses() for group in groups]
+                self._uses[place] = [Reader(self, module, group).uses() for group in groups]
         return self._uses[place]
 
     def _reach(self, place: Place) -> set[Place]:
@@ -165,13 +134,13 @@ class Code:
             found |= {target for _, target in uses.places} | uses.imported
         return found
 
-    def _everything(self, module: Module) -> _Uses:
+    def _everything(self, module: Module) -> Uses:
         """A module that is passed around: all it defines, and all it passes on."""
         found = {(name, (module.name, name)) for name in module.definitions}
         passed_on = [(name, target) for name, targets in module.imports.items() for target in targets]
         for name, target in [*passed_on, *(("*", (star, None)) for star in module.stars)]:
             found |= {(name, place) for place in self.resolve(*target)}
-        return _Uses("", frozenset(found))
+        return Uses("", frozenset(found))
 
     def _told_apart(self, places: set[Place]) -> dict[Place, str]:
         """A digest of each place that differs where its text or anything it leads to differs.
@@ -216,102 +185,7 @@ class Code:
             self._uses.clear()
 
 
-@dataclass
-class _Found:
-    """What a reader has found so far."""
-
-    places: set[tuple[str, Place]] = field(default_factory=set)
-    outside: set[tuple[str, str]] = field(default_factory=set)
-    imported: set[Place] = field(default_factory=set)
-
-
-class _Reader:
-    """Reads some statements of a module."""
-
-    def __init__(self, code: Code, module: Module, nodes: list[ast.stmt]) -> None:
-        self._code, self._module, self._nodes = code, module, nodes
-        self._found = _Found()
-        self._imports = {name: list(targets) for name, targets in module.imports.items()}
-        for node in nodes:
-            for inner in imports_in(node):
-                self._found.imported |= set(code.importing(runs(inner, module.package)))
-                for name, target in bindings(inner, module.package):
-                    self._imports.setdefault(name, []).append(target)
-
-    def uses(self) -> _Uses:
-        """What the statements say and use."""
-        text, found = "".join(map(self._text, self._nodes)), self._found
-        return _Uses(text, frozenset(found.places), frozenset(found.outside), frozenset(found.imported))
-
-    def _text(self, node: object) -> str:
-        """A syntax tree without places, docstrings and empty fields, so that Python versions agree on it.
-
-        First-party imports are left out: what they bind is told by its use.
-        """
-        if isinstance(node, list):
-            return "[" + ",".join(filter(None, map(self._text, node))) + "]"
-        if not isinstance(node, ast.AST):
-            return repr(node)
-        if isinstance(node, (ast.Name, ast.Attribute)) and (parts := chain(node)) is not None:
-            return self._name(parts)
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and is_first_party(node, self._module.package):
-            return ""
-        if isinstance(node, ast.Call):
-            self._computed_import(node)
-        fields = []
-        for name in node._fields:
-            value = getattr(node, name, None)
-            if name == "body" and isinstance(node, DEFINITIONS):
-                value = without_docstrings(value or [])
-            if value is not None and value != [] and name not in {"type_comment", "kind", "ctx"}:
-                fields.append(f"{name}={self._text(value)}")
-        return f"{type(node).__name__}({','.join(fields)})"
-
-    def _name(self, parts: list[str]) -> str:
-        """Take up a dotted name; its text without the first-party modules that it leads through."""
-        name, text = parts[0], ".".join(parts)
-        if name in self._module.definitions:
-            self._found.places.add((name, (self._module.name, name)))
-        for target in self._imports.get(name, []):
-            text = self._follow(target, parts)
-        if name not in self._module.definitions and name not in self._imports:
-            for star in self._module.stars:
-                self._found.places.update((name, place) for place in self._code.resolve(star, None))
-        return text
-
-    def _follow(self, target: Target, parts: list[str]) -> str:
-        """Follow what an import bound, and the names after it, as far as they lead through modules."""
-        (module, name), label, rest = target, parts[0], parts[1:]
-        if module.partition(".")[0] not in self._code.packages:
-            self._found.outside.add((label, f"{module}:{name}"))
-            return ".".join(parts)
-        through = name is None
-        if name is not None and self._code.module(f"{module}.{name}"):
-            module, name, through = f"{module}.{name}", None, True
-        while name is None and rest:
-            if self._code.module(f"{module}.{rest[0]}"):
-                module, rest = f"{module}.{rest[0]}", rest[1:]
-            else:
-                name, rest = rest[0], rest[1:]
-        if through:
-            label = name or "*"
-        self._found.places.update((label, place) for place in self._code.resolve(module, name))
-        return ".".join([label, *rest])
-
-    def _computed_import(self, node: ast.Call) -> None:
-        called = chain(node.func) or [""]
-        if called[-1] not in {"import_module", "__import__"}:
-            return
-        argument = node.args[0] if node.args else None
-        if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
-            raise FingerprintError(
-                f"{self._module.name} line {node.lineno} imports a module by a computed name: the code that a stage "
-                "runs must be known by reading it, import it by name"
-            )
-        self._found.places.update(("*", place) for place in self._code.resolve(argument.value, None))
-
-
-def _digest(uses: _Uses, digests: dict[Place, str]) -> str:
+def _digest(uses: Uses, digests: dict[Place, str]) -> str:
     """Digest of statements, given those of the places that they name."""
     names = {(label, digests[place]) for label, place in uses.places} | uses.outside
     return _sha("\n".join([uses.text, *(f"{label} {target}" for label, target in sorted(names))]))

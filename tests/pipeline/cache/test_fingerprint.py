@@ -66,7 +66,7 @@ def test_editing_rmsnorm_changes_exactly_the_stages_that_reach_it(code_copy: Pat
     ("file", "old", "new", "stages"),
     [
         # reached through another module only: the stages import models.vq, which uses _norm
-        ("models/vq.py", "eps=1e-6", "eps=1e-5", {"tokenizer", "tokenize", "entropy_head", "sample", "evaluate"}),
+        ("models/vq.py", "eps=1e-6", "eps=1e-5", {"tokenizer", "tokenize", "sample", "evaluate"}),
         ("stages/scores/statistics.py", "self.n - 1", "self.n", {"evaluate"}),
         ("models/patching.py", "positions < 2", "positions < 1", {"patch_index", "entropy_head", "sample"}),
         ("stages/training/optim.py", "0.5 * (1", "0.6 * (1", {"tokenizer", "entropy_model", "train", "entropy_head"}),
