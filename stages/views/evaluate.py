@@ -80,7 +80,8 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: Runt
     """Write `metrics.json` (flat) and `scores.json` (how they were made)."""
     path = inputs["evaluate"] / FEATURES
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        # NumPy leaves a file open that it opened itself and that turns out to be damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             found = Found(dict(saved), config)
     except Exception as error:  # on damaged bytes zipfile and NumPy raise almost anything
         raise ArtifactError(f"{path} is damaged ({error}): `dpar verify --deep` names what is") from error

@@ -24,7 +24,6 @@ from stages.runtime.artifact import read_json
 from stages.runtime.errors import ArtifactError, InputError
 from stages.stores.image_index import ImageIndex
 
-
 BROKEN_LIST = "record/broken.json"
 
 
