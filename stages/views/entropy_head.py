@@ -55,13 +55,13 @@ class Found:
     entropies: EntropyStore
     rule: PatchRule
     calibrated: dict[str, Entropies]
-    """By source, of training views."""
+    """Entropies of training views, by source."""
     heldout: dict[str, Entropies]
-    """By source, of the first held-out images, first view."""
+    """Entropies of the first view of the first held-out images, by source."""
 
     @classmethod
     def of(cls, inputs: Inputs) -> Found:
-        """From finished artifacts."""
+        """Open the finished artifacts."""
         store = TokenStore.open(inputs["tokenize"] / "tokens.zarr")
         return cls(
             store=store,

@@ -35,17 +35,17 @@ class Found:
 
     @property
     def samples(self) -> Features:
-        """Of all samples, (N, D)."""
+        """Features of all samples, (N, D)."""
         return self.arrays["samples"]
 
     @property
     def splits(self) -> int:
-        """Parts of the Inception score."""
+        """Parts that the samples are split into for the Inception score."""
         return min(_SPLITS, len(self.arrays["samples_logits"]))
 
     @property
     def reference(self) -> FeatureStats:
-        """Of the training images."""
+        """Statistics of the training images' features."""
         count = int(self.arrays["reference_count"])
         return FeatureStats(count, self.arrays["reference_mean"], self.arrays["reference_covariance"] * (count - 1))
 
