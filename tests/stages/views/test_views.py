@@ -1,4 +1,4 @@
-"""Every stage's view: its numbers by hand, the same bytes from the same artifact, and what is drawn without its inputs."""
+"""The view of every stage: its numbers by hand, its bytes twice, and what is drawn when inputs are missing."""
 
 from __future__ import annotations
 
