@@ -1,1 +1,1 @@
-"""Pictures and numbers for people, drawn from finished artifacts. In no key and in no digest."""
+"""Pictures and numbers for people. They are drawn from finished artifacts, and no key or digest depends on them."""

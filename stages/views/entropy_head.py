@@ -57,13 +57,13 @@ class Found:
     entropies: EntropyStore
     rule: PatchRule
     calibrated: Mapping[str, Entropies]
-    """By source, of training views."""
+    """Entropies of training views, by source."""
     heldout: Mapping[str, Entropies]
-    """By source, of the first held-out images, first view."""
+    """Entropies of the first view of the first held-out images, by source."""
 
     @classmethod
     def of(cls, inputs: Inputs) -> Found:
-        """From finished artifacts."""
+        """Open the finished artifacts."""
         store = TokenStore.of(inputs)
         return cls(
             store=store,

@@ -29,7 +29,7 @@ class Found:
 
     @property
     def splits(self) -> int:
-        """Parts of the Inception score."""
+        """Parts that the samples are split into for the Inception score."""
         return min(_SPLITS, len(self.sets.samples_logits))
 
     def distance(self, features: Features) -> float:

@@ -24,7 +24,7 @@ class PatchHistograms:
 
     def __init__(self, num_tokens: int, max_entropy: float) -> None:
         self.max_entropy = max_entropy
-        """Of a uniform guess, nats: where the scale ends."""
+        """Entropy of a uniform guess in nats: the end of the scale."""
         self.lengths: NDArray[np.int64] = np.zeros(num_tokens + 1, dtype=np.int64)
         """Patches of each length; place 0 stays empty."""
         self.entropies: NDArray[np.int64] = np.zeros(ENTROPY_BINS, dtype=np.int64)

@@ -53,7 +53,7 @@ def patch_numbers(store: TokenStore, index: PatchIndex) -> dict[str, float]:
 
 
 def _histograms(store: TokenStore, index: PatchIndex, entropies: EntropyStore | None) -> PatchHistograms:
-    """Of training images in all views, or of evenly spread ones."""
+    """Histograms of the training images in all views, or of evenly spread ones if there are more than _SAMPLED."""
     total = store.num_train * store.num_views
     rows = np.linspace(0, total - 1, min(total, _SAMPLED)).astype(np.int64)
     histograms = PatchHistograms(store.num_tokens, math.log(store.codebook_size))

@@ -45,13 +45,13 @@ class PatchReport:
     share_by_row: float | None
     """Patches that a row of the grid begins with although their first token was not uncertain, of all patches."""
     png_correlation: float | None
-    """Of the number of patches with the size of the image as PNG (Pearson); None if all images have as many."""
+    """Pearson correlation of the number of patches with the size of the PNG file; None if either does not vary."""
 
 
 def patch_report(inputs: Inputs, output: Path) -> PatchReport:
     """Write `histograms.png`, `png_size.png`, `extremes.png` and `report.json`, and return the numbers.
 
-    Of a large data set an even selection of images is looked at. Reads the artifacts of dataset, tokenize, entropy_map
+    At most MAX_IMAGES evenly spread images are looked at. Reads the artifacts of dataset, tokenize, entropy_map
     and patch_index, and the images.
 
     Raises:

@@ -113,7 +113,13 @@ def enlarged(image: Pixels) -> Image.Image:
 
 
 def patches_outlined(image: Pixels, starts: npt.NDArray[np.bool_], grid: int) -> Image.Image:
-    """The same with its patches outlined, which start where `starts` (T,) says, `grid` tokens along a side."""
+    """An image, enlarged and faded, with its patches outlined.
+
+    Args:
+        image: (H, W, 3), as many pixels high as wide.
+        starts: Where patches start, (T,) in raster order.
+        grid: Tokens along one side.
+    """
     large = enlarged(image)
     outlined = _faded(large)
     _outline(outlined, starts, grid, large.width / grid)

@@ -11,7 +11,7 @@ from stages.views.record import last_metrics
 
 
 def write_losses(output: Path, artifact: Path, store: TokenStore, first_position: int) -> None:
-    """Write `metrics.json`; with held-out images it holds the best per-position unigram loss on them too.
+    """Write `metrics.json`: the held-out loss and, with held-out images, the best per-position unigram loss on them.
 
     Args:
         output: Folder of the view.
