@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def dpar(*words: str, home: Path, images: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     settings = ["--set", f"dataset.root={images}", "--set", f"runtime.home={home}"]

@@ -18,6 +18,8 @@ from pipeline.project import DPAR
 from stages.runtime.job import Job
 from stages.sample import sample
 
+pytestmark = pytest.mark.slow
+
 UNITS = 12
 
 

@@ -21,6 +21,8 @@ from stages.stores.entropies import EntropyStore
 from stages.stores.samples import SampleStore
 from stages.stores.tokens import TokenStore
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[[str, Section, dict[str, Path]], Path]
 
 

@@ -18,6 +18,8 @@ from pipeline.graph import Stage
 from pipeline.launch import StageFailed, launch
 from stages.runtime.job import Job
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGE = Stage(name="alpha", inputs=(), summary="", spmd=True)
 MODULE = """

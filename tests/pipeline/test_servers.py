@@ -32,6 +32,7 @@ def test_neither_prefect_nor_mlflow_is_imported_before_it_is_needed(module: str)
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_up_serves_and_down_leaves_nothing(runtime: RuntimeConfig) -> None:
     addresses = servers.up(runtime)
     assert addresses.prefect == f"http://{HOST}:{runtime.prefect_port}"
@@ -58,6 +59,7 @@ def test_a_taken_port_is_told_with_who_has_it_and_how_to_choose_another(runtime:
     assert not (runtime.home / ".servers" / "state.json").exists()
 
 
+@pytest.mark.slow
 def test_when_one_does_not_start_the_others_are_ended(runtime: RuntimeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "nonsense")
     with pytest.raises(ServerError, match="Prefect ended while it started"):
@@ -75,6 +77,7 @@ def test_state_of_processes_that_have_died_counts_as_down(runtime: RuntimeConfig
     servers.down(runtime)  # this test's own process has the pid, and lives on
 
 
+@pytest.mark.slow
 def test_the_temporary_server_is_gone_after_the_body_however_it_ends(runtime: RuntimeConfig) -> None:
     ports = []
 

@@ -28,11 +28,13 @@ def paper_rows() -> Rows:
     return {(row.model, row.image_size): row for row in measure()}
 
 
+@pytest.mark.slow
 def test_by_default_every_number_of_the_paper_is_counted(paper_rows: Rows) -> None:
     assert list(paper_rows) == list(PAPER_GMACS)
     assert len(PAIRS) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), PAPER_GMACS)
 def test_the_forward_costs_what_the_paper_says(paper_rows: Rows, name: str, size: int) -> None:
     bound = 0.5 if name.endswith("XL") else 0.1
@@ -41,12 +43,14 @@ def test_the_forward_costs_what_the_paper_says(paper_rows: Rows, name: str, size
     assert abs(difference) <= bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), PAIRS)
 def test_what_dpar_saves_is_what_the_paper_says(paper_rows: Rows, name: str, size: int) -> None:
     bound = 0.4 if name.endswith("XL") else 0.2  # DPAR's and LlamaGen's bounds above of what is left, and a rounding
     assert paper_rows[name, size].saved_percent == pytest.approx(REDUCTION[name, size], abs=bound)
 
 
+@pytest.mark.slow
 def test_only_the_entropy_model_eats_what_the_smallest_dpar_saves_in_sampling(paper_rows: Rows) -> None:
     saved = {
         pair: {cost.boundaries: cost.saved_percent for cost in sampling_costs(paper_rows[pair])}

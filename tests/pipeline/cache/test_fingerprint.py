@@ -170,6 +170,7 @@ def test_statements_that_run_on_import_count_one_by_one(tmp_path: Path) -> None:
     assert together == apart != fewer
 
 
+@pytest.mark.slow
 def test_moves_in_the_real_tree_leave_every_stage_cached(code_copy: Path) -> None:
     """A module renamed, a function moved, a file split, a package around a module: nothing that is computed changes."""
     before = all_digests(code_copy)

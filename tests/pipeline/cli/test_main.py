@@ -52,6 +52,7 @@ def test_status_tells_every_stage_before_anything_is_made(
     assert "not made yet" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_stage_runs_once_and_is_cached_then(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["stage", "dataset", *options]) == 0
     assert "ran " in capsys.readouterr().out
@@ -181,6 +182,7 @@ def test_a_damaged_input_is_one_line_and_code_1(
     assert (index.read_bytes() == data) is False
 
 
+@pytest.mark.slow
 def test_gc_lists_and_removes_when_told_to(
     options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -281,6 +283,7 @@ def test_a_traceback_comes_only_when_asked_for(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(options: list[str], tmp_path: Path) -> None:
     images = tmp_path / "images" / "cat"
     for number in range(3000):

@@ -19,7 +19,7 @@ from conf.schema import RuntimeConfig
 from pipeline import servers
 from pipeline.processes import free_port
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class Prefect:

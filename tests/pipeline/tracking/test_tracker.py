@@ -24,7 +24,10 @@ from pipeline.tracking.metric_tail import StageRun
 from pipeline.tracking.tracker import Tracker, sync
 from stages.runtime.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # of MLflow's own queries
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),
+]  # of MLflow's own queries
 SETTINGS, _ = load_settings("tiny")
 
 

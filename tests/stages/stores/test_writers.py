@@ -50,6 +50,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_eight_writers_killed_twelve_times_end_with_the_bytes_of_one(tmp_path: Path, undisturbed: Path) -> None:
     said = run(sys.executable, SCRIPT, "kill", tmp_path / "tokens.zarr")
     assert said["killed"] > 40  # most of 12 x 8 were in the middle of their units
@@ -68,6 +69,7 @@ def may_mount() -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not may_mount(), reason="file systems cannot be mounted here")
 def test_a_full_disk_keeps_what_is_finished_and_goes_on_when_there_is_room(tmp_path: Path, undisturbed: Path) -> None:
     """On a file system of 800 KB of its own, seen by the writer alone and gone with it."""

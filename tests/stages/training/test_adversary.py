@@ -131,6 +131,7 @@ def test_a_killed_run_ends_the_same_bit_for_bit(tmp_path: Path, ema_decay: float
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
 
 
+@pytest.mark.slow
 def test_two_processes_with_the_same_samples_train_as_one(tmp_path: Path) -> None:
     """Their gradients are equal, so is the mean; and BatchNorm, which sees a process's own batch, sees the same one."""
     script = tmp_path / "script.py"

@@ -73,6 +73,7 @@ def eager_and_compiled(device: torch.device, *, bfloat16: bool) -> tuple[list[fl
     return losses(eager, device, bfloat16=bfloat16), losses(compiled, device, bfloat16=bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 def test_twenty_compiled_steps_have_the_losses_of_eager_ones() -> None:
@@ -82,6 +83,7 @@ def test_twenty_compiled_steps_have_the_losses_of_eager_ones() -> None:
     assert compiled == pytest.approx(eager, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_new_mask_at_every_step_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """The road that CUDA takes, with a dense softmax under xformers' own mask in place of its kernel."""

@@ -119,6 +119,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_try(tmp_path: P
     assert state["step"] == 20
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_point_leaves_a_run_that_ends_the_same(tmp_path: Path) -> None:
     """A real process is killed twice at unplanned points, then left to finish."""
     script = tmp_path / "script.py"
