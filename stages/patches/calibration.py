@@ -69,7 +69,7 @@ class SourceEntropies:
         path = inputs["entropy_head"] / file
         try:
             # NumPy leaves a file open that it opened itself and that turns out to be damaged.
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as saved:
                 return cls(dict(saved))
         except Exception as error:  # on damaged bytes zipfile and NumPy raise almost anything
             raise ArtifactError(f"{path} is missing or damaged ({error}): run the entropy_head stage again") from error

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -195,6 +196,17 @@ class Tiny:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Tiny:
     """The small project, nothing made yet."""
+    return make_tiny_project(tmp_path)
+
+
+@pytest.fixture
+def make_tiny() -> Callable[[Path], Tiny]:
+    """Makes the small project in an empty folder."""
+    return make_tiny_project
+
+
+def make_tiny_project(tmp_path: Path) -> Tiny:
+    """The small project in a folder."""
     shutil.copytree(ROOT / "stages" / "runtime", tmp_path / "stages" / "runtime")
     shutil.copy(ROOT / "stages" / "__init__.py", tmp_path / "stages")
     (tmp_path / "stages" / "views").mkdir()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cache import listing
 from pipeline.cache.listing import distrust, look
 
 
@@ -136,13 +137,13 @@ def test_a_shallow_look_trusts_folders_that_are_unchanged_and_says_since_when(
     before = look(images, "image_folder", home, deep=False)
     assert before.trusted_since == 1000.0
     listed: list[str] = []
-    scandir = os.scandir
+    read_folder = listing._read_folder
 
-    def spy(path: Path) -> object:
-        listed.append(Path(path).name)
-        return scandir(path)
+    def spy(folder: Path, taken: Callable[[str], bool]) -> listing.Entry:
+        listed.append(folder.name)
+        return read_folder(folder, taken)
 
-    monkeypatch.setattr("os.scandir", spy)
+    monkeypatch.setattr(listing, "_read_folder", spy)
     overwrite(images / "cats/1.png", b"y" * 10)
     assert look(images, "image_folder", home, deep=False) == before
     assert listed == []
