@@ -77,15 +77,21 @@ def starts_by_hand(entropies: np.ndarray, threshold: float) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def artifacts(tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run) -> dict[str, Path]:
-    """Of all stages."""
-    return tiny_artifacts | {"evaluate": run_in_process("evaluate", tiny_settings.evaluate, tiny_artifacts)}
+def settings(tiny_settings: Settings) -> Settings:
+    """Without the ladder, whose distances take long and are held against others in test_evaluate.py."""
+    return tiny_settings.model_copy(update={"evaluate": tiny_settings.evaluate.model_copy(update={"ladder": False})})
 
 
 @pytest.fixture(scope="module")
-def views(tiny_settings: Settings, artifacts: dict[str, Path], draw_view: Run) -> dict[str, Path]:
+def artifacts(settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run) -> dict[str, Path]:
+    """Of all stages."""
+    return tiny_artifacts | {"evaluate": run_in_process("evaluate", settings.evaluate, tiny_artifacts)}
+
+
+@pytest.fixture(scope="module")
+def views(settings: Settings, artifacts: dict[str, Path], draw_view: Run) -> dict[str, Path]:
     """The views of all stages."""
-    return {name: draw_view(name, getattr(tiny_settings, name), artifacts) for name in STAGES}
+    return {name: draw_view(name, getattr(settings, name), artifacts) for name in STAGES}
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -99,9 +105,9 @@ def test_every_stage_has_a_view_that_is_called_like_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_same_artifact_gives_the_same_bytes(
-    name: str, views: dict[str, Path], artifacts: dict[str, Path], tiny_settings: Settings, draw_view: Run
+    name: str, views: dict[str, Path], artifacts: dict[str, Path], settings: Settings, draw_view: Run
 ) -> None:
-    again = content(draw_view(name, getattr(tiny_settings, name), artifacts))
+    again = content(draw_view(name, getattr(settings, name), artifacts))
     assert again == content(views[name])
     assert sorted(again) == sorted(["metrics.json", *FILES[name]])
 
@@ -173,11 +179,11 @@ def test_the_entropy_model_is_held_against_counting(views: dict[str, Path], arti
 
 @pytest.mark.parametrize("name", STAGES)
 def test_without_images_the_rest_is_drawn(
-    name: str, views: dict[str, Path], artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path
+    name: str, views: dict[str, Path], artifacts: dict[str, Path], settings: Settings, tmp_path: Path
 ) -> None:
     module, function = STAGES[name].view_entry
     draw = getattr(importlib.import_module(module), function)
-    draw(getattr(tiny_settings, name), artifacts, tmp_path, RuntimeConfig(device="cpu", threads=2))
+    draw(getattr(settings, name), artifacts, tmp_path, RuntimeConfig(device="cpu", threads=2))
     wanted = content(views[name])
     wanted.pop("patches.png", None)  # of real images
     assert content(tmp_path) == wanted
@@ -185,7 +191,7 @@ def test_without_images_the_rest_is_drawn(
 
 @pytest.fixture(scope="module")
 def without_heldout(
-    artifacts: dict[str, Path], tiny_settings: Settings, run_in_process: Run, tmp_path_factory: pytest.TempPathFactory
+    artifacts: dict[str, Path], settings: Settings, run_in_process: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """The same tokens and entropies, as if every image were for training, and what follows from them."""
     folder = tmp_path_factory.mktemp("without-heldout")
@@ -205,7 +211,7 @@ def without_heldout(
         writer.write(unit, entropy=both)
     writer.finish()
     made = artifacts | {name: folder / name for name in ("tokenize", "entropy_map", "entropy_head")}
-    made["patch_index"] = run_in_process("patch_index", tiny_settings.patch_index, made)
+    made["patch_index"] = run_in_process("patch_index", settings.patch_index, made)
     shutil.copytree(artifacts["entropy_head"], made["entropy_head"])
     none = np.empty((0, T), np.float32)
     np.savez(made["entropy_head"] / "heldout.npz", entropy_head=none, own_entropy=none)
@@ -213,10 +219,10 @@ def without_heldout(
 
 
 def test_without_heldout_images_training_views_are_shown(
-    without_heldout: dict[str, Path], tiny_settings: Settings, draw_view: Run
+    without_heldout: dict[str, Path], settings: Settings, draw_view: Run
 ) -> None:
     found = {
-        name: draw_view(name, getattr(tiny_settings, name), without_heldout)
+        name: draw_view(name, getattr(settings, name), without_heldout)
         for name in ("tokenize", "entropy_model", "entropy_map", "patch_index", "entropy_head")
     }
     assert set(numbers(found["entropy_head"])) == {
@@ -232,11 +238,11 @@ def test_without_heldout_images_training_views_are_shown(
 
 
 def test_static_patches_have_no_entropies_to_show(
-    views: dict[str, Path], artifacts: dict[str, Path], tiny_settings: Settings, run_in_process: Run, draw_view: Run
+    views: dict[str, Path], artifacts: dict[str, Path], settings: Settings, run_in_process: Run, draw_view: Run
 ) -> None:
-    fields = tiny_settings.patch_index.model_dump()
+    fields = settings.patch_index.model_dump()
     fields |= {"mode": "static", "threshold": None, "target_mean_length": None, "static_length": 4.0}
-    config = type(tiny_settings.patch_index).model_validate(fields)
+    config = type(settings.patch_index).model_validate(fields)
     inputs = {name: artifacts[name] for name in ("dataset", "tokenize")}
     view = draw_view("patch_index", config, inputs | {"patch_index": run_in_process("patch_index", config, inputs)})
     assert numbers(view) == {"mean_length": 4.0, "heldout_mean_length": 4.0, "patches_per_image": 16.0}
@@ -248,11 +254,11 @@ def test_static_patches_have_no_entropies_to_show(
 
 
 def test_a_model_without_patches_is_drawn_without_a_threshold(
-    artifacts: dict[str, Path], tiny_settings: Settings, run_in_process: Run, draw_view: Run, tmp_path: Path
+    artifacts: dict[str, Path], settings: Settings, run_in_process: Run, draw_view: Run, tmp_path: Path
 ) -> None:
     shape = GPTConfig(dim=32, num_layers=1, num_heads=2, codebook_size=V, num_tokens=T, num_classes=3)
     save_model(tmp_path, "llamagen", GPT(shape), shape)
-    config = tiny_settings.sample.model_copy(update={"boundaries": None})
+    config = settings.sample.model_copy(update={"boundaries": None})
     inputs = {"tokenizer": artifacts["tokenizer"], "tokenize": artifacts["tokenize"], "train": tmp_path}
     view = draw_view("sample", config, inputs | {"sample": run_in_process("sample", config, inputs)})
     assert numbers(view) == {"num_samples": 12, "sample_mean_patch_length": 1.0}
@@ -261,12 +267,12 @@ def test_a_model_without_patches_is_drawn_without_a_threshold(
 
 @pytest.mark.parametrize("mapped", [True, False])
 def test_the_entropy_models_threshold_is_counted_where_its_entropies_are_there(
-    mapped: bool, artifacts: dict[str, Path], tiny_settings: Settings, draw_view: Run, tmp_path: Path
+    mapped: bool, artifacts: dict[str, Path], settings: Settings, draw_view: Run, tmp_path: Path
 ) -> None:
     shutil.copytree(artifacts["sample"], tmp_path / "sample")
     rule = read_json(tmp_path / "sample" / "boundaries.json") | {"source": "entropy_model", "threshold": 4.146}
     write_json(tmp_path / "sample" / "boundaries.json", rule)
-    config = tiny_settings.sample.model_copy(update={"boundaries": "entropy_model"})
+    config = settings.sample.model_copy(update={"boundaries": "entropy_model"})
     inputs = {name: artifacts[name] for name in ("tokenize", "entropy_map")} | {"sample": tmp_path / "sample"}
     if not mapped:
         del inputs["entropy_map"]
@@ -283,18 +289,18 @@ def test_the_entropy_models_threshold_is_counted_where_its_entropies_are_there(
 
 
 def test_without_sources_there_is_nothing_to_draw(
-    artifacts: dict[str, Path], tiny_settings: Settings, draw_view: Run, tmp_path: Path
+    artifacts: dict[str, Path], settings: Settings, draw_view: Run, tmp_path: Path
 ) -> None:
     write_json(tmp_path / "thresholds.json", {})
-    view = draw_view("entropy_head", tiny_settings.entropy_head, artifacts | {"entropy_head": tmp_path})
+    view = draw_view("entropy_head", settings.entropy_head, artifacts | {"entropy_head": tmp_path})
     assert content(view).keys() == {"metrics.json"}
     assert numbers(view) == {}
 
 
 def test_without_the_tokenizer_sources_are_numbers_alone(
-    views: dict[str, Path], artifacts: dict[str, Path], tiny_settings: Settings, draw_view: Run
+    views: dict[str, Path], artifacts: dict[str, Path], settings: Settings, draw_view: Run
 ) -> None:
     inputs = {name: path for name, path in artifacts.items() if name != "tokenizer"}
-    view = draw_view("entropy_head", tiny_settings.entropy_head, inputs)
+    view = draw_view("entropy_head", settings.entropy_head, inputs)
     assert content(view).keys() == {"metrics.json"}
     assert numbers(view) == numbers(views["entropy_head"])
