@@ -14,9 +14,9 @@ from PIL import Image
 from conf.load import load_settings
 from conf.schema import RuntimeConfig, Settings
 from pipeline import runner
-from pipeline.cache.store.input_checks import is_chunk
-from pipeline.cache.store.keys import key_parts
-from pipeline.cache.store.manifest import key_of
+from pipeline.cache.input_checks import is_chunk
+from pipeline.cache.keys import key_parts
+from pipeline.cache.manifest import key_of
 from pipeline.graph import STAGES
 from pipeline.launch import StageFailed
 from pipeline.plan import plan, target
@@ -190,7 +190,7 @@ def test_a_stage_that_meets_other_bytes_makes_the_next_run_index_again(
     run: Callable[..., StageResult], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if the disk had flipped a bit: nothing about the file has changed but what it holds.
-    monkeypatch.setattr("pipeline.cache.store.listing._metadata", lambda stat: f"{stat.st_size} {stat.st_mtime_ns}")
+    monkeypatch.setattr("pipeline.cache.listing._metadata", lambda stat: f"{stat.st_size} {stat.st_mtime_ns}")
     first = run("dataset")
     for path in images.rglob("*.ppm"):
         swap_bytes(path)
