@@ -26,8 +26,8 @@ from stages.runtime.errors import InputError
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),
-]  # of MLflow's own queries
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # of MLflow's own queries
+]
 SETTINGS, _ = load_settings("tiny")
 
 
