@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 
 import numpy as np
@@ -104,10 +104,18 @@ class ImageSets:
 
     def __init__(self, inputs: Inputs, world: World, seed: int) -> None:
         self.index = ImageIndex.of(inputs)
-        self.tokens = TokenStore.of(inputs)
         self.samples = SampleStore.of(inputs)
-        self.vq: VQModel = load_vq(inputs["tokenizer"], world.device)
-        self.root, self.seed, self.device = inputs["images"], seed, world.device
+        self.inputs, self.root, self.seed, self.device = inputs, inputs["images"], seed, world.device
+
+    @cached_property
+    def tokens(self) -> TokenStore:
+        """Read for the ladder alone."""
+        return TokenStore.of(self.inputs)
+
+    @cached_property
+    def vq(self) -> VQModel:
+        """Read for the ladder alone."""
+        return load_vq(self.inputs["tokenizer"], self.device)
 
     @classmethod
     def open(cls, config: EvaluateConfig, inputs: Inputs, world: World) -> dict[str, ImageSet]:
