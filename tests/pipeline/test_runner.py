@@ -141,7 +141,8 @@ def test_two_runs_at_once_make_it_once(tiny: Tiny) -> None:
     first = tiny.start("alpha")
     wait_for(lambda: list((tiny.home / ".work").glob("*/record/steps")))
     second = tiny.start("alpha")
-    time.sleep(1.0)  # the second has come to the lock
+    assert second.stderr is not None
+    assert "waiting for it" in second.stderr.readline()  # the second has come to the lock
     gate.unlink()
     states = {process.communicate()[0].strip() for process in (first, second)}
     assert states == {"ran", "waited"}
