@@ -69,7 +69,7 @@ def sample_bigram(
     previous, tokens = torch.full_like(labels, model.config.codebook_size), []
     for position in range(uniforms.shape[1]):
         cumulative = model.table[previous].float().softmax(-1).cumsum(-1)
-        previous = torch.searchsorted(cumulative, uniforms[:, position, None])[:, 0].clamp(max=CODES - 1)
+        previous = torch.searchsorted(cumulative, uniforms[:, position, None].contiguous())[:, 0].clamp(max=CODES - 1)
         tokens.append(previous)
     return torch.stack(tokens, dim=1), torch.ones(uniforms.shape, dtype=torch.bool)
 

@@ -60,7 +60,7 @@ def test_a_preview_gets_what_the_options_say(
     assert run_command(["sample", "--set", "sample.top_k=50", *options]) == 0
     name, config, inputs, runtime, request, _ = previews[0]
     assert name == "preview"
-    assert config == SampleConfig(seed=9, cfg_scale=1.25, top_k=50)
+    assert config == SampleConfig(seed=9, cfg_scale=1.25, top_k=50, boundaries="entropy_head")
     assert inputs == {stage: cached / stage for stage in STAGES["sample"].inputs}
     assert isinstance(runtime, RuntimeConfig)
     assert request == Request(classes=["cat", "5"], count=4, patches=True, output=Path("a.png"))
