@@ -23,10 +23,10 @@ from conf.train import FAMILIES, TrainConfig, for_every_family
 from models.boundaries import Boundaries
 from models.token_sampling import SamplingOptions
 from pipeline.bench.family_costs import FAMILY_COSTS
-from pipeline.cache.keys import inputs_read
-from pipeline.graph import STAGES
+from pipeline.graph import STAGES, inputs_read
 from stages.families import ARCHITECTURES, RECIPES, Architecture, Objective, Recipe
-from stages.sampling.sampler import TOKEN_STREAM, Sampler, stream
+from stages.runtime.randomness import Purpose, stream
+from stages.sampling.sampler import Sampler
 from stages.stores.tokens import TokenStore
 from stages.training.data import TokenBatch, TokenData
 from stages.weights.own import MODEL_FILE
@@ -133,7 +133,7 @@ def test_from_loss_to_samples(bigram: Settings, tiny_artifacts: dict[str, Path],
     assert found["patch_starts"].all()
     cumulative = table.softmax(-1).cumsum(-1).numpy()
     for tokens, number in zip(found["tokens"], (5, 0), strict=True):
-        uniforms = stream(0, TOKEN_STREAM, number).random(TOKENS)
+        uniforms = stream(0, Purpose.TOKENS, number).random(TOKENS)
         rows = cumulative[[CODES, *tokens[:-1]]]
         low = np.where(tokens > 0, rows[range(TOKENS), tokens.astype(int) - 1], 0.0)
         assert (low - 1e-5 <= uniforms).all(), "each token is where its number lies in the distribution"
