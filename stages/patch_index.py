@@ -115,7 +115,8 @@ def _rule(config: PatchIndexConfig, store: EntropyStore, threshold: float) -> Pa
 
 
 def _index_rule(config: PatchIndexConfig, store: EntropyStore, threshold: float | None) -> IndexRule:
-    if threshold is not None:
+    if config.mode == "entropy":
+        assert threshold is not None  # the schema asks for one, or for what it is found by
         return IndexRule.by_entropy(_rule(config, store, threshold))
     assert config.static_length is not None  # the schema ties it to the mode
     return IndexRule.static(config.static_length)

@@ -21,7 +21,8 @@ def _fields(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, tuple[
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _fields(f"{prefix}{name}.", field.annotation)
         else:
-            yield f"{prefix}{name}", (section.__name__, name)
+            declares = next(parent for parent in section.__mro__ if name in parent.__annotations__)
+            yield f"{prefix}{name}", (declares.__name__, name)
 
 
 FAMILY_FIELDS = [field for section in FAMILIES.values() for field in _fields("train.", section)]
@@ -79,7 +80,9 @@ def test_every_ablation_changes_the_base_and_says_how() -> None:
 
 def test_every_setting_is_read_where_its_section_is_known() -> None:
     paths = [path for folder in ("pipeline", "stages") for path in (ROOT / folder).rglob("*.py")]
-    readers = [(text, _attributes_read(text)) for text in (path.read_text(encoding="utf-8") for path in paths)]
+    readers = [(text, _attributes_read(ast.parse(text))) for text in map(_text, paths)]
+    # A property of a section reads for those who read the property.
+    readers += [(text, _read_by_properties(text)) for text in map(_text, (ROOT / "conf").glob("*.py"))]
     unread = {
         address
         for address, (section, name) in ADDRESSES.items()
@@ -88,5 +91,15 @@ def test_every_setting_is_read_where_its_section_is_known() -> None:
     assert unread == set()
 
 
-def _attributes_read(text: str) -> set[str]:
-    return {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _attributes_read(tree: ast.AST) -> set[str]:
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def _read_by_properties(text: str) -> set[str]:
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    properties = [node for node in functions if [ast.unparse(name) for name in node.decorator_list] == ["property"]]
+    return set().union(*map(_attributes_read, properties))
