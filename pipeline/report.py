@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.boundary_sources import BOUNDARY_SOURCES, calibrated_sources
 from pipeline.views import VIEWS, read_metrics
 from stages.scores.table import RUNGS, SCORES
 
@@ -22,16 +23,14 @@ CARRIED: dict[tuple[str, str], tuple[str, str]] = {
     ("train", "unigram_loss"): ("train_unigram_loss", "nats a token, by counting alone"),
     ("patch_index", "mean_length"): ("patch_index_mean_length", "tokens a patch, in training images"),
     ("patch_index", "patches_per_image"): ("patch_index_patches_per_image", "positions of the global stack"),
-    ("entropy_head", "entropy_head_correlation"): (
-        "entropy_head_correlation",
-        "of the head's entropies with the entropy model's, held-out images",
-    ),
-    ("entropy_head", "entropy_head_agreement"): (
-        "entropy_head_agreement",
-        "share of tokens for which it opens a patch alike",
-    ),
-    ("entropy_head", "own_entropy_correlation"): ("own_entropy_correlation", "the same of DPAR's own entropy"),
-    ("entropy_head", "own_entropy_agreement"): ("own_entropy_agreement", "the same of DPAR's own entropy"),
+    **{
+        ("entropy_head", f"{source}_{name}"): (f"{source}_{name}", f"{meaning} ({BOUNDARY_SOURCES[source].label})")
+        for source in calibrated_sources()
+        for name, meaning in (
+            ("correlation", "with the entropy model's entropies, held-out images"),
+            ("agreement", "share of tokens for which it opens a patch as the entropy model does"),
+        )
+    },
     ("sample", "sample_mean_patch_length"): ("sample_mean_patch_length", "tokens a patch, in samples"),
 }
 """Numbers of earlier stages that belong beside the scores: name in the report, and meaning."""

@@ -14,7 +14,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from conf.train import DPARSettings, LlamaGenSettings, NPPSettings, TrainConfig, TransformerSettings, for_every_family
+from conf.train import (
+    DPARSettings,
+    JointHeadConfig,
+    LlamaGenSettings,
+    NPPSettings,
+    TrainConfig,
+    TransformerSettings,
+    for_every_family,
+)
 from models.boundaries import Boundaries
 from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
 from models.dpar import DPAR
@@ -196,7 +204,7 @@ def _patched_batches(settings: DPARSettings, store: TokenStore, inputs: Inputs) 
 
 
 def _patched_objective(settings: DPARSettings, model: DPAR, data: PatchedData) -> Objective:
-    joint = settings.entropy_head
+    joint: JointHeadConfig = settings.entropy_head
     if joint.kind == "none" or not isinstance(data, EntropyData):
         return Objective(DPARObjective(model))
     head = EntropyHead(EntropyHeadConfig.of(model.config, joint.kind))  # the model's first weights are made before it

@@ -156,7 +156,9 @@ def _run(
         chosen = None if preset == BASE else preset, None if ablation == UNCHANGED else ablation, overrides
         settings, runtime = load_settings(*chosen)
         wanted = select(settings, from_stage, until_stage, force)
-        statuses = asked_for(plan(settings, runtime), wanted, settings, force=force, given=as_options(*chosen))
+        statuses = asked_for(
+            plan(settings, runtime, deep=True), wanted, settings, force=force, given=as_options(*chosen)
+        )
     except TOLD as error:
         return Failed(message=str(error), data=error)
     for status in statuses:
