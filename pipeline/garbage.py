@@ -1,7 +1,7 @@
-"""Collecting what nothing needs: which folders of the cache can go, why, and whose settings they are of.
+"""Garbage collection: folders of the cache that nothing needs, the reason, and the nearest preset of each.
 
-Only what the cache itself has made is ever listed: real folders named by a key, below the real folder of their stage,
-with a manifest that can be trusted. Everything else below home is a person's, and so is what only looks like ours.
+Only folders that the cache itself made are listed: real folders named by a key, in the real folder of their stage, with
+a valid manifest. Anything else below home belongs to the user and is never listed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pipeline.project import DPAR, Project
 from stages.runtime.artifact import read_json
 from stages.runtime.errors import InputError
 
-RUNS = ".servers/runs"  # one file for each key that MLflow has a run of
+RUNS = ".servers/runs"  # one file for each key that has an MLflow run
 DAY_S = 24 * 60 * 60
 _REPLACED = re.compile(r"(.+)\.\d+")
-_SHOWN = 2  # settings named of an artifact
+_SHOWN = 2  # settings shown for each artifact
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Garbage:
     why: str
     bytes: int
     belongs: str
-    """The nearest preset, and what its settings have otherwise; empty where that is not known."""
+    """The nearest preset and the settings that differ from it; empty if unknown."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a look for garbage found."""
+    """Result of `find_garbage`."""
 
     garbage: list[Garbage]
     left_alone: list[tuple[Path, str]]
-    """Folders named as artifacts whose manifest cannot be trusted, and what is wrong with it."""
+    """Folders named by a key whose manifest is invalid, and the reason. They are not removed."""
 
 
 def find_garbage(
@@ -61,17 +61,17 @@ def find_garbage(
     older_than_s: float,
     project: Project = DPAR,
 ) -> Found:
-    """List what `collect` would remove.
+    """List the folders that `collect` would remove.
 
-    Kept are the artifacts of these settings and of all presets, what was made, tracked or worked on lately, and
-    everything that any of these were made from. What a running process makes or reads is not listed.
+    Kept are the artifacts of these settings and of all presets, artifacts made, tracked or worked on recently, and
+    everything that any of these were made from. Artifacts that a running process makes or reads are not listed.
 
     Args:
-        settings: Of the whole run.
-        runtime: Where the artifacts are.
-        presets: By name.
-        older_than_s: What is younger is kept.
-        project: The graph and its code.
+        settings: Settings of all stages.
+        runtime: Runtime settings; `home` is the folder of the cache.
+        presets: Settings of the presets by name.
+        older_than_s: Age in seconds; younger artifacts are kept.
+        project: Graph and code.
     """
     search = _Search(Cache(runtime.home), project, presets, now() - older_than_s)
     needed = search.needed([settings, *presets.values()], runtime)
@@ -80,13 +80,13 @@ def find_garbage(
 
 
 def collect(home: Path, found: Iterable[Garbage]) -> list[Garbage]:
-    """Remove what `find_garbage` found, except what a process has taken up since; returns what was removed."""
+    """Remove what `find_garbage` found, except artifacts that are in use by now. Returns what was removed."""
     cache = Cache(home)
     removed = []
     for entry in found:
-        with cache.alone(entry.key) as free:
+        with cache.exclusive(entry.key) as free:
             if free and _is_real_folder(entry.path):
-                # Out of its place at once: a removal that is cut short must not leave half an artifact there.
+                # Rename first: an interrupted removal must not leave half an artifact in place.
                 in_place = entry.path.parent.name not in (WORK, TRASH)
                 shutil.rmtree(cache.discard(entry.path) if in_place else entry.path)
                 removed.append(entry)
@@ -94,7 +94,7 @@ def collect(home: Path, found: Iterable[Garbage]) -> list[Garbage]:
 
 
 class _Search:
-    """One look through a cache."""
+    """One search of a cache for garbage."""
 
     def __init__(self, cache: Cache, project: Project, presets: Mapping[str, Settings], cutoff: float) -> None:
         self.cache, self.project, self.presets, self.cutoff = cache, project, presets, cutoff
@@ -104,7 +104,7 @@ class _Search:
             for path in _real_folders(cache.home / name):
                 if stage_of(path.name) == name:
                     self._take(path)
-        # A person may have put artifacts elsewhere, with links here: they are never removed, but count as sources.
+        # Artifacts that a user moved elsewhere and linked to are never removed, but count as sources.
         self.made = {manifest.key: manifest for name in project.graph for _, manifest in cache.manifests(name)}
         self._by_content: dict[tuple[str, str], set[str]] = {}
         for manifest in self.made.values():
@@ -117,7 +117,7 @@ class _Search:
             self.left_alone.append((path, str(error)))
 
     def needed(self, wanted: Iterable[Settings], runtime: RuntimeConfig) -> set[str]:
-        """Keys that are kept."""
+        """Keys of the artifacts that are kept."""
         waiting = {key for settings in wanted for key in self._keys(settings, runtime)} | self._recent()
         for path in self._recent_work():
             waiting |= {path.name}
@@ -133,10 +133,10 @@ class _Search:
         return reached
 
     def _keys(self, settings: Settings, runtime: RuntimeConfig) -> Iterator[str]:
-        """Keys of what these settings ask for; of a stage that is not cached, of all artifacts of the same settings."""
+        """Keys of the artifacts of these settings: the cached one of each stage, else all with the stage's settings."""
         try:
             statuses = {status.stage: status for status in plan(settings, runtime, self.project)}
-        except (InputError, FingerprintError, OSError):  # such as a preset whose image root is elsewhere
+        except (InputError, FingerprintError, OSError):  # e.g. a preset whose image root does not exist here
             statuses = {}
         for stage in self.project.graph.values():
             status = statuses.get(stage.name)
@@ -150,18 +150,18 @@ class _Search:
                 )
 
     def _is_of(self, manifest: Manifest, settings: Settings) -> bool:
-        """Whether an artifact and all that it was made from have these settings, as far as that is still there."""
+        """Whether an artifact, and everything it was made from that still exists, has these settings."""
         if manifest.parts["settings"] != getattr(settings, manifest.stage).key_fields():
             return False
         sources = [self._sources(source) for source in _inputs(manifest.parts)]
         return all(not keys or any(self._is_of(self.made[key], settings) for key in keys) for keys in sources)
 
     def _sources(self, source: tuple[str, str]) -> set[str]:
-        """Keys of the artifacts of a stage with some content."""
+        """Keys of the artifacts with the stage and content digest `source`."""
         return self._by_content.get(source, set())
 
     def _recent(self) -> set[str]:
-        """Keys of what was made or tracked lately."""
+        """Keys of artifacts made or tracked recently."""
         made = {key for key, manifest in self.made.items() if manifest.created >= self.cutoff}
         runs = self.cache.home / RUNS
         return made | {path.stem for path in runs.glob("*.json") if path.lstat().st_mtime >= self.cutoff}
@@ -173,30 +173,30 @@ class _Search:
         return [path for path in self._work() if _newest(path) >= self.cutoff]
 
     def replaced(self) -> Iterator[Garbage]:
-        """What forced runs have replaced."""
+        """Artifacts that forced runs have replaced."""
         for path in _real_folders(self.cache.home / TRASH):
             match = _REPLACED.fullmatch(path.name)
             if match and stage_of(match[1]) in self.project.graph:
                 yield self._garbage(path, match[1], "replaced by a forced run", _parts_of(path, match[1]))
 
     def unfinished(self, needed: set[str]) -> Iterator[Garbage]:
-        """What runs have left that did not finish."""
+        """Work folders of unfinished runs."""
         for path in self._work():
             if path.name not in needed:
-                yield self._garbage(path, path.name, "left by a run that did not finish", _parts_of_work(path))
+                yield self._garbage(path, path.name, "left by an unfinished run", _parts_of_work(path))
 
     def unneeded(self, needed: set[str]) -> Iterator[Garbage]:
-        """Artifacts that nothing kept was made from."""
+        """Artifacts that are not needed."""
         for path, manifest in self.own.items():
             if manifest.key not in needed:
-                yield self._garbage(path, manifest.key, "nothing kept was made from it", manifest.parts)
+                yield self._garbage(path, manifest.key, "no kept artifact was made from it", manifest.parts)
 
     def _garbage(self, path: Path, key: str, why: str, parts: Parts | None) -> Garbage:
         stage = self.project.graph[str(stage_of(key))]
         return Garbage(path, key, why, _size(path), "" if parts is None else self._belongs(stage, parts))
 
     def _belongs(self, stage: Stage, parts: Parts) -> str:
-        """`preset tiny with training.steps=5`: the nearest presets and what the artifact's settings have otherwise."""
+        """Nearest presets and the settings that differ, e.g. `preset tiny with training.steps=5`."""
         own = flat(parts["settings"])
         found: dict[str, list[str]] = {}
         for name, preset in self.presets.items():
@@ -227,7 +227,7 @@ def _parts_of(path: Path, key: str) -> Parts | None:
 
 
 def _parts_of_work(path: Path) -> Parts | None:
-    """What the key of a work folder was made of, None where that is not known."""
+    """Parts of the key of a work folder; None if unknown."""
     try:
         parts = read_json(path / PARTS)
     except (OSError, ValueError):
@@ -236,7 +236,7 @@ def _parts_of_work(path: Path) -> Parts | None:
 
 
 def _real_folders(parent: Path) -> list[Path]:
-    """Folders in a folder, by name; links, also the folder itself, are left out."""
+    """Subfolders sorted by name, without symbolic links; empty if `parent` itself is a link."""
     if not _is_real_folder(parent):
         return []
     with os.scandir(parent) as entries:
@@ -251,12 +251,12 @@ def _is_real_folder(path: Path) -> bool:
 
 
 def _stats(folder: Path) -> Iterator[os.stat_result]:
-    """Of a folder and everything below it; links are not followed."""
+    """`lstat` of a folder and everything below it; links are not followed."""
     for place, folders, names in os.walk(folder):
         for name in [".", *folders, *names]:
             try:
                 yield os.lstat(os.path.join(place, name))
-            except OSError:  # gone meanwhile
+            except OSError:  # removed in the meantime
                 continue
 
 

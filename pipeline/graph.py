@@ -1,4 +1,4 @@
-"""The stages, what each reads, and what its key is made of. The order below is an order in which they can run."""
+"""The graph of stages: what each stage reads and what enters its key. `STAGES` is in a valid order of execution."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ class Stage:
     """One stage of the graph.
 
     Attributes:
-        name: Of the stage, of its settings section, and of its module in `stages`.
+        name: Name of the stage, of its settings section, and of its module in `stages`.
         inputs: Stages whose artifacts it reads; their content digests are in its key.
-        reads_images: It opens image files: "images" is among its inputs, and the dataset's digest stands for them.
-        spmd: It runs under torchrun.
-        packages: Installed packages whose version (major.minor) can change its numbers.
-        external: What it reads from outside the graph, so that its digest belongs in the key: the image files, or a
-            weights file that the settings name.
-        summary: One line for people.
-        shown_with: Stages whose artifacts its views need beside `inputs`; in no key. See `stages.views`.
+        reads_images: Whether it opens image files: its job then has an input "images". The digest of the dataset
+            represents the images in its key.
+        spmd: Whether it runs under torchrun.
+        packages: Installed packages whose version (major.minor) can change its result.
+        external: External files that it reads, whose digest is in its key: the image files, or a weights file named
+            by this setting.
+        summary: One line for users.
+        shown_with: Stages whose artifacts its view reads in addition to `inputs`; not in the key. See `stages.views`.
     """
 
     name: str
@@ -34,12 +35,12 @@ class Stage:
 
     @property
     def entry(self) -> tuple[str, str]:
-        """Module and function that do the work: where the code fingerprint starts."""
+        """Module and function of the stage; the code fingerprint starts here."""
         return f"stages.{self.name}", self.name
 
     @property
     def view_entry(self) -> tuple[str, str]:
-        """Module and function that draw the views of a finished artifact."""
+        """Module and function that draw the view of a finished artifact."""
         return f"stages.views.{self.name}", self.name
 
 
@@ -102,19 +103,19 @@ STAGES: dict[str, Stage] = {
     )
 }
 
-# What cannot change the content of an artifact and is left out of the code fingerprint, each with the reason.
+# Code that cannot change the content of an artifact and is left out of the fingerprint, each with the reason.
 VIEWS = "stages.views"
 NEUTRAL: dict[str, str] = {
-    "stages.runtime": "how a stage's process runs, how files are written, what a person is told",
-    VIEWS: "drawn from finished artifacts",
-    "stages.training.log": "metrics.jsonl is part of the record, not of the content",
-    "stages.training.validation": "held-out numbers go to metrics.jsonl, and no weight depends on them",
+    "stages.runtime": "running a stage's process, writing files, progress and logs",
+    VIEWS: "views are drawn from finished artifacts",
+    "stages.training.log": "metrics.jsonl is in the record, not in the content",
+    "stages.training.validation": "held-out losses go to metrics.jsonl; no weight depends on them",
 }
-COUNTED = frozenset({"stages.runtime.randomness"})  # what is drawn at random is a result
+COUNTED = frozenset({"stages.runtime.randomness"})  # random numbers change results
 
 
 def inputs_read(stage: Stage, settings: Any) -> tuple[str, ...]:
-    """The inputs that `stage` reads under these settings: the others are in no key, and nothing waits for them."""
+    """Inputs that `stage` reads under these settings. The others are not in its key and need not exist."""
     unread = getattr(settings, stage.name).unread_inputs(settings)
     return tuple(name for name in stage.inputs if name not in unread)
 

@@ -1,4 +1,4 @@
-"""What a run would do: the state of every stage, and why."""
+"""Plan of a run: the state of every stage, and the reason."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ State = Literal["cached", "stale", "missing"]
 class StageStatus:
     """State of a stage under some settings.
 
-    `stale`: something like it was made, under other settings, code or inputs; `missing`: nothing was. Without finished
-    inputs there is no key yet.
+    `stale`: an artifact was made with other settings, code or inputs, or it is damaged. `missing`: none was made. `key`
+    and `path` are None until the inputs are finished.
     """
 
     stage: str
@@ -40,24 +40,24 @@ def plan(
     """State of every stage of the graph, in order.
 
     Args:
-        settings: Of the whole run.
-        runtime: Where the artifacts are.
-        project: The graph and its code.
-        deep: Look at every image file; else what is remembered of an unchanged folder is trusted.
+        settings: Settings of all stages.
+        runtime: Runtime settings; `home` is the folder of the cache.
+        project: Graph and code.
+        deep: Check every image file; otherwise skip the files of unchanged folders.
     """
     return [status for status, _ in _survey(settings, runtime, project, deep=deep)]
 
 
 def cached_paths(statuses: Iterable[StageStatus]) -> dict[str, Path]:
-    """Artifacts of the stages that are cached."""
+    """Artifacts of the cached stages, by stage."""
     return {status.stage: status.path for status in statuses if status.state == "cached" and status.path is not None}
 
 
 def require_cached(settings: Settings, runtime: RuntimeConfig, names: Collection[str], command: str) -> dict[str, Path]:
-    """Artifacts of some stages, all of which must be cached; `command` would make them.
+    """Artifacts of the stages `names`, which must be cached. The error message suggests `command` to make them.
 
     Raises:
-        InputError: One is not.
+        InputError: A stage is not cached.
     """
     statuses = [status for status in plan(settings, runtime) if status.stage in names]
     missing = [status.stage for status in statuses if status.state != "cached"]
@@ -67,17 +67,17 @@ def require_cached(settings: Settings, runtime: RuntimeConfig, names: Collection
 
 
 def target(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) -> Target:
-    """What a stage would be made from under these settings."""
+    """Parts and code that a stage would be made from under these settings."""
     return next(found for status, found in _survey(settings, runtime, project) if status.stage == stage.name)
 
 
 def explain(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) -> list[str]:
-    """Every change between a stage's nearest artifact and what it would be made from now; empty when it is cached."""
+    """All changes since a stage's nearest artifact was made; empty if the stage is cached."""
     status, wanted = next(pair for pair in _survey(settings, runtime, project) if pair[0].stage == stage.name)
     if status.state == "cached":
         return []
     cache = Cache(runtime.home)
-    if status.path is not None and status.path.exists():  # made from just this, and damaged since
+    if status.path is not None and status.path.exists():  # made with this key, and damaged since
         return [status.reason]
     return _changes(cache, stage, wanted) + _waits(wanted) or [status.reason]
 
@@ -85,7 +85,7 @@ def explain(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: P
 def _survey(
     settings: Settings, runtime: RuntimeConfig, project: Project, *, deep: bool = False
 ) -> Iterator[tuple[StageStatus, Target]]:
-    """State of every stage, and what it would be made from."""
+    """State of every stage, and its target."""
     cache = Cache(runtime.home)
     digests: dict[str, str] = {}
     for stage in project.graph.values():
@@ -130,7 +130,7 @@ def _status(cache: Cache, stage: Stage, wanted: Target) -> tuple[StageStatus, Ma
 
 
 def _changes(cache: Cache, stage: Stage, wanted: Target) -> list[str]:
-    """Differences to the nearest artifact, none without one."""
+    """Differences from the nearest artifact; empty if there is none."""
     found = nearest(cache.manifests(stage.name), wanted)
     return [] if found is None else lines(found[1])
 

@@ -1,4 +1,4 @@
-"""Long-lived processes: in a group of their own, waited for until they answer, known again later, ended whole."""
+"""Server processes: start one in its own process group, wait until it answers, find it again later, terminate it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pathlib import Path
 
 import psutil
 
-HOST = "127.0.0.1"  # servers are for the person at this machine
-_GRACE_S = 10.0  # between asking a process to end and killing it
+HOST = "127.0.0.1"  # servers are for local users only
+_GRACE_S = 10.0  # between SIGTERM and SIGKILL
 _POLL_S = 0.1
-_SAME_S = 1.0  # creation times shift a little when the clock is set; a pid is not used again that soon
+_SAME_S = 1.0  # tolerance of creation times, which shift when the clock is set; a pid is not reused that soon
 _TAIL_LINES = 5
 _PR_SET_PDEATHSIG = 1
 
 
 class ServerError(RuntimeError):
-    """A server did not start; the message says where its log is and how it ends."""
+    """A server did not start. The message has the end and the path of its log."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """A process that serves, known by pid and by when it was created: a pid alone may be another's by now."""
+    """A server process, identified by pid and creation time, since pids are reused."""
 
     name: str
     pid: int
@@ -40,11 +40,11 @@ class Service:
 
     @property
     def alive(self) -> bool:
-        """Whether this very process still runs."""
+        """Whether this process, not another one with the same pid, still runs."""
         return self._process() is not None
 
     def end(self) -> None:
-        """Ask the whole process group to end, then insist; does nothing to a process that only has the same pid."""
+        """Terminate the whole process group: SIGTERM, then SIGKILL. Does nothing if the process has ended."""
         process = self._process()
         if process is None:
             return
@@ -52,8 +52,8 @@ class Service:
         deadline = time.monotonic() + _GRACE_S
         while _runs(process) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        self._signal_group(signal.SIGKILL)  # also for workers that outlived their leader
-        with contextlib.suppress(ChildProcessError):  # it is another process's child
+        self._signal_group(signal.SIGKILL)  # for workers that outlived their leader
+        with contextlib.suppress(ChildProcessError):  # not a child of this process
             os.waitpid(self.pid, 0)
 
     def _process(self) -> psutil.Process | None:
@@ -65,21 +65,21 @@ class Service:
             return None
 
     def _signal_group(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):  # all of it has ended
+        with contextlib.suppress(ProcessLookupError):  # the group has ended
             os.killpg(self.pid, number)
 
 
 def start(
     name: str, command: Sequence[str], environment: Mapping[str, str], log: Path, *, die_with_parent: bool
 ) -> Service:
-    """Start a process with its output appended to `log`; Ctrl-C in this terminal does not reach it.
+    """Start a process and append its output to `log`. Ctrl-C in this terminal does not reach it.
 
     Args:
-        name: For messages.
-        command: What to run.
-        environment: All of the process's environment.
-        log: Where its output goes; the folder is made.
-        die_with_parent: Have the kernel end it when the thread that starts it ends, however that comes about.
+        name: Name in messages.
+        command: Command line.
+        environment: The whole environment of the process.
+        log: File for its output; the folder is created.
+        die_with_parent: Let the kernel terminate it when the thread that started it ends for any reason (Linux only).
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -93,7 +93,7 @@ def start(
             preexec_fn=parent_death_hook() if die_with_parent else None,
         )
     service = Service(name, process.pid, psutil.Process(process.pid).create_time(), str(log))
-    process.returncode = 0  # `Service` watches it from here on; without this Popen warns of a child not waited for
+    process.returncode = 0  # `Service` watches the process; without this, Popen warns that it was not waited for
     return service
 
 
@@ -101,24 +101,24 @@ def wait_until(service: Service, is_ready: Callable[[], bool], timeout_s: float)
     """Wait until a service answers.
 
     Raises:
-        ServerError: It ended, or it took too long.
+        ServerError: The process ended, or did not answer in time.
     """
     deadline = time.monotonic() + timeout_s
     while not is_ready():
         if not service.alive:
-            raise ServerError(f"{service.name} ended while it started: {_log_end(service)}")
+            raise ServerError(f"{service.name} ended during startup: {_log_end(service)}")
         if time.monotonic() > deadline:
             raise ServerError(f"{service.name} did not answer within {timeout_s:.0f} s: {_log_end(service)}")
         time.sleep(_POLL_S)
 
 
 def answers(port: int, path: str) -> bool:
-    """Whether a GET on this machine is answered with 200. Proxies that the environment names are not asked."""
+    """Whether a GET request to this machine is answered with 200. Proxies in the environment are not used."""
     return fetch(port, path) is not None
 
 
 def fetch(port: int, path: str) -> bytes | None:
-    """Body of a GET on this machine, None unless it was answered with 200."""
+    """Body of a GET request to this machine; None unless it was answered with 200."""
     connection = http.client.HTTPConnection(HOST, port, timeout=5)
     try:
         connection.request("GET", path)
@@ -132,7 +132,7 @@ def fetch(port: int, path: str) -> bytes | None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -140,9 +140,9 @@ def free_port() -> int:
 
 
 def listener(port: int) -> str | None:
-    """Who listens on a port of this machine, for a person; None when it is free."""
+    """Name and pid of the process that listens on a port of this machine; None if the port is free."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a port just left is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a port in TIME_WAIT counts as free
         try:
             probe.bind((HOST, port))
         except OSError:
@@ -160,7 +160,7 @@ def _owner(port: int) -> str:
 
 
 def _runs(process: psutil.Process) -> bool:
-    """A zombie runs no more; its parent has only not looked yet."""
+    """Whether a process runs. A zombie has ended; its parent has not waited for it yet."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -170,11 +170,11 @@ def _runs(process: psutil.Process) -> bool:
 def _log_end(service: Service) -> str:
     lines = Path(service.log).read_text(encoding="utf-8", errors="replace").split("\n")
     last = " | ".join([line.strip() for line in lines if line.strip()][-_TAIL_LINES:])
-    return f"{last or 'it left no output'} (log: {service.log})"
+    return f"{last or 'no output'} (log: {service.log})"
 
 
 def parent_death_hook() -> Callable[[], None] | None:
-    """What a child must call before it becomes its program, so that the kernel ends it with its parent; Linux only."""
+    """A `preexec_fn` that makes the kernel terminate the child when its parent dies; None except on Linux."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,4 @@
-"""What the cache needs to know of a project: its graph and where its code lies. Tests have small ones of their own."""
+"""A project as the cache sees it: its graph and its code. Tests define small projects of their own."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Project:
     graph: Mapping[str, Stage]
     code_root: Path
     code: Code = field(init=False, repr=False, compare=False)
-    """What decides a result."""
+    """Code that determines results."""
     view_code: Code = field(init=False, repr=False, compare=False)
-    """What decides a result or shows it."""
+    """Code that determines results or draws views."""
     _memories: dict[Path, CodeMemory] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -28,15 +28,15 @@ class Project:
         object.__setattr__(self, "view_code", Code(self.code_root, frozenset(NEUTRAL) - {VIEWS}, COUNTED))
 
     def fingerprint(self, stage: Stage, home: Path) -> Fingerprint:
-        """Fingerprint of the code that makes a stage's artifacts; `home` holds what is remembered of it."""
+        """Fingerprint of a stage's code; remembered in a file in `home`."""
         return self._memory(self.code, home).fingerprint(stage.entry)
 
     def view_fingerprint(self, stage: Stage, home: Path) -> Fingerprint:
-        """Fingerprint of the code that draws a stage's view."""
+        """Fingerprint of the code of a stage's view; remembered in a file in `home`."""
         return self._memory(self.view_code, home).fingerprint(stage.view_entry)
 
     def has_view(self, stage: Stage) -> bool:
-        """Whether something is drawn from a stage's artifacts."""
+        """Whether a stage has a view."""
         return self.view_code.file_of(stage.view_entry[0]) is not None
 
     def _memory(self, code: Code, home: Path) -> CodeMemory:

@@ -1,7 +1,7 @@
-"""What a run made, for a person: the ladder of scores, the other numbers, and where the pictures lie.
+"""Report of a run: the ladder of distances, the other scores, and the paths of the pictures.
 
-One distance means little alone. The ladder puts the samples between what no model can beat (held-out images, and the
-same images after the tokenizer) and what any model must beat (tokens drawn without looking at each other).
+A single distance means little. The ladder compares the samples with bounds: held-out images and their reconstructions
+by the tokenizer, which no model can beat, and independently sampled tokens, which any model must beat.
 """
 
 from __future__ import annotations
@@ -16,43 +16,43 @@ from stages.scores.table import RUNGS, SCORES
 
 DISTANCES = ("fid", *SCORES["frechet"].names.values())
 CARRIED: dict[tuple[str, str], tuple[str, str]] = {
-    ("tokenizer", "psnr"): ("tokenizer_psnr", "of reconstructed images, dB"),
+    ("tokenizer", "psnr"): ("tokenizer_psnr", "dB, of reconstructed images"),
     ("entropy_model", "heldout_loss"): ("entropy_model_heldout_loss", "nats a token"),
-    ("entropy_model", "unigram_loss"): ("entropy_model_unigram_loss", "nats a token, by counting alone"),
+    ("entropy_model", "unigram_loss"): ("entropy_model_unigram_loss", "nats a token, from token frequencies"),
     ("train", "heldout_loss"): ("train_heldout_loss", "nats a token"),
-    ("train", "unigram_loss"): ("train_unigram_loss", "nats a token, by counting alone"),
+    ("train", "unigram_loss"): ("train_unigram_loss", "nats a token, from token frequencies"),
     ("patch_index", "mean_length"): ("patch_index_mean_length", "tokens a patch, in training images"),
-    ("patch_index", "patches_per_image"): ("patch_index_patches_per_image", "positions of the global stack"),
+    ("patch_index", "patches_per_image"): ("patch_index_patches_per_image", "positions in the global stack"),
     **{
         ("entropy_head", f"{source}_{name}"): (f"{source}_{name}", f"{meaning} ({BOUNDARY_SOURCES[source].label})")
         for source in calibrated_sources()
         for name, meaning in (
-            ("correlation", "with the entropy model's entropies, held-out images"),
-            ("agreement", "share of tokens for which it opens a patch as the entropy model does"),
+            ("correlation", "with the entropies of the entropy model, held-out images"),
+            ("agreement", "share of tokens where it and the entropy model agree on a boundary"),
         )
     },
     ("sample", "sample_mean_patch_length"): ("sample_mean_patch_length", "tokens a patch, in samples"),
 }
-"""Numbers of earlier stages that belong beside the scores: name in the report, and meaning."""
+"""Numbers of earlier stages that are reported with the scores: name in the report, and meaning."""
 MEANINGS = {
     **{name: f"{info.meaning}, {info.better} is better" for info in SCORES.values() for name in info.names.values()},
     "ratio_to_marginals": "samples / marginals, lower is better",
     "ratio_to_random": "samples / random, lower is better",
-    "threshold": "nats; a token of a greater entropy opens a patch",
-    "share_above_threshold": "of the tokens of training images",
+    "threshold": "nats; a token with a greater entropy opens a patch",
+    "share_above_threshold": "share of training tokens above the threshold",
     **dict(CARRIED.values()),
 }
 PICTURES = (
     ("sample", "grid.png", "samples, one row a class"),
     ("patch_index", "patches.png", "images cut into patches"),
-    ("patch_index", "histograms.png", "lengths of patches, and entropies"),
-    ("entropy_head", "sources.png", "the same images as each source of boundaries cuts them"),
+    ("patch_index", "histograms.png", "patch lengths and entropies"),
+    ("entropy_head", "sources.png", "the same images cut by each boundary source"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One number with a few words on how to read it."""
+    """One number and its meaning."""
 
     name: str
     value: float
@@ -61,12 +61,12 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What the views of finished artifacts say.
+    """Numbers and pictures of finished artifacts.
 
     Attributes:
-        source: Stage whose numbers come first; None when no artifact has any.
+        source: Stage whose numbers come first; None if no artifact has any.
         ladder: Distances to the training images, from the best possible to the worst.
-        scores: The other numbers: of `source` in the order of its view, then those of earlier stages.
+        scores: The other numbers: those of `source` in the order of its view, then those of earlier stages.
         pictures: Path of each picture and what it shows.
     """
 
@@ -77,7 +77,7 @@ class Report:
 
 
 def collect(artifacts: Mapping[str, Path]) -> Report:
-    """Report on finished artifacts, given in the order of the graph: first the numbers of the last that has any."""
+    """Report on finished artifacts, given in the order of the graph. The last one that has numbers is the source."""
     source, metrics = None, dict[str, float]()
     carried: dict[str, float] = {}
     for stage, path in artifacts.items():
@@ -107,7 +107,7 @@ def numbers(report: Report) -> dict[str, float]:
 
 
 def _ladder(metrics: Mapping[str, float]) -> tuple[Score, ...]:
-    """The rungs that there are: without held-out images there are none."""
+    """Rungs of the ladder that were measured; empty without held-out images."""
     base = next((name for name in DISTANCES if name in metrics), "")
     rungs = {f"{base}_{rung}": meaning for rung, meaning in RUNGS.items()}
     return tuple(

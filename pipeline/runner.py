@@ -1,6 +1,6 @@
-"""The one way to run a stage: the command line and Prefect both call `run_stage`.
+"""Run a stage. The command line and the Prefect flow both call `run_stage`.
 
-An artifact is committed before any server hears of it, so a dead server costs nothing but the view.
+An artifact is committed before any server is told, so a server that is down never costs an artifact.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageResult:
-    """How a stage's artifact came to be there. "waited": another process was making it and finished."""
+    """Result of `run_stage`. State "waited": another process was making the artifact and finished it."""
 
     stage: str
     state: Literal["cached", "ran", "waited"]
@@ -43,20 +43,20 @@ class StageResult:
     metrics: dict[str, float]
     duration_s: float
     view_error: str | None = None
-    """Why the view of the artifact could not be drawn."""
+    """Why the view of the artifact was not drawn; None if it was drawn or is current."""
 
 
 class Observer(Protocol):
-    """Is told what happens, after it is safe on disk. It must not raise."""
+    """Receives the events of a run, each after its effect is safe on disk. Methods must not raise."""
 
     def stage_started(self, stage: str, key: str, work: Path) -> None:
-        """The stage's process is about to start in `work`."""
+        """The stage's process is about to start in the folder `work`."""
 
     def stage_progress(self, stage: str, progress: dict[str, Any]) -> None:
-        """The stage has got further; see `stages.runtime.progress`."""
+        """The stage made progress; see `stages.runtime.progress`."""
 
     def stage_finished(self, result: StageResult) -> None:
-        """The artifact is there: made, found, or waited for."""
+        """The artifact exists: made, cached, or made by another process."""
 
     def stage_failed(self, stage: str, error: BaseException) -> None:
         """The stage failed or was stopped."""
@@ -87,20 +87,20 @@ def run_stage(
     observer: Observer | None = None,
     project: Project = DPAR,
 ) -> StageResult:
-    """Make a stage's artifact unless it is there.
+    """Make a stage's artifact unless it is cached.
 
     Args:
-        stage: Of `project.graph`; its inputs must be finished.
-        settings: Of the whole run.
-        runtime: Where and how.
-        force: Make it again; what is there stays until the new one is complete.
-        observer: Is told of start, progress and end.
-        project: The graph and its code.
+        stage: A stage of `project.graph`; its inputs must be finished.
+        settings: Settings of all stages.
+        runtime: Runtime settings.
+        force: Make the artifact again. The old one stays in place until the new one is complete.
+        observer: Receives the events of the run.
+        project: Graph and code.
 
     Raises:
-        InputError: An input is not finished, or a file that the settings name is missing or has changed meanwhile.
-        ArtifactError: An input is damaged; it is marked, so that the next run makes it again.
-        StageFailed: The stage's process did not end well.
+        InputError: An input is not finished, or a file named in the settings is missing or has changed since.
+        ArtifactError: An input is damaged. It is marked, and the next run makes it again.
+        StageFailed: The stage's process failed.
     """
     observer = observer or NullObserver()
     cache = Cache(runtime.home)
@@ -112,8 +112,9 @@ def run_stage(
     before = cache.lookup(key)
     waited: list[bool] = []
     if before is None or force:
-        with cache.lock(key, on_wait=lambda: waited.append(_say_waiting(key))) as lock:
-            # Someone may have finished it between the look and the lock; a forced run wants one made after it began.
+        with cache.lock(key, on_wait=lambda: waited.append(_log_waiting(key))) as lock:
+            # Another process may have finished it before this one got the lock. A forced run accepts it only if it is
+            # not the artifact found before.
             found = cache.lookup(key)
             if found is None or (force and found == before):
                 run = _Run(stage, settings, runtime, project, cache, observer, code)
@@ -123,7 +124,7 @@ def run_stage(
             before = found
     path, view_error = cache.path(before.key), None
     if not views.is_current(stage, path, cache.home, project):
-        view_error = views.draw(stage, settings, runtime, path, _known(settings, runtime, project), project)
+        view_error = views.draw(stage, settings, runtime, path, _cached_artifacts(settings, runtime, project), project)
     result = _result(cache, before, "waited" if waited else "cached", view_error)
     observer.stage_finished(result)
     return result
@@ -140,31 +141,31 @@ class _Run:
     cache: Cache
     observer: Observer
     code: Fingerprint
-    """Of the code that starts now."""
+    """Fingerprint of the stage's code, taken before the process starts."""
 
     def make(self, parts: Parts, inputs: dict[str, Manifest], lock: int) -> StageResult:
-        """Run the process in the work folder of its key, then commit."""
+        """Run the process in the work folder of its key, then commit and draw the view."""
         name, key = self.stage.name, key_of(parts)
         work = self.cache.begin(parts)
         self.observer.stage_started(name, key, work)
         started = time.monotonic()
         try:
             with self.cache.reading([manifest.key for manifest in inputs.values()]) as reading:
-                input_checks.require_whole(self.cache, name, inputs)
+                input_checks.require_undamaged(self.cache, name, inputs)
                 self._require_external(parts, deep=True)
                 self._launch(work, inputs, lock, reading)
-                input_checks.require_same(self.cache, name, inputs)
+                input_checks.require_unchanged(self.cache, name, inputs)
                 self._require_external(parts, deep=False)
                 manifest = self.cache.commit(parts, time.monotonic() - started, self.code.definitions)
         except BaseException as error:
             self.observer.stage_failed(name, error)
             raise
-        known = _known(self.settings, self.runtime, self.project)
+        known = _cached_artifacts(self.settings, self.runtime, self.project)
         view_error = views.draw(self.stage, self.settings, self.runtime, self.cache.path(key), known, self.project)
         return _result(self.cache, manifest, "ran", view_error)
 
     def _launch(self, work: Path, inputs: dict[str, Manifest], lock: int, reading: tuple[int, ...]) -> None:
-        """Run the process to its end. What it found wrong with its inputs is kept for the next run."""
+        """Run the process to its end. Damaged inputs and changed images that it reports are marked for the next run."""
         paths = {name: self.cache.path(manifest.key) for name, manifest in inputs.items()}
         if self.stage.reads_images:
             paths["images"] = image_root(self.settings.dataset)
@@ -195,7 +196,7 @@ class _Run:
             raise
 
     def _require_external(self, parts: Parts, *, deep: bool) -> None:
-        """Weights must be those that the key was made of: the same bytes at the start, the same file at the end."""
+        """Check that imported weights match the key: the same bytes at the start, the same file at the end."""
         if self.stage.external in (None, "images"):
             return
         section = getattr(self.settings, self.stage.name)
@@ -203,7 +204,7 @@ class _Run:
             when = "since it was last read" if deep else f"while {self.stage.name} ran"
             raise InputError(
                 f"{self.stage.name}.{self.stage.external} {getattr(section, str(self.stage.external))} has changed "
-                f"{when}: nothing was made of it, run again"
+                f"{when}: no artifact was made, run again"
             )
 
 
@@ -219,14 +220,14 @@ def _finished_inputs(
         if manifest is None:
             raise InputError(
                 f"{stage.name} reads {name}, which is {statuses[name].state} ({statuses[name].reason}): "
-                f"run it first, `dpar run --until {name}`"
+                f"run it first: `dpar run --until {name}`"
             )
         found[name] = manifest
     return found
 
 
-def _known(settings: Settings, runtime: RuntimeConfig, project: Project) -> dict[str, Path]:
-    """All artifacts that are cached under these settings."""
+def _cached_artifacts(settings: Settings, runtime: RuntimeConfig, project: Project) -> dict[str, Path]:
+    """Artifacts cached under these settings, by stage."""
     return cached_paths(plan(settings, runtime, project))
 
 
@@ -240,6 +241,6 @@ def _result(
     )
 
 
-def _say_waiting(key: str) -> bool:
+def _log_waiting(key: str) -> bool:
     logger.warning("another process is making %s: waiting for it", key)
     return True

@@ -1,6 +1,6 @@
-"""Which stages a command asks for: the `--from`, `--until` and `--force` of the command line and of the flow.
+"""Selection of stages: `--from`, `--until` and `--force` of the command line and of the Prefect flow.
 
-What belongs to a run follows from its settings: a stage that nothing reads under them is left out.
+The settings decide which stages belong to a run: stages that nothing reads under them are left out.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _LAST = next(reversed(STAGES))
 
 
 def known_stage(name: str) -> str:
-    """`name`, if a stage has it.
+    """`name`, checked to be the name of a stage.
 
     Raises:
-        InputError: None has.
+        InputError: There is no such stage.
     """
     if name not in STAGES:
         raise InputError(f"stage is {name!r}, expected one of {', '.join(STAGES)}")
@@ -31,16 +31,16 @@ def known_stage(name: str) -> str:
 def select(
     settings: Settings, from_stage: str | None = None, until_stage: str | None = None, force: Iterable[str] = ()
 ) -> list[str]:
-    """Names of the stages asked for, in an order in which they can run.
+    """Names of the selected stages, in a valid order of execution.
 
     Args:
         settings: They decide which stages read each other.
-        from_stage: Leave out what does not depend on this stage.
-        until_stage: Make this stage, and leave out what it does not depend on.
-        force: Stages that must be among those asked for.
+        from_stage: First stage; stages that do not depend on it are left out. None for all.
+        until_stage: Last stage; stages that it does not depend on are left out. None for the last of the graph.
+        force: Stages that must be among the selected ones.
 
     Raises:
-        InputError: Unknown stage, nothing left to do, or a forced stage that is left out.
+        InputError: A stage is unknown, no stage is selected, or a forced stage is not selected.
     """
     last = known_stage(until_stage or _LAST)
     wanted = {last} | upstream(last, settings)
@@ -52,11 +52,11 @@ def select(
         )
     for name in force:
         if known_stage(name) not in wanted:
-            raise InputError(f"--force {name} is not among the stages asked for: {', '.join(_ordered(wanted))}")
+            raise InputError(f"--force is {name}, expected one of the selected stages: {', '.join(_ordered(wanted))}")
     return _ordered(wanted)
 
 
-def asked_for(
+def selected_statuses(
     statuses: Iterable[StageStatus],
     wanted: Iterable[str],
     settings: Settings,
@@ -64,17 +64,17 @@ def asked_for(
     force: Iterable[str] = (),
     given: str = "",
 ) -> list[StageStatus]:
-    """The statuses of the stages in `wanted`, those in `force` shown as what they will be: made again.
+    """Statuses of the selected stages. Forced stages that are cached are shown as stale.
 
     Args:
-        statuses: Of all stages.
-        wanted: Names of stages.
+        statuses: Statuses of all stages.
+        wanted: Names of the selected stages.
         settings: They decide which stages read each other.
-        force: Names of stages among them.
-        given: The options that chose the settings, see `as_options`, for advice.
+        force: Names of selected stages to make again.
+        given: Options that chose the settings, for the error message; see `as_options`.
 
     Raises:
-        InputError: A stage in `wanted` needs one that is neither cached nor itself in `wanted`.
+        InputError: A selected stage needs a stage that is neither cached nor selected.
     """
     wanted, by_name = set(wanted), {status.stage: status for status in statuses}
     for name in _ordered(wanted):
@@ -86,12 +86,12 @@ def asked_for(
                 )
     for name in force:
         if by_name[name].state == "cached":
-            by_name[name] = replace(by_name[name], state="stale", reason="asked for by --force")
+            by_name[name] = replace(by_name[name], state="stale", reason="requested by --force")
     return [by_name[name] for name in _ordered(wanted)]
 
 
 def as_options(preset: str | None, ablation: str | None, overrides: Sequence[str]) -> str:
-    """What chose the settings, as options of the command line with a space before each."""
+    """The options of the command line that chose the settings, each with a leading space."""
     named = [("--preset", preset), ("--ablation", ablation), *(("--set", override) for override in overrides)]
     return "".join(f" {option} {shlex.quote(value)}" for option, value in named if value is not None)
 

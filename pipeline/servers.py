@@ -1,6 +1,6 @@
-"""Prefect and MLflow on this machine: up, down, or a Prefect server for the length of one run.
+"""Prefect and MLflow servers on this machine: `up`, `down`, and a temporary Prefect server for a single run.
 
-Everything lies under home/.servers: databases, logs, and state.json, which says what `dpar up` has started.
+All files are under home/.servers: databases, logs, and state.json, which lists the processes that `dpar up` started.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from stages.runtime.artifact import read_json, write_json
 from stages.runtime.errors import InputError
 
 DEPLOYMENTS = ("dpar-pipeline/local", "dpar-stage/local")
-_START_TIMEOUT_S = 180.0  # a first start imports from a cold disk and makes its database
+_START_TIMEOUT_S = 180.0  # the first start reads from a cold disk and creates the database
 _PREFECT_HEALTH, _MLFLOW_HEALTH = "/api/health", "/health"
 
-# For people who did not ask to be counted, and for pages that show their own runs only.
+# No usage statistics, no promotional content.
 _QUIET = {
     "DO_NOT_TRACK": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -35,7 +35,7 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where a browser finds the servers."""
+    """URLs of the servers, for a browser."""
 
     prefect: str
     mlflow: str
@@ -43,41 +43,41 @@ class Addresses:
 
 @dataclass(frozen=True)
 class PrefectServer:
-    """A Prefect server that may still be starting: importing Prefect takes as long, so both are done at once."""
+    """A Prefect server that may still be starting. Call `wait` before use; meanwhile Prefect can be imported."""
 
     api_url: str
     wait: Callable[[], None]
 
 
 def server_folder(runtime: RuntimeConfig) -> Path:
-    """Where the servers keep their things."""
+    """Folder of the servers' files."""
     return runtime.home.absolute() / ".servers"
 
 
 def mlflow_uri(runtime: RuntimeConfig) -> str:
-    """The MLflow store of these settings."""
+    """URI of the MLflow store."""
     return runtime.tracking_uri or f"sqlite:///{server_folder(runtime) / 'mlflow.db'}"
 
 
 def environment(runtime: RuntimeConfig) -> dict[str, str]:
-    """Variables for Prefect and MLflow, to be set before either is imported. Those a person has set already win."""
+    """Environment variables for Prefect and MLflow, to be set before either is imported. Existing variables win."""
     home = {"PREFECT_HOME": str(server_folder(runtime) / "prefect"), "PREFECT_RUNNER_POLL_FREQUENCY": "2"}
     return _QUIET | home | os.environ
 
 
 def up(runtime: RuntimeConfig) -> Addresses:
-    """Start Prefect, MLflow, and the process that runs what is asked for on Prefect's page.
+    """Start Prefect, MLflow, and the process that executes runs requested on Prefect's page.
 
-    An MLflow server that `tracking_uri` names is not started, it runs elsewhere.
+    If `tracking_uri` is the URL of an MLflow server, no MLflow server is started here.
 
     Raises:
-        InputError: A port is taken.
-        ServerError: One of them did not start; the others are ended again.
+        InputError: A port is in use.
+        ServerError: A process did not start; the others are stopped again.
     """
     found = running(runtime)
     if found is not None:
         return found
-    down(runtime)  # what is left when one of them has died
+    down(runtime)  # stop the others if one of them has died
     addresses = _addresses(runtime)
     _check_free("prefect", runtime.prefect_port)
     if not _tracks_elsewhere(runtime):
@@ -95,7 +95,7 @@ def up(runtime: RuntimeConfig) -> Addresses:
 
 
 def down(runtime: RuntimeConfig) -> None:
-    """End what `up` has started, if it still runs."""
+    """Stop the processes that `up` started."""
     services, _ = _read_state(runtime)
     for service in reversed(services):
         service.end()
@@ -103,14 +103,14 @@ def down(runtime: RuntimeConfig) -> None:
 
 
 def running(runtime: RuntimeConfig) -> Addresses | None:
-    """Where the servers that `up` has started are; None unless all of them run."""
+    """URLs of the servers that `up` started; None unless all of them run."""
     services, addresses = _read_state(runtime)
     return addresses if all(service.alive for service in services) else None
 
 
 @contextmanager
 def prefect_server(runtime: RuntimeConfig) -> Iterator[PrefectServer]:
-    """The Prefect server for a run: PREFECT_API_URL's, else that of `up`, else a temporary one on the same data."""
+    """The Prefect server for a run: PREFECT_API_URL, else that of `up`, else a temporary one with the same database."""
     found = running(runtime)
     if "PREFECT_API_URL" in os.environ:
         yield PrefectServer(os.environ["PREFECT_API_URL"], wait=lambda: None)
@@ -123,10 +123,10 @@ def prefect_server(runtime: RuntimeConfig) -> Iterator[PrefectServer]:
 
 @contextmanager
 def temporary_prefect_server(runtime: RuntimeConfig) -> Iterator[PrefectServer]:
-    """Start a Prefect server on a free port, and end it when the body ends.
+    """Start a Prefect server on a free port, and stop it at the end of the block.
 
     Raises:
-        ServerError: From `wait`, when it does not start.
+        ServerError: Raised by `wait` if the server does not start.
     """
     port = free_port()
     service = _start_prefect(runtime, port, die_with_parent=True)
@@ -140,7 +140,7 @@ def temporary_prefect_server(runtime: RuntimeConfig) -> Iterator[PrefectServer]:
 
 
 def _start_all(runtime: RuntimeConfig) -> Iterator[Service]:
-    """Yield each process as soon as it exists, so that it can be ended whatever comes next."""
+    """Start the processes. Each is yielded as soon as it exists, so that the caller can stop it after a failure."""
     prefect_port, mlflow_port = runtime.prefect_port, runtime.mlflow_port
     prefect = _start_prefect(runtime, prefect_port, die_with_parent=False)
     yield prefect
@@ -158,7 +158,7 @@ def _start_all(runtime: RuntimeConfig) -> Iterator[Service]:
 
 def _start_prefect(runtime: RuntimeConfig, port: int, *, die_with_parent: bool) -> Service:
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    # The page asks this address from the browser; without it, it would ask port 4200 whatever the port is.
+    # The page in the browser uses this URL; its default is port 4200.
     address = {"PREFECT_SERVER_UI_API_URL": f"http://{HOST}:{port}/api"}
     log = server_folder(runtime) / "prefect.log"
     return start("Prefect", command, environment(runtime) | address, log, die_with_parent=die_with_parent)
@@ -168,7 +168,7 @@ def _start_mlflow(runtime: RuntimeConfig, port: int) -> Service:
     folder = server_folder(runtime)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", mlflow_uri(runtime), "--default-artifact-root", str(folder / "mlartifacts")]
-    # Its job runner is for a part of MLflow that is not used here: eight processes and a slow start less.
+    # MLflow's job runner is not used here. Disabling it saves eight processes and a slow start.
     jobs = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return start("MLflow", command, environment(runtime) | jobs, folder / "mlflow.log", die_with_parent=False)
 
@@ -181,13 +181,13 @@ def _start_runs(runtime: RuntimeConfig, prefect_port: int) -> Service:
 
 
 def _as_variables(runtime: RuntimeConfig) -> dict[str, str]:
-    """Runtime settings as `DPAR_*`, for runs started from Prefect's page."""
+    """Runtime settings as `DPAR_*` variables, for runs started from Prefect's page."""
     values = runtime.model_dump(mode="json", exclude_none=True) | {"home": str(runtime.home.absolute())}
     return {f"DPAR_{name.upper()}": str(value) for name, value in values.items()}
 
 
 def _polled_since(prefect_port: int, deployment: str, since: float) -> bool:
-    """Whether the process that runs a deployment has asked for work since a time, in seconds since the epoch."""
+    """Whether the process that serves a deployment has polled since a time (epoch seconds)."""
     body = fetch(prefect_port, f"/api/deployments/name/{deployment}")
     polled = json.loads(body)["last_polled"] if body is not None else None
     return polled is not None and datetime.fromisoformat(polled).timestamp() >= since
@@ -197,8 +197,8 @@ def _check_free(name: str, port: int) -> None:
     owner = listener(port)
     if owner is not None:
         raise InputError(
-            f"port {port}, wanted for {name}, is taken by {owner}: stop that, "
-            f"or choose another with --set runtime.{name}_port={port + 100} or DPAR_{name.upper()}_PORT"
+            f"port {port} for {name} is in use by {owner}: stop that process, "
+            f"or choose another port with --set runtime.{name}_port={port + 100} or DPAR_{name.upper()}_PORT"
         )
 
 
@@ -216,7 +216,7 @@ def _state_path(runtime: RuntimeConfig) -> Path:
 
 
 def _write_state(runtime: RuntimeConfig, services: Sequence[Service], addresses: Addresses | None) -> None:
-    """Addresses are written last: without them the servers are not up, only to be ended."""
+    """Write state.json. Without addresses, the servers are not up yet, but `down` can stop them."""
     known = asdict(addresses) if addresses is not None else None
     write_json(_state_path(runtime), {"services": [asdict(service) for service in services], "addresses": known})
 

@@ -1,4 +1,4 @@
-"""Looking after the cache: verify what it holds, accept an artifact for the current code."""
+"""Maintenance of the cache: verify its artifacts, accept an artifact for the current code."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pipeline.plan import target
 from pipeline.project import DPAR, Project
 from stages.runtime.errors import InputError
 
-_MAY_DIFFER = {"code", "package"}  # between an artifact and what it is accepted for
+_MAY_DIFFER = {"code", "package"}  # kinds of change that `accept` ignores
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One artifact, and all that is wrong with it."""
+    """One artifact and its damages."""
 
     stage: str
     path: Path
@@ -29,10 +29,10 @@ class Finding:
 
 
 def verify(runtime: RuntimeConfig, *, deep: bool = False, project: Project = DPAR) -> list[Finding]:
-    """Check every artifact's files against its manifest: their sizes, and with `deep` every byte.
+    """Check the files of every artifact against its manifest: their sizes and, with `deep`, every byte.
 
-    With `deep` also what the bytes say: checksums, entries never written, and whether stores and tables were made from
-    each other as they claim. A damaged file is told of once, by array and chunk where it has them.
+    With `deep`, stores and tables are decoded as well: checksums, rows never written, and whether they were made from
+    each other as recorded. Each damaged file is reported once, by array and chunk where possible.
     """
     cache = Cache(runtime.home)
     by_content = {(name, manifest.digest): path for name in project.graph for path, manifest in cache.manifests(name)}
@@ -55,7 +55,7 @@ def verify(runtime: RuntimeConfig, *, deep: bool = False, project: Project = DPA
 
 
 def _store_damages(path: Path, sources: list[Path]) -> dict[str, str]:
-    """What is wrong inside the stores and tables of an artifact, by file."""
+    """Damage inside the stores and tables of an artifact, by file."""
     from stages.stores.verify import artifact_damage
 
     return {str(file.relative_to(path)): what for file, what in artifact_damage(path, sources)}
@@ -64,40 +64,42 @@ def _store_damages(path: Path, sources: list[Path]) -> dict[str, str]:
 def accept(
     stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project = DPAR
 ) -> tuple[Manifest, list[str]]:
-    """Mark an artifact as valid for the current code; returns it and the changes ignored.
+    """Mark an artifact as valid for the current code. Returns its manifest and the ignored changes.
 
-    It is the newest whole one with the settings, inputs, outside files and schema of now: only its code and the
-    versions of packages may be others.
+    The newest undamaged artifact with the current settings, inputs, external files and schema is chosen. Only its code
+    and package versions may differ.
 
     Raises:
-        InputError: There is none, an input is not finished, or the stage is cached already.
+        InputError: There is no such artifact, an input is not finished, or the stage is already cached.
     """
     cache = Cache(runtime.home)
     wanted = target(stage, settings, runtime, project)
     if wanted.unmade:
         raise InputError(f"{stage.name} reads {wanted.unmade[0]}, which is not finished: run that first, then accept")
     if cache.lookup(key_of(wanted.parts)) is not None:
-        raise InputError(f"{stage.name} is cached already: there is nothing to accept")
-    whole = [(path, manifest) for path, manifest in cache.manifests(stage.name) if _is_whole(cache, path, manifest)]
-    if not whole:
-        raise InputError(f"{stage.name} has no whole artifact to accept: run it, `dpar stage {stage.name}`")
-    for path, manifest in whole:
+        raise InputError(f"{stage.name} is already cached: there is nothing to accept")
+    undamaged = [
+        (path, manifest) for path, manifest in cache.manifests(stage.name) if _is_undamaged(cache, path, manifest)
+    ]
+    if not undamaged:
+        raise InputError(f"{stage.name} has no undamaged artifact to accept: run it with `dpar stage {stage.name}`")
+    for path, manifest in undamaged:
         found = changes(manifest, wanted)
         if {change.kind for change in found} <= _MAY_DIFFER:
             ignored = lines(found)
             reason = f"accepted by {getpass.getuser()}; made as {manifest.key}; ignored: {'; '.join(ignored)}"
             with cache.lock(key_of(wanted.parts)):
                 return cache.accept(path, manifest, wanted.parts, reason, wanted.definitions), ignored
-    _, found = nearest(whole, wanted) or (None, [])
+    _, found = nearest(undamaged, wanted) or (None, [])
     differ = "; ".join(change.line for change in found if change.kind not in _MAY_DIFFER)
     raise InputError(
-        f"no artifact of {stage.name} differs in code and packages alone, the nearest also in: {differ}; "
-        f"run it, `dpar stage {stage.name}`"
+        f"no artifact of {stage.name} differs only in code and packages; the nearest also differs in: {differ}; "
+        f"run it with `dpar stage {stage.name}`"
     )
 
 
-def _is_whole(cache: Cache, path: Path, manifest: Manifest) -> bool:
-    """Every file holds what it was made with; chunks are as long, and checked as they are read."""
+def _is_undamaged(cache: Cache, path: Path, manifest: Manifest) -> bool:
+    """Whether the artifact is undamaged. Only the sizes of Zarr chunks are checked; their CRC is checked when read."""
     if cache.damage(path, manifest) is not None:
         return False
     return next(cache.damages(path, manifest, deep=True, skip=is_chunk), None) is None

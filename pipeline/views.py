@@ -1,9 +1,9 @@
-"""Views of finished artifacts: drawn after the commit in a process of their own, and again when their code changed.
+"""Views of finished artifacts, drawn in their own process after the commit and again when their code has changed.
 
-artifact/views/          what a stage's view has written: pictures, metrics.json
-artifact/views/made.json  the code that drew them
+artifact/views/           files of a stage's view: pictures, metrics.json
+artifact/views/made.json  fingerprint of the code that drew them
 
-A view is no part of its artifact: it is in no key and in no digest, and a view that fails costs the view alone.
+A view is in no key and no content digest. If drawing it fails, the artifact is still valid.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _MADE = "made.json"
 
 
 def read_metrics(artifact: Path) -> dict[str, float]:
-    """The numbers of an artifact's view; none while it is not drawn, or damaged."""
+    """Numbers of an artifact's view; empty if the view is not drawn or is damaged."""
     return _metrics(artifact) or {}
 
 
 def is_current(stage: Stage, artifact: Path, home: Path, project: Project = DPAR) -> bool:
-    """Whether an artifact's view is whole and was drawn by the code of now; true for a stage that has none."""
+    """Whether an artifact's view is complete and was drawn by the current code; true for a stage without a view."""
     if not project.has_view(stage):
         return True
     try:
@@ -54,18 +54,18 @@ def draw(
     inputs: Mapping[str, Path],
     project: Project = DPAR,
 ) -> str | None:
-    """Draw the view of a finished artifact in the place of the one that is there.
+    """Draw the view of a finished artifact and replace the old view.
 
     Args:
-        stage: Of `project.graph`.
-        settings: Of the whole run.
-        runtime: Where and how.
+        stage: A stage of `project.graph`.
+        settings: Settings of all stages.
+        runtime: Runtime settings.
         artifact: The finished artifact.
-        inputs: Artifacts of other stages, as far as they are cached.
-        project: The graph and its code.
+        inputs: Cached artifacts of other stages.
+        project: Graph and code.
 
     Returns:
-        Why it could not be drawn, None when it was.
+        Why the view was not drawn; None on success.
     """
     if not project.has_view(stage):
         return None
@@ -99,10 +99,10 @@ def draw(
 def draw_all(
     names: list[str], settings: Settings, runtime: RuntimeConfig, *, force: bool, project: Project = DPAR
 ) -> dict[str, str | None]:
-    """Draw the views of cached artifacts that were not drawn by the code of now; with `force`, all of them.
+    """Draw the views of cached artifacts that are not current; with `force`, all views.
 
     Returns:
-        Each stage whose view was drawn anew, and why it could not be drawn.
+        For each stage whose view was drawn: None, or why drawing failed.
     """
     artifacts, home = cached_paths(plan(settings, runtime, project)), Cache(runtime.home).home
     drawn = {}
@@ -114,7 +114,7 @@ def draw_all(
 
 
 def view_inputs(stage: Stage, settings: Settings, artifacts: Mapping[str, Path]) -> dict[str, Path]:
-    """What a view reads beside its own artifact, of what there is."""
+    """Artifacts of other stages that a view reads, as far as they exist."""
     names = {*inputs_read(stage, settings), *stage.shown_with}
     return {name: path for name, path in artifacts.items() if name in names}
 
@@ -129,7 +129,7 @@ def _job(
 ) -> Job:
     section = getattr(settings, stage.name)
     read: dict[str, Path] = view_inputs(stage, settings, inputs) | {stage.name: artifact}
-    with contextlib.suppress(InputError, AttributeError):  # without the images, what can be drawn without them is drawn
+    with contextlib.suppress(InputError, AttributeError):  # the view then draws only what needs no images
         read["images"] = image_root(settings.dataset)
     return Job(
         stage=stage.name,
@@ -141,7 +141,7 @@ def _job(
 
 
 def _metrics(artifact: Path) -> dict[str, float] | None:
-    """The numbers of a view, None unless they are a flat object of numbers."""
+    """Numbers of a view; None unless the file is a flat JSON object of numbers."""
     try:
         metrics = read_json(artifact / VIEWS / METRICS)
     except (OSError, ValueError):

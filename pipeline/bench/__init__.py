@@ -1,1 +1,1 @@
-"""Gates and costs: what `dpar bench` and `dpar flops` measure."""
+"""Gates of `dpar bench` and MAC counts of `dpar flops`."""

@@ -1,6 +1,6 @@
-"""What each source of boundaries adds to the sampling of one image. torch is imported only to count.
+"""MACs that each boundary source adds to sampling one image. torch is imported only when counting.
 
-Costs are in no table of `stages`: there they would be in the keys of trainings and samples.
+These costs are kept outside `stages`, where they would enter the keys of trained models and samples.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """The models that a source can add work to.
+class SampledModels:
+    """The models of a sampling run.
 
     Attributes:
-        config: The sampled DPAR.
-        cost: What it costs with boundaries known before.
-        entropy_model: What the entropy model costs.
+        config: Config of the DPAR.
+        cost: Cost of the DPAR with boundaries given in advance.
+        entropy_model: Cost of the entropy model.
     """
 
     config: DPARConfig
@@ -31,19 +31,19 @@ class Sampled:
     entropy_model: Cost
 
 
-def _nothing(sampled: Sampled) -> Sampling:
+def _nothing(sampled: SampledModels) -> Sampling:
     from models.macs import Sampling
 
     return Sampling()
 
 
-def _head(sampled: Sampled) -> Sampling:
+def _head(sampled: SampledModels) -> Sampling:
     from models.macs import head_sampling
 
     return head_sampling(sampled.config)
 
 
-BOUNDARY_COSTS: dict[str, Callable[[Sampled], Sampling]] = for_every_source(
+BOUNDARY_COSTS: dict[str, Callable[[SampledModels], Sampling]] = for_every_source(
     {
         "static": _nothing,
         "entropy_head": _head,
@@ -51,4 +51,4 @@ BOUNDARY_COSTS: dict[str, Callable[[Sampled], Sampling]] = for_every_source(
         "own_entropy": lambda sampled: sampled.cost.own_entropy,
     }
 )
-"""In the order of the tables."""
+"""MACs added by each source, in the order of the tables."""

@@ -1,6 +1,6 @@
-"""What a model of each family costs for one image. torch is imported only to count.
+"""MACs of each model family for one image. torch is imported only when counting.
 
-Costs are in no table of `stages`: there they would be in the keys of trainings and samples.
+These costs are kept outside `stages`, where they would enter the keys of trained models and samples.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from conf.train import for_every_family
 from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig, NextPatchSchedule
-from pipeline.bench.boundary_costs import BOUNDARY_COSTS, Sampled
+from pipeline.bench.boundary_costs import BOUNDARY_COSTS, SampledModels
 from stages.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from models.macs import Cost, DPARCost, Sampling
 
-CODEBOOK, CLASSES, PIXELS = 16384, 1000, 16  # of LlamaGen's tokenizer, of ImageNet, of a token's side
-EPOCHS = 300  # of NPP's training: its levels end with whole ones
+CODEBOOK, CLASSES, PIXELS = 16384, 1000, 16  # LlamaGen's tokenizer; ImageNet; side of a token
+EPOCHS = 300  # of NPP's training; each level is a whole number of epochs
 PAPER_LENGTHS = {256: 1.81, 384: 2.06}
-EXTRAPOLATED_LENGTHS = {128: 1.38, 512: 2.24}  # by a straight line through the paper's over the logarithm of the size
+EXTRAPOLATED_LENGTHS = {128: 1.38, 512: 2.24}  # line through the paper's two, over log size
 LengthSource = Literal["paper", "extrapolated", "given"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """What is counted.
+class CostRequest:
+    """A model and an image size to count.
 
     Attributes:
-        size: Name of the model's size.
-        image_size: Pixels of a side.
-        mean_length: Tokens a patch, for a model on patches; None for the paper's.
-        entropy_model: Name of the entropy model's size.
+        size: Name of the model size.
+        image_size: Side of the image, pixels.
+        mean_length: Mean patch length in tokens; None for the paper's. Models on tokens ignore it.
+        entropy_model: Name of the size of the entropy model.
     """
 
     size: str
@@ -43,18 +43,18 @@ class Question:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an image."""
+        """Tokens per image."""
         return int((self.image_size // PIXELS) ** 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchCost:
-    """What only a model on patches has.
+    """Costs that only a model on patches has.
 
     Attributes:
-        mean_length: Tokens a patch.
-        length_source: Whose number that is.
-        boundaries: What each way to decide where patches start adds to the model's own sampling.
+        mean_length: Mean patch length, tokens.
+        length_source: Origin of `mean_length`.
+        boundaries: Sampling cost added by each boundary source.
     """
 
     mean_length: float
@@ -64,80 +64,82 @@ class PatchCost:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyCost:
-    """How a family is counted.
+    """How to count the models of a family.
 
     Attributes:
-        sizes: Names of its sizes.
-        baseline: Size of the LlamaGen that a size is compared with; None for LlamaGen itself.
-        count: Cost of a model, and what it has only on patches.
-        note: How to read its rows beside a training table; None where the general note says all.
+        sizes: Names of its model sizes.
+        baseline: Maps a size to the LlamaGen size it is compared with; None for LlamaGen itself.
+        count: Returns the cost of a model, and the costs of patches if it has patches.
+        note: Note on its rows in the training table; None if the general note is enough.
     """
 
     sizes: tuple[str, ...]
     baseline: Callable[[str], str] | None
-    count: Callable[[Question], tuple[Cost, PatchCost | None]]
+    count: Callable[[CostRequest], tuple[Cost, PatchCost | None]]
     note: str | None
 
 
 @cache
 def gpt_cost(size: str, num_tokens: int, num_classes: int | None) -> Cost:
-    """LlamaGen, or without classes the entropy model."""
+    """Cost of LlamaGen, or of the entropy model if `num_classes` is None."""
     from models import macs
 
     return macs.gpt_cost(_gpt_config(size, num_tokens, num_classes))
 
 
-def _llamagen(asked: Question) -> tuple[Cost, None]:
-    return gpt_cost(asked.size, asked.num_tokens, CLASSES), None
+def _llamagen(request: CostRequest) -> tuple[Cost, None]:
+    return gpt_cost(request.size, request.num_tokens, CLASSES), None
 
 
-def _npp(asked: Question) -> tuple[Cost, None]:
+def _npp(request: CostRequest) -> tuple[Cost, None]:
     from models.macs import npp_cost
 
     schedule = NextPatchSchedule()
     block = schedule.sides[0] * PIXELS
-    if asked.image_size % block:
+    if request.image_size % block:
         raise InputError(
-            f"image size is {asked.image_size}, expected a multiple of {block} pixels for NPP, the side of its largest "
-            "blocks"
+            f"image size is {request.image_size}, expected a multiple of {block} pixels for NPP, the side of its "
+            "largest blocks"
         )
-    return npp_cost(_gpt_config(asked.size, asked.num_tokens, CLASSES), schedule, EPOCHS), None
+    return npp_cost(_gpt_config(request.size, request.num_tokens, CLASSES), schedule, EPOCHS), None
 
 
-def _dpar(asked: Question) -> tuple[DPARCost, PatchCost]:
+def _dpar(request: CostRequest) -> tuple[DPARCost, PatchCost]:
     from models.macs import dpar_cost
 
-    length, source = _length(asked)
-    config = DPARConfig(**_of_tokens(asked.num_tokens), **asdict(DPAR_SIZES[asked.size]), num_classes=CLASSES)
+    length, source = _length(request)
+    config = DPARConfig(**_token_fields(request.num_tokens), **asdict(DPAR_SIZES[request.size]), num_classes=CLASSES)
     try:
         cost = dpar_cost(config, length)
     except ValueError as error:
         raise InputError(str(error)) from error
-    sampled = Sampled(config=config, cost=cost, entropy_model=gpt_cost(asked.entropy_model, asked.num_tokens, None))
+    sampled = SampledModels(
+        config=config, cost=cost, entropy_model=gpt_cost(request.entropy_model, request.num_tokens, None)
+    )
     boundaries = {name: added(sampled) for name, added in BOUNDARY_COSTS.items()}
     return cost, PatchCost(mean_length=length, length_source=source, boundaries=boundaries)
 
 
-def _length(asked: Question) -> tuple[float, LengthSource]:
-    size = asked.image_size
-    if asked.mean_length is not None:
-        return asked.mean_length, "given"
+def _length(request: CostRequest) -> tuple[float, LengthSource]:
+    size = request.image_size
+    if request.mean_length is not None:
+        return request.mean_length, "given"
     if size in PAPER_LENGTHS:
         return PAPER_LENGTHS[size], "paper"
     if size in EXTRAPOLATED_LENGTHS:
         return EXTRAPOLATED_LENGTHS[size], "extrapolated"
-    raise InputError(f"the mean patch length at {size} pixels is not known, expected one: add --mean-length")
+    raise InputError(f"the mean patch length at {size} pixels is not known, expected a value: add --mean-length")
 
 
 def _gpt_config(size: str, num_tokens: int, num_classes: int | None) -> GPTConfig:
-    return GPTConfig(**_of_tokens(num_tokens), **asdict(GPT_SIZES[size]), num_classes=num_classes)
+    return GPTConfig(**_token_fields(num_tokens), **asdict(GPT_SIZES[size]), num_classes=num_classes)
 
 
-def _of_tokens(num_tokens: int) -> dict[str, Any]:
+def _token_fields(num_tokens: int) -> dict[str, Any]:
     return {"codebook_size": CODEBOOK, "num_tokens": num_tokens}
 
 
-# Notes are broken by hand: a pipe has no width to wrap them at, and 80 columns are the narrowest that the tables fit.
+# Notes are wrapped by hand at 80 columns, the width of the tables.
 FAMILY_COSTS: dict[str, FamilyCost] = for_every_family(
     {
         "llamagen": FamilyCost(sizes=tuple(GPT_SIZES), baseline=None, count=_llamagen, note=None),
@@ -147,12 +149,12 @@ FAMILY_COSTS: dict[str, FamilyCost] = for_every_family(
             count=_npp,
             note="""\
 npp: LlamaGen trained by Next Patch Prediction, half of its steps on blocks of
-2 x 2 tokens; linear, attn: of its mean forward. Its own paper (arXiv 2412.15321)
-says a training of about 0.6 of LlamaGen's, so about 40% saved.""",
+2 x 2 tokens. linear, attn: mean over its training steps. Its paper (arXiv
+2412.15321) reports about 0.6 of LlamaGen's training cost, i.e. 40% saved.""",
         ),
         "dpar": FamilyCost(
             sizes=tuple(DPAR_SIZES), baseline=lambda size: size.partition("-")[0], count=_dpar, note=None
         ),
     }
 )
-"""In the order of the tables."""
+"""How each family is counted, in the order of the tables."""

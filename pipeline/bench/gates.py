@@ -1,4 +1,4 @@
-"""Gates: numbers that a change must not spoil, read from finished artifacts or measured in fresh processes."""
+"""Gates: measured numbers with bounds that a change must keep, read from artifacts or timed in new processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATUS_BOUND_S = 1.0
 CACHED_RUN_BOUND_S = 10.0
 REPEATS = 5
 LADDER = tuple(f"fd_lite0_{rung}" for rung in ("heldout", "reconstruction", "samples", "marginals", "random"))
-BELOW_EACH_OTHER = (
+ORDERED_PAIRS = (
     ("entropy_model_heldout_loss", "entropy_model_unigram_loss"),
     ("train_heldout_loss", "train_unigram_loss"),
     *pairwise(LADDER),
@@ -32,21 +32,21 @@ SCRIPTS = {
 }
 NAMES = ("demo", "cli", *SCRIPTS)
 Relation = Literal["<", ">"]
-Figures = dict[str, dict[str, float]]  # by column and row of a table
+Figures = dict[str, dict[str, float]]  # values by column and row of a table
 BOUNDS: tuple[tuple[str, Relation, float], ...] = (
     ("ratio_to_marginals", "<", 0.8),
     ("ratio_to_random", "<", 0.7),
     ("patch_index_mean_length", ">", 1.5),
     ("patch_index_mean_length", "<", 2.5),
-    ("sample_mean_patch_length", ">", 1.5),  # so the global stack sees at most two thirds of the positions
-    ("entropy_head_correlation", ">", 0.9),  # with the entropy model's entropies, on held-out images
+    ("sample_mean_patch_length", ">", 1.5),  # the global stack then has at most two thirds of the positions
+    ("entropy_head_correlation", ">", 0.9),  # with entropies of the entropy model, on held-out images
     ("entropy_head_agreement", ">", 0.85),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """A measured value and its bound; the name says how they must compare."""
+    """A measured value and its bound. The name contains the relation."""
 
     name: str
     value: float
@@ -55,26 +55,28 @@ class Gate:
 
 
 def demo_gates(metrics: Mapping[str, float]) -> list[Gate]:
-    """Whether the models of the demo learned: the numbers of its stage `evaluate` against what needs no learning.
+    """Gates on the scores of the demo: its models must beat baselines that learn nothing beyond token frequencies.
 
     Raises:
-        ArtifactError: A number is not there.
+        ArtifactError: A score is missing.
     """
-    wanted = {name for pair in BELOW_EACH_OTHER for name in pair} | {name for name, _, _ in BOUNDS}
+    wanted = {name for pair in ORDERED_PAIRS for name in pair} | {name for name, _, _ in BOUNDS}
     missing = sorted(wanted - metrics.keys())
     if missing:
-        raise ArtifactError(f"evaluate has no {', '.join(missing)}: draw them again, `dpar views --preset demo`")
+        raise ArtifactError(
+            f"evaluate has no {', '.join(missing)}: compute the scores again with `dpar views --preset demo`"
+        )
     return [
-        *(gate(f"{low} < {high}", metrics[low], "<", metrics[high]) for low, high in BELOW_EACH_OTHER),
+        *(gate(f"{low} < {high}", metrics[low], "<", metrics[high]) for low, high in ORDERED_PAIRS),
         *(gate(f"{name} {relation} {bound}", metrics[name], relation, bound) for name, relation, bound in BOUNDS),
     ]
 
 
 def cli_gates(overrides: Sequence[str] = ()) -> list[Gate]:
-    """Median wall time of the commands that people wait for, each a fresh process; the demo must be cached.
+    """Median wall time of `dpar status` and of a cached `dpar run`, each in a new process. The demo must be cached.
 
     Raises:
-        ArtifactError: A command failed; the message holds the end of what it said.
+        ArtifactError: A command failed. The message has its last line of output.
     """
     shared = ["--preset", "demo", *(word for override in overrides for word in ("--set", override))]
     return [
@@ -84,10 +86,10 @@ def cli_gates(overrides: Sequence[str] = ()) -> list[Gate]:
 
 
 def run_scripts(name: str) -> tuple[list[Gate], Figures]:
-    """Run the scripts of a benchmark in SCRIPTS, minutes long, and return their gates and what else they measured.
+    """Run the scripts of a benchmark, which take minutes; return their gates and other figures.
 
     Raises:
-        InputError: dpar is installed without its source tree, where the scripts are.
+        InputError: dpar was installed without its source tree, which has the scripts.
         ArtifactError: A script failed.
     """
     gates: list[Gate] = []
@@ -95,10 +97,14 @@ def run_scripts(name: str) -> tuple[list[Gate], Figures]:
     for script in SCRIPTS[name]:
         path = SCRIPTS_FOLDER / script
         if not path.is_file():
-            raise InputError(f"{path} is not there, expected the source tree of dpar: run this benchmark from a clone")
+            raise InputError(
+                f"{path} does not exist, expected the source tree of dpar: run this benchmark from a clone"
+            )
         done = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
-            raise ArtifactError(f"{script} of benchmark {name} ended with {done.returncode}: what it said is above")
+            raise ArtifactError(
+                f"{script} of benchmark {name} ended with exit code {done.returncode}: its output is above"
+            )
         said = json.loads(done.stdout)
         gates += [Gate(**gate) for gate in said["gates"]]
         figures |= said["figures"]
@@ -115,10 +121,10 @@ def _median_seconds(arguments: Sequence[str], repeats: int) -> float:
         seconds.append(time.perf_counter() - start)
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-            raise ArtifactError(f"dpar {' '.join(arguments)} ended with {done.returncode}: {''.join(said)}")
+            raise ArtifactError(f"dpar {' '.join(arguments)} ended with exit code {done.returncode}: {''.join(said)}")
     return statistics.median(seconds)
 
 
 def gate(name: str, value: float, relation: Relation, bound: float) -> Gate:
-    """Hold a value against its bound; a NaN meets nothing."""
+    """Compare a value with its bound; NaN misses every bound."""
     return Gate(name=name, value=value, bound=bound, met=value < bound if relation == "<" else value > bound)

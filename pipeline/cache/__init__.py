@@ -1,1 +1,1 @@
-"""The one cache: keys, code fingerprints, outside files, artifacts."""
+"""The artifact cache: keys, code fingerprints, digests of external files, manifests."""

@@ -1,7 +1,8 @@
-"""Fingerprints of code kept in a file, so that a command need not read all code again.
+"""Fingerprints of code, remembered in a file so that a command does not parse all code again.
 
-A fingerprint holds as long as each module that was read for it, or looked for and not found, has the same metadata:
-size, times and inode of its file. A lost or damaged memory costs time, nothing else.
+A remembered fingerprint is valid while the file metadata (size, times, inode) of every module it depends on is
+unchanged. Modules that were looked up and not found count too. If the file is lost or damaged, fingerprints are
+computed again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from stages.runtime.artifact import read_json, write_json
 
 
 class CodeMemory:
-    """The fingerprints of some code, remembered in the file `path`."""
+    """Fingerprints of `code`, remembered in the file `path`."""
 
     def __init__(self, code: Code, path: Path) -> None:
         self._code, self._path = code, path
@@ -26,7 +27,7 @@ class CodeMemory:
         self._entries: dict[str, Any] | None = None
 
     def fingerprint(self, entry: Place) -> Fingerprint:
-        """Fingerprint of the function `entry`, see `Code.fingerprint`."""
+        """Fingerprint of the function `entry`; see `Code.fingerprint`."""
         name = f"{self._rules}:{':'.join(entry)}"
         entries = self._read()
         known = entries.get(name)
@@ -53,7 +54,7 @@ class CodeMemory:
 
 
 def _own_code() -> list[str]:
-    """The code that makes fingerprints, for another way to make them gives others."""
+    """Metadata of the modules that compute fingerprints: an edit there can change every fingerprint."""
     return [json.dumps(_metadata(Path(str(module.__file__)))) for module in (fingerprint, code_reader, module_code)]
 
 

@@ -1,4 +1,4 @@
-"""Some statements of a module as the fingerprint reads them: what they say, and what the names in them stand for."""
+"""Reads statements for the code fingerprint: their canonical text and the definitions that their names refer to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.cache.module_code import (
     chain,
     imports_in,
     is_first_party,
-    runs,
+    modules_run,
     without_docstrings,
 )
 
@@ -25,26 +25,26 @@ Place = tuple[str, str]  # a module, and a name in it, AT_IMPORT or EVERYTHING
 
 
 class FingerprintError(ValueError):
-    """Code that cannot be followed by reading it."""
+    """Code that cannot be resolved statically."""
 
 
 @dataclass(frozen=True)
 class Uses:
-    """What some statements say and which names they use."""
+    """Text of some statements and the names they use."""
 
     text: str
-    """Canonical, without first-party module names."""
+    """Canonical text, without first-party module names."""
     places: frozenset[tuple[str, Place]] = frozenset()
-    """First-party definitions, each with the name it is used by."""
+    """First-party definitions, each with the name used for it."""
     outside: frozenset[tuple[str, str]] = frozenset()
-    """Names of other packages, each with the name it is used by."""
+    """Names from other packages, each with the name used for it."""
     imported: frozenset[Place] = frozenset()
-    """What runs because of imports inside the statements."""
+    """Modules that imports inside the statements run."""
 
 
 @dataclass
 class _Found:
-    """What a reader has found so far."""
+    """What a `Reader` has found so far."""
 
     places: set[tuple[str, Place]] = field(default_factory=set)
     outside: set[tuple[str, str]] = field(default_factory=set)
@@ -52,7 +52,7 @@ class _Found:
 
 
 class Reader:
-    """Reads some statements of a module."""
+    """Reads some statements of a module and collects the names they use."""
 
     def __init__(self, code: Code, module: Module, nodes: list[ast.stmt]) -> None:
         self._code, self._module, self._nodes = code, module, nodes
@@ -60,19 +60,19 @@ class Reader:
         self._imports = {name: list(targets) for name, targets in module.imports.items()}
         for node in nodes:
             for inner in imports_in(node):
-                self._found.imported |= set(code.importing(runs(inner, module.package)))
+                self._found.imported |= set(code.importing(modules_run(inner, module.package)))
                 for name, target in bindings(inner, module.package):
                     self._imports.setdefault(name, []).append(target)
 
     def uses(self) -> Uses:
-        """What the statements say and use."""
+        """Text and uses of the statements."""
         text, found = "".join(map(self._text, self._nodes)), self._found
         return Uses(text, frozenset(found.places), frozenset(found.outside), frozenset(found.imported))
 
     def _text(self, node: object) -> str:
-        """A syntax tree without places, docstrings and empty fields, so that Python versions agree on it.
+        """Text of a syntax tree without positions, docstrings and empty fields, equal for all Python versions.
 
-        First-party imports are left out: what they bind is told by its use.
+        First-party imports are left out: their names are recorded where they are used.
         """
         if isinstance(node, list):
             return "[" + ",".join(filter(None, map(self._text, node))) + "]"
@@ -94,7 +94,7 @@ class Reader:
         return f"{type(node).__name__}({','.join(fields)})"
 
     def _name(self, parts: list[str]) -> str:
-        """Take up a dotted name; its text without the first-party modules that it leads through."""
+        """Record the use of a dotted name; return its text without first-party module names."""
         name, text = parts[0], ".".join(parts)
         if name in self._module.definitions:
             self._found.places.add((name, (self._module.name, name)))
@@ -106,7 +106,7 @@ class Reader:
         return text
 
     def _follow(self, target: Target, parts: list[str]) -> str:
-        """Follow what an import bound, and the names after it, as far as they lead through modules."""
+        """Resolve an imported name and the attributes after it, as long as they are modules."""
         (module, name), label, rest = target, parts[0], parts[1:]
         if module.partition(".")[0] not in self._code.packages:
             self._found.outside.add((label, f"{module}:{name}"))
@@ -131,7 +131,7 @@ class Reader:
         argument = node.args[0] if node.args else None
         if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
             raise FingerprintError(
-                f"{self._module.name} line {node.lineno} imports a module by a computed name: the code that a stage "
-                "runs must be known by reading it, import it by name"
+                f"{self._module.name} line {node.lineno} imports a module by a computed name, expected a literal name: "
+                "the fingerprint of a stage's code is found without running it"
             )
         self._found.places.update(("*", place) for place in self._code.resolve(argument.value, None))

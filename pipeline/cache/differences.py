@@ -1,4 +1,4 @@
-"""What differs between an artifact and what its stage would make now, in lines for people."""
+"""Differences between an artifact and what its stage would make now, one line of text each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Change:
-    """One difference."""
+    """One difference, as one line of text."""
 
     kind: Kind
     line: str
@@ -24,17 +24,17 @@ class Change:
 
 @dataclass(frozen=True)
 class Target:
-    """What a stage would be made from now."""
+    """What a stage would be made from now: the key parts and the code."""
 
     parts: Parts
-    """Of its key. While inputs are not made, their digests and that of the files outside are left out."""
+    """Parts of the key. Digests of unmade inputs are missing; if any input is unmade, so is the external digest."""
     definitions: dict[str, str]
     unmade: tuple[str, ...] = ()
-    """Inputs that are not made yet."""
+    """Names of the inputs that are not made yet."""
 
 
 def changes(made: Manifest, target: Target) -> list[Change]:
-    """Differences from an artifact to a target, the telling ones first. Inputs that are not made yet are left out."""
+    """Differences from an artifact to a target: settings first, schema last. Unmade inputs are left out."""
     old, new = made.parts, target.parts
     found = [
         Change("setting", f"setting {name}: {_show(before)} -> {_show(after)}")
@@ -46,10 +46,10 @@ def changes(made: Manifest, target: Target) -> list[Change]:
         if name not in target.unmade
     ]
     if "external" in new and old["external"] != new["external"]:
-        found.append(Change("external", "the files it reads from outside have changed"))
+        found.append(Change("external", "external files have changed"))
     if old["code"] != new["code"]:
         lines = _code_lines(made.definitions, target.definitions)
-        found += [Change("code", line) for line in lines or ["code: a name now stands for another definition"]]
+        found += [Change("code", line) for line in lines or ["code: a name now refers to another definition"]]
     found += [
         Change("package", f"package {name}: {_show(before)} -> {_show(after)}")
         for name, before, after in _differences(old["packages"], new["packages"])
@@ -60,18 +60,24 @@ def changes(made: Manifest, target: Target) -> list[Change]:
 
 
 def nearest(made: Iterable[tuple[Path, Manifest]], target: Target) -> tuple[tuple[Path, Manifest], list[Change]] | None:
-    """The artifact with the fewest differences from a target, the newest of equals, and these; None without any."""
+    """The artifact with the fewest differences from a target, and these differences; None if there is no artifact.
+
+    The newest artifact wins a tie.
+    """
     compared = [((path, manifest), changes(manifest, target)) for path, manifest in made]
     return min(compared, key=lambda pair: (len(pair[1]), -pair[0][1].created), default=None)
 
 
 def lines(found: Collection[Change]) -> list[str]:
-    """The lines of some changes."""
+    """The text lines of `found`."""
     return [change.line for change in found]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"train": {"seed": 0}}` as `{"train.seed": 0}`; an empty group is a value."""
+    """Nested dictionaries as one with dotted names: `{"train": {"seed": 0}}` gives `{"train.seed": 0}`.
+
+    An empty dictionary is kept as a value.
+    """
     found: dict[str, Any] = {}
     for name, value in tree.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
@@ -85,12 +91,12 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[s
 
 def _input_line(name: str, before: object, after: object) -> str:
     if before is _ABSENT:
-        return f"input {name} is read now"
+        return f"input {name} is newly read"
     return f"input {name} is no longer read" if after is _ABSENT else f"input {name} has other contents"
 
 
 def _code_lines(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Definitions that were edited, are new or are no longer used. One that only moved is left out."""
+    """One line for each definition that was edited, is new or is no longer used; moved ones are left out."""
     before = {name: digest for name, digest in old.items() if new.get(name) != digest}
     after = {name: digest for name, digest in new.items() if old.get(name) != digest}
     moved = Counter(before.values()) & Counter(after.values())

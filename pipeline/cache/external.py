@@ -1,7 +1,7 @@
-"""Digests of what a run reads from outside the graph: the image files, and weights files.
+"""Digests of the external files that stages read: image files and weights files.
 
-Images are known by their metadata, see `pipeline.cache.listing`. Weights are known by their bytes; the digest is
-remembered together with the file's size, times and inode, and taken again when one of them has changed.
+The digest of images covers file metadata (see `pipeline.cache.listing`). The digest of weights covers the bytes. It is
+remembered with the file's size, times and inode, and computed again when one of these changes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from conf.schema import Settings
 from conf.section import Section
-from pipeline.cache.listing import look
+from pipeline.cache.listing import scan
 from pipeline.graph import Stage
 from stages.images.sources import image_root
 from stages.runtime.artifact import file_sha256, read_json, write_json
@@ -22,46 +22,46 @@ MEMORY = ".digests.json"
 
 
 def external_digest(stage: Stage, section: Section, home: Path, *, deep: bool = False) -> str | None:
-    """Digest of what `stage` reads from outside, None when it reads nothing.
+    """Digest of the external files that `stage` reads; None if it reads none.
 
     Args:
-        stage: Of the graph.
-        section: Its settings.
-        home: Where digests are remembered.
-        deep: Look at every image file, and read the weights, whatever is remembered.
+        stage: A stage of the graph.
+        section: The stage's settings.
+        home: Folder of the cache, where digests are remembered.
+        deep: Check every image file and read the weights; ignore remembered digests.
 
     Raises:
-        InputError: It is not there.
+        InputError: The files do not exist.
     """
     if stage.external is None:
         return None
     if stage.external == "images":
-        return look(image_root(section), section.source, home, deep=deep).digest  # type: ignore[arg-type, attr-defined]
+        return scan(image_root(section), section.source, home, deep=deep).digest  # type: ignore[arg-type, attr-defined]
     path = weights_path(stage, section)
     return None if path is None else _weights_digest(path, home, deep=deep)
 
 
 def trusted_since(settings: Settings, home: Path) -> float | None:
-    """Since when image folders are unchanged whose files `dpar status` need not look at; None if it looks at all."""
+    """Time since which the image folders that `dpar status` skips are unchanged, epoch seconds; None without any."""
     try:
         root = image_root(settings.dataset)
     except InputError:
         return None
-    return look(root, settings.dataset.source, home, deep=False).trusted_since
+    return scan(root, settings.dataset.source, home, deep=False).trusted_since
 
 
 def weights_path(stage: Stage, section: Section) -> Path | None:
-    """The weights file that `stage` reads from outside, None when it reads none.
+    """The weights file that `stage` imports; None if it imports none.
 
     Raises:
-        InputError: It is not there.
+        InputError: The file does not exist.
     """
     if stage.external in (None, "images") or getattr(section, "source", None) == "train":
         return None
     path: Path | None = getattr(section, str(stage.external))
     if path is not None and not path.is_file():
         raise InputError(
-            f"{stage.name}.{stage.external} is {path}, and there is no such file: give the path of the weights"
+            f"{stage.name}.{stage.external} is {path}, but there is no such file: set it to the path of the weights"
         )
     return path
 
@@ -70,7 +70,7 @@ def _weights_digest(path: Path, home: Path, *, deep: bool) -> str:
     """SHA-256 of a file, in hex.
 
     Raises:
-        InputError: It cannot be read.
+        InputError: The file cannot be read.
     """
     memory = _read_memory(home / MEMORY)
     place = os.path.abspath(path)
@@ -90,7 +90,7 @@ def _weights_digest(path: Path, home: Path, *, deep: bool) -> str:
 
 
 def _read_memory(path: Path) -> dict[str, Any]:
-    """A lost or damaged memory costs time, nothing else."""
+    """Remembered digests by path; empty if the file is lost or damaged."""
     try:
         memory = read_json(path)
     except (OSError, ValueError):

@@ -1,16 +1,16 @@
-"""Fingerprint of the code that a stage runs: the definitions it reaches, wherever they stand.
+"""Fingerprint of the code that a stage runs: all definitions that its function reaches.
 
-The closure starts at the stage's function and follows the names it uses, through imports, with classes whole and with
-what the modules on the way do when they are imported. Docstrings and comments do not count. Where a name cannot be
-resolved by reading (a star import, a module passed around) the whole module counts. So an unused function changes
-nothing, and an edit of a shared layer changes exactly the stages that use it.
+The closure starts at the stage's function and follows every name it uses, through imports. Classes count as a whole.
+Statements that a module on the way runs at import count too. Docstrings and comments do not count. Where a name cannot
+be resolved statically (a star import, a module passed as a value), the whole module counts. An unused function
+therefore changes nothing, and an edit of a shared layer changes exactly the stages that use it.
 
-The fingerprint is the set of digests of these definitions. A digest covers a definition's text and, for each name in
-it, the digest of what the name stands for, but no module's name: code that is moved, split or renamed by module keeps
-its fingerprint, and a name that is bound to another definition changes it.
+The fingerprint is the set of digests of these definitions. A digest covers the definition's text and the digest of
+every definition that it names. It does not cover module names: moving code between modules, or splitting or renaming a
+module, keeps the fingerprint. Binding a name to another definition changes it.
 
-Annotations count like any other use: to leave them out would need to know that nothing reads them. An assignment counts
-where its name is used, so one that is made for what its right side does must be a call instead.
+Annotations count as uses, since code may read them at run time. An assignment counts only where its name is used: write
+an assignment with a side effect as a plain call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pipeline.cache.code_reader import FingerprintError, Place, Reader, Uses
 from pipeline.cache.module_code import AT_IMPORT, EVERYTHING, Module, load_module
 
 __all__ = ["Code", "Fingerprint", "FingerprintError", "Place"]
-CODE_PACKAGES = ("stages", "models")  # conf holds values, which are in the key; pipeline runs stages and changes none
+# conf holds values, which are in the key. pipeline runs stages and does not change their results.
+CODE_PACKAGES = ("stages", "models")
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,18 @@ class Fingerprint:
     """A closure of definitions."""
 
     digests: list[str]
-    """Sorted digests of its definitions, equal ones once: what a key holds."""
+    """Sorted digests of the definitions, without duplicates. They are part of the key."""
     definitions: dict[str, str]
-    """Digest of each definition's own text by "module:name", for people."""
+    """Digest of each definition's own text by "module:name"; only `dpar why` reads it."""
 
 
 class Code:
-    """The first-party code below a root folder. It remembers what it has read until a file changes.
+    """The first-party code below a root folder. Parsed modules are kept until a file changes.
 
     Args:
         root: Folder of the packages.
         neutral: Modules and packages, by dotted name, whose code cannot change a result.
-        counted: Modules below `neutral` whose code counts all the same.
+        counted: Modules inside `neutral` packages whose code counts nevertheless.
         packages: Top-level packages whose code counts.
     """
 
@@ -62,12 +63,12 @@ class Code:
         """Fingerprint of everything that the function `entry` (module, name) reaches.
 
         Raises:
-            FingerprintError: No such function, or a dynamic import on the way.
+            FingerprintError: The function does not exist, or code on the way imports a module by a computed name.
         """
         self._forget_if_changed()
         module = self.module(entry[0])
         if module is None or not module.nodes(entry[1]):
-            raise FingerprintError(f"{entry[0]}:{entry[1]} is no definition below {self.root}")
+            raise FingerprintError(f"{entry[0]}:{entry[1]} is not defined in the code below {self.root}")
         reached: set[Place] = set()
         waiting = [entry]
         while waiting:
@@ -75,13 +76,13 @@ class Code:
             if place not in reached:
                 reached.add(place)
                 waiting.extend(self._reach(place))
-        digests = self._told_apart(reached)
+        digests = self._refined_digests(reached)
         counted = {_digest(uses, digests) for place in reached for uses in self.uses(place) if uses.text}
         texts = {f"{module}:{name}": "".join(u.text for u in self.uses((module, name))) for module, name in reached}
         return Fingerprint(sorted(counted), {place: _sha(text) for place, text in sorted(texts.items()) if text})
 
     def module(self, name: str) -> Module | None:
-        """The module of that name, None when there is none whose code counts."""
+        """The module `name`; None if there is no such module or its code does not count."""
         if name.partition(".")[0] not in self.packages or self._is_neutral(name):
             return None
         if name not in self._modules:
@@ -89,7 +90,7 @@ class Code:
         return self._modules[name]
 
     def resolve(self, module_name: str, name: str | None) -> Iterator[Place]:
-        """Places that `name` of a module stands for; (module, EVERYTHING) where that cannot be told."""
+        """Definitions that `name` of a module refers to; (module, EVERYTHING) if it cannot be resolved."""
         module = self.module(module_name)
         if module is None:
             return
@@ -98,7 +99,7 @@ class Code:
             return
         if name in module.definitions:
             yield module_name, name
-        # A package that says `from . import part` binds the name to its own part: that leads back here.
+        # A package with `from . import part` binds the name to its own submodule, which resolves to this same place.
         targets = [target for target in module.imports.get(name, []) if target != (module_name, name)]
         for target in targets:
             yield from self.resolve(*target)
@@ -107,14 +108,14 @@ class Code:
             yield (submodule if self.module(submodule) else module_name), EVERYTHING
 
     def importing(self, names: set[str]) -> Iterator[Place]:
-        """What runs when these modules, and so the packages that they lie in, are imported."""
+        """Import-time code of these modules and of the packages that contain them."""
         for name in names:
             parts = name.split(".")
             parents = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
             yield from ((parent, AT_IMPORT) for parent in parents if self.module(parent))
 
     def uses(self, place: Place) -> list[Uses]:
-        """What a place says and uses; of AT_IMPORT statement by statement, for a module may be split between them."""
+        """Text and uses of a place. AT_IMPORT has one entry per statement, since a module may be split between two."""
         if place not in self._uses:
             module = self._module(place[0])
             if place[1] == EVERYTHING:
@@ -126,7 +127,7 @@ class Code:
         return self._uses[place]
 
     def _reach(self, place: Place) -> set[Place]:
-        """Places that one place leads to."""
+        """Places that `place` uses directly."""
         found = set(self.importing({place[0]}))
         if place[1] == AT_IMPORT:
             found |= set(self.importing(self._module(place[0]).imported))
@@ -135,17 +136,18 @@ class Code:
         return found
 
     def _everything(self, module: Module) -> Uses:
-        """A module that is passed around: all it defines, and all it passes on."""
+        """Uses of a module passed as a value: all that it defines and all that it imports."""
         found = {(name, (module.name, name)) for name in module.definitions}
         passed_on = [(name, target) for name, targets in module.imports.items() for target in targets]
         for name, target in [*passed_on, *(("*", (star, None)) for star in module.stars)]:
             found |= {(name, place) for place in self.resolve(*target)}
         return Uses("", frozenset(found))
 
-    def _told_apart(self, places: set[Place]) -> dict[Place, str]:
-        """A digest of each place that differs where its text or anything it leads to differs.
+    def _refined_digests(self, places: set[Place]) -> dict[Place, str]:
+        """Digest of each place that covers its text and, transitively, everything it uses.
 
-        Each round takes in what lies one name further. It ends when no two places are told apart that were alike.
+        This is partition refinement: each round extends the digests by one step of uses, and the loop ends when a round
+        separates no further places. It works for cycles too.
         """
         digests = dict.fromkeys(places, "")
         while True:
@@ -166,11 +168,11 @@ class Code:
 
     @property
     def looked_up(self) -> list[str]:
-        """Names of all modules that were looked for, found or not."""
+        """Names of all modules that were looked up, found or not."""
         return sorted(self._modules)
 
     def file_of(self, name: str) -> Path | None:
-        """The file of a module or package, None when there is none."""
+        """The file of a module or package; None if there is none."""
         base = self.root.joinpath(*name.split("."))
         path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
         return path if path.is_file() else None
@@ -186,7 +188,7 @@ class Code:
 
 
 def _digest(uses: Uses, digests: dict[Place, str]) -> str:
-    """Digest of statements, given those of the places that they name."""
+    """Digest of statements, given the digests of the places they use."""
     names = {(label, digests[place]) for label, place in uses.places} | uses.outside
     return _sha("\n".join([uses.text, *(f"{label} {target}" for label, target in sorted(names))]))
 

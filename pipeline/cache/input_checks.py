@@ -1,6 +1,7 @@
-"""Damage must not become a result: what a stage reads is checked against its manifest as the stage starts.
+"""Checks of a stage's inputs against their manifests, so that a damaged artifact is never used.
 
-Chunks of Zarr stores are left out. They are the bulk, and each carries a CRC-32C that is checked as it is read.
+Chunks of Zarr stores are not read here. They are most of the bytes, and each is followed by its CRC-32C, which the
+stage checks when it reads the chunk.
 """
 
 from __future__ import annotations
@@ -21,41 +22,41 @@ def is_chunk(name: str) -> bool:
     return _CHUNK.fullmatch(name) is not None
 
 
-def require_whole(cache: Cache, stage: str, inputs: Mapping[str, Manifest]) -> None:
-    """Check the files of the artifacts that a stage reads.
+def require_undamaged(cache: Cache, stage: str, inputs: Mapping[str, Manifest]) -> None:
+    """Check the files of the artifacts that a stage reads, except Zarr chunks.
 
     Raises:
-        InputError: One was replaced or removed since it was looked up.
-        ArtifactError: One is damaged. It is marked, so that it counts as stale.
+        InputError: An artifact was replaced or removed since it was looked up.
+        ArtifactError: An artifact is damaged. It is marked as damaged and counts as stale from then on.
     """
-    require_same(cache, stage, inputs)
+    require_unchanged(cache, stage, inputs)
     for name, manifest in inputs.items():
         path = cache.path(manifest.key)
         what = next((what for _, what in cache.damages(path, manifest, deep=True, skip=is_chunk)), None)
         if what is not None:
             cache.mark(path, what)
             raise ArtifactError(
-                f"{stage} reads {name}, which is damaged: {what} (in {path}): `dpar run` makes {name} again"
+                f"{stage} reads {name}, which is damaged: {what} (in {path}): make {name} again with `dpar run`"
             )
 
 
-def require_same(cache: Cache, stage: str, inputs: Mapping[str, Manifest]) -> None:
-    """Check that the artifacts that a stage reads have the contents that are in its key.
+def require_unchanged(cache: Cache, stage: str, inputs: Mapping[str, Manifest]) -> None:
+    """Check that a stage's inputs still have the content digests in its key.
 
     Raises:
-        InputError: One was replaced by other contents, or removed.
+        InputError: An artifact was replaced by other contents, or removed.
     """
     for name, manifest in inputs.items():
         found = cache.read(cache.path(manifest.key))
         if found is None or found.digest != manifest.digest:
-            state = "is gone" if found is None else "was made again with other contents"
-            raise InputError(f"{stage} reads {name}, which {state} meanwhile: run again")
+            state = "was removed" if found is None else "was made again with other contents"
+            raise InputError(f"{stage} reads {name}, which {state} in the meantime: run again")
 
 
 def mark_reported(cache: Cache, message: str, inputs: Mapping[str, Manifest]) -> None:
-    """Mark the artifacts that a stage's error names, if all their bytes and checksums tell of damage too.
+    """Mark the artifacts named in a stage's error as damaged, if reading all their bytes confirms the damage.
 
-    An error may have other causes, and to make an artifact again can take weeks: so it is read whole first.
+    An error may have other causes, and making an artifact again can take weeks. So each artifact is read in full first.
     """
     for manifest in inputs.values():
         path = cache.path(manifest.key)

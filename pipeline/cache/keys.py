@@ -1,4 +1,4 @@
-"""The key of a stage: a digest of everything that decides what it makes, kept verbatim so that changes can be told."""
+"""Parts of a stage's key: everything that determines its result. The manifest stores them, so changes can be listed."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def key_parts(
     *,
     deep: bool = False,
 ) -> Parts:
-    """Everything that decides what `stage` makes: settings, code, contents of its inputs, versions, outside files.
+    """Everything that determines the result of `stage`: settings, code, inputs, package versions, external files.
 
     Args:
         stage: A stage of the graph.
-        settings: Of the whole run.
-        home: Where the digests of outside files are remembered.
+        settings: Settings of all stages.
+        home: Folder of the cache, where digests of external files are remembered.
         input_digests: Content digest of each input.
-        code: Of the stage.
-        deep: Look at every image file, whatever is remembered of its folder.
+        code: Fingerprint of the stage's code.
+        deep: Check every image file, even in folders that are unchanged.
 
     Raises:
-        InputError: A file or folder that the settings name is missing.
+        InputError: A file or folder named in the settings is missing.
     """
     section = getattr(settings, stage.name)
     deep = deep and stage.external == "images"  # weights are read again only when a stage that needs them starts
@@ -43,7 +43,7 @@ def key_parts(
 
 
 def inside_parts(stage: Stage, settings: Settings, input_digests: Mapping[str, str], code: Fingerprint) -> Parts:
-    """What `key_parts` returns, without the files outside."""
+    """`key_parts` without the digest of external files."""
     return {
         "schema": SCHEMA,
         "stage": stage.name,

@@ -1,13 +1,13 @@
-"""What the image files of a data set look like from outside: a digest over their metadata.
+"""Digest of a data set's image files, computed from their metadata.
 
-It covers the path below the root, the size, the times and the inode of every file that the dataset stage would index,
-so that other pictures under the same names are noticed, and a link that leads elsewhere. Copies elsewhere have another
-digest: the dataset stage then reads them, and equal bytes leave everything after it cached.
+The digest covers the path below the root, the size, the times and the inode of every file that stage `dataset` would
+index. Replaced files and redirected links change it. A copy of the images elsewhere has another digest; stage `dataset`
+then runs again, and if the bytes are equal, all later stages stay cached.
 
-Each folder's digest is remembered in home/.listings.json. A look that is not deep trusts it while the folder itself is
-unchanged: files that are written over in place go unnoticed until a deep look. The file also holds a number for each
-root, its generation, which enters the digest. It goes up when a stage has met other bytes than were indexed, so that
-the images are indexed again even if their metadata tell nothing.
+The digest of each folder is remembered in home/.listings.json. A scan that is not deep trusts it while the folder
+itself is unchanged, so files overwritten in place go unnoticed until a deep scan. The same file holds a number for each
+root, its generation, which is part of the digest. It is raised when a stage finds bytes that differ from those indexed;
+the images are then indexed again even if their metadata are unchanged.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from stages.runtime.artifact import read_json, write_json
 MEMORY = ".listings.json"
 _LOCK = ".locks/listings.lock"
 Entry = dict[str, Any]
-"""What is remembered of a folder: its own `stat`, the `digest` of its files, the names of its `folders` and of `links`
-to folders, and when it was `seen` so first."""
+"""Remembered state of a folder: its own `stat`, the `digest` of its files, the names of its `folders` and of `links`
+to folders, and the time it was first `seen` in this state."""
 
 
-class Look(NamedTuple):
-    """What a look at a root found."""
+class Scan(NamedTuple):
+    """Result of scanning a root."""
 
     digest: str
     trusted_since: float | None
-    """Since when folders whose files were not looked at are unchanged (epoch seconds); None if all were looked at."""
+    """Time since which the folders whose files were skipped are unchanged (epoch seconds); None if none was skipped."""
 
 
-def look(root: Path, source: str, home: Path, *, deep: bool) -> Look:
-    """Look at the images below a root, or at the tar that it is.
+def scan(root: Path, source: str, home: Path, *, deep: bool) -> Scan:
+    """Scan the metadata of the images below a root, or of the root itself if it is a tar file.
 
     Args:
-        root: From `stages.images.sources.image_root`.
-        source: Of the dataset settings.
-        home: Where folders are remembered.
-        deep: Look at every file; else trust what is remembered of a folder that is unchanged.
+        root: Result of `stages.images.sources.image_root`.
+        source: `dataset.source` of the settings.
+        home: Folder of the cache, where folder digests are remembered.
+        deep: Check every file; otherwise skip the files of unchanged folders.
 
     Raises:
         OSError: A folder cannot be listed.
@@ -54,9 +54,9 @@ def look(root: Path, source: str, home: Path, *, deep: bool) -> Look:
     place = os.path.abspath(root)
     known = _known(home, place)
     if root.is_file():
-        return Look(_digest(source, known["generation"], {"": _metadata(os.stat(root))}), None)
+        return Scan(_digest(source, known["generation"], {"": _metadata(os.stat(root))}), None)
     found, trusted = _walk(root, source, {} if deep else known["folders"])
-    for name, entry in found.items():  # what looks as it did keeps its first date, and the memory is not written
+    for name, entry in found.items():  # an unchanged entry keeps its date, so that the file is not rewritten
         before = known["folders"].get(name)
         if before is not None and before | {"seen": 0} == entry | {"seen": 0}:
             found[name] = before
@@ -64,30 +64,30 @@ def look(root: Path, source: str, home: Path, *, deep: bool) -> Look:
         with _memory(home) as memory:
             memory[place] = {"generation": _generation(memory.get(place)), "folders": found}
     digest = _digest(source, known["generation"], {name: entry["digest"] for name, entry in found.items()})
-    return Look(digest, min((found[name]["seen"] for name in trusted), default=None))
+    return Scan(digest, min((found[name]["seen"] for name in trusted), default=None))
 
 
 def distrust(root: Path, home: Path) -> None:
-    """Let the images below a root be indexed again whatever their metadata say."""
+    """Force the images below a root to be indexed again, even if their metadata are unchanged."""
     place = os.path.abspath(root)
     with _memory(home) as memory:
         memory[place] = {"generation": _generation(memory.get(place)) + 1, "folders": {}}
 
 
 def _walk(root: Path, source: str, known: dict[str, Entry]) -> tuple[dict[str, Entry], list[str]]:
-    """The folders below a root by relative path, and which of them are as they were known."""
+    """Entries of the folders below a root by relative path, and the names of those that are unchanged."""
     found: dict[str, Entry] = {}
     trusted = []
     waiting = [""]
     while waiting:
         name = waiting.pop()
         folder = root / name
-        own = _own(os.stat(folder))
+        own = _folder_stat(os.stat(folder))
         entry = known.get(name)
         if entry is not None and entry["stat"] == own:
             trusted.append(name)
         else:
-            entry = {"stat": own, "seen": time.time(), **_read_folder(folder, _taken(source, name))}
+            entry = {"stat": own, "seen": time.time(), **_read_folder(folder, _is_read(source, name))}
         found[name] = entry
         if source == "image_folder":  # a class folder may be a link, a folder inside it may not
             below = entry["folders"] + (entry["links"] if name == "" else [])
@@ -95,8 +95,8 @@ def _walk(root: Path, source: str, known: dict[str, Entry]) -> tuple[dict[str, E
     return found, trusted
 
 
-def _taken(source: str, folder: str) -> Callable[[str], bool]:
-    """Which files of a folder `stages.images.sources` takes."""
+def _is_read(source: str, folder: str) -> Callable[[str], bool]:
+    """A predicate on file names: which files of a folder `stages.images.sources` reads."""
     if source == "imagenet_tar":
         return lambda name: name.endswith(".tar")
     if source == "image_folder" and folder == "":
@@ -104,10 +104,10 @@ def _taken(source: str, folder: str) -> Callable[[str], bool]:
     return is_image
 
 
-def _read_folder(folder: Path, taken: Callable[[str], bool]) -> Entry:
-    """Digest of the metadata of a folder's own files, and its folders by name; hidden ones left out.
+def _read_folder(folder: Path, is_read: Callable[[str], bool]) -> Entry:
+    """Digest of the metadata of a folder's own files, and the names of its subfolders; hidden entries are left out.
 
-    The folder is opened, so that the kernel finds each file in it without following the whole path: a quarter faster.
+    The folder is opened first, so that the kernel does not resolve the whole path for each file: a quarter faster.
     """
     lines: list[str] = []
     folders: list[str] = []
@@ -121,7 +121,7 @@ def _read_folder(folder: Path, taken: Callable[[str], bool]) -> Entry:
                     continue
                 if entry.is_dir():
                     (links if entry.is_symlink() else folders).append(name)
-                elif taken(name):
+                elif is_read(name):
                     try:
                         lines.append(f"{name}\0{_metadata(entry.stat())}\0")
                     except OSError:
@@ -136,7 +136,7 @@ def _metadata(stat: os.stat_result) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
 
 
-def _own(stat: os.stat_result) -> list[int]:
+def _folder_stat(stat: os.stat_result) -> list[int]:
     return [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
@@ -150,7 +150,7 @@ def _sha256(text: str) -> str:
 
 
 def _known(home: Path, place: str) -> dict[str, Any]:
-    """What is remembered of a root; a lost or damaged memory costs time, nothing else."""
+    """Remembered state of a root; empty if it is lost or damaged."""
     known = _read(home).get(place)
     folders = known.get("folders") if isinstance(known, dict) else None
     whole = isinstance(folders, dict) and all(map(_is_entry, folders.values()))
@@ -177,7 +177,7 @@ def _read(home: Path) -> dict[str, Any]:
 
 @contextmanager
 def _memory(home: Path) -> Iterator[dict[str, Any]]:
-    """The memory, to be changed: two processes must not undo each other's changes."""
+    """The remembered state, locked for an update: it is written back when the block ends."""
     lock = home / _LOCK
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("ab") as file:

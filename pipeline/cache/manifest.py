@@ -1,4 +1,4 @@
-"""The manifest of an artifact: what it is, what its key was made of, and its files; sealed, and checked when read."""
+"""The manifest of an artifact: its key, the parts of the key, and its files. It is sealed, and checked when read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from stages.runtime.artifact import RECORD, read_json
 
 MANIFEST = "manifest.json"
-SCHEMA = 2  # of artifacts and manifests: raise it when their layout changes, and every stage runs again
+SCHEMA = 2  # layout of artifacts and manifests; raise it when the layout changes, and every stage runs again
 Parts = dict[str, Any]
 
 _STAGE = r"[a-z][a-z0-9_]*"
@@ -24,63 +24,67 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be trusted. The message says what is wrong with it."""
+    """An invalid manifest. The message says what is wrong with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a finished artifact is, and how it came to be."""
+    """Identity, files and origin of a finished artifact."""
 
     key: str
     stage: str
     parts: Parts
     definitions: dict[str, str]
-    """Digest of the text of each definition in the stage's code, by "module:name"; in no key, only `why` reads it."""
+    """Digest of the text of each definition in the stage's code, by "module:name"; not in the key, for `dpar why`."""
     digest: str
-    """Of the contents, files in `record/` left out: what the keys of later stages hold."""
+    """Content digest, without files in `record/`. It is part of the keys of later stages."""
     files: dict[str, list[Any]]
-    """Path to [bytes, sha256], `manifest.json` and `record/log.txt` aside."""
+    """[bytes, sha256] by path, without `manifest.json` and `record/log.txt`."""
     created: float
     """Seconds since the epoch."""
     duration_s: float
     environment: dict[str, Any] = field(default_factory=dict)
-    """Good to know and in no key: commit, host platform, Python."""
+    """Not in the key: commit, host platform, Python version."""
     accepted: str | None = None
-    """Why the artifact stands under a key that it was not made for."""
+    """Why the artifact is valid for a key that it was not made for; None if it was made for this key."""
 
     def sealed(self) -> dict[str, Any]:
-        """All fields, with the seal over them: what the file holds."""
+        """Content of the manifest file: all fields, and the seal over them."""
         content = asdict(self)
         return content | {"seal": _seal(content)}
 
 
 def key_of(parts: Parts) -> str:
-    """Stage and digest, e.g. `train-1f0c…`: the name of the artifact's folder."""
+    """The key: stage and digest of the parts, e.g. `train-1f0c…`. It is the name of the artifact's folder."""
     return f"{parts['stage']}-{hashlib.sha256(_canonical(parts)).hexdigest()[:20]}"
 
 
 def stage_of(key: str) -> str | None:
-    """Stage of a key, None when the text is no key."""
+    """Stage of a key; None if the text is not a key."""
     match = _KEY.fullmatch(key)
     return match[1] if match else None
 
 
 def content_digest(files: Mapping[str, list[Any]]) -> str:
-    """Digest over paths and contents, the record left out."""
+    """Digest over paths and contents of files, without those in `record/`."""
     lines = [f"{name} {digest}" for name, (_, digest) in sorted(files.items()) if not name.startswith(f"{RECORD}/")]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_manifest(folder: Path, key: str | None = None) -> Manifest:
-    """Manifest of the artifact in a folder, which is named by its key unless one is given.
+    """Manifest of the artifact in a folder. Files that it lists are not opened.
+
+    Args:
+        folder: Folder of the artifact.
+        key: Expected key; None for the name of the folder.
 
     Raises:
-        ManifestError: There is none, or it does not hold what it must. Nothing that it names is opened.
+        ManifestError: The manifest is missing or invalid.
     """
     path = folder / MANIFEST
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise ManifestError(f"{MANIFEST} is no regular file")
+            raise ManifestError(f"{MANIFEST} is not a regular file")
         content = read_json(path)
     except FileNotFoundError as error:
         raise ManifestError(f"{MANIFEST} is missing") from error
@@ -89,37 +93,39 @@ def read_manifest(folder: Path, key: str | None = None) -> Manifest:
     except ManifestError:
         raise
     except ValueError as error:
-        raise ManifestError(f"{MANIFEST} is no JSON: {error}") from error
+        raise ManifestError(f"{MANIFEST} is not JSON: {error}") from error
     return parse_manifest(content, folder.name if key is None else key)
 
 
 def parse_manifest(content: Any, key: str) -> Manifest:
-    """A manifest from the content of its file.
+    """The manifest, from the content of its file.
 
     Raises:
-        ManifestError: A field is missing or unknown, has another type or does not fit the others.
+        ManifestError: A field is missing or unknown, has a wrong type or contradicts another.
     """
     if not isinstance(content, dict):
-        raise ManifestError(f"{MANIFEST} holds no object")
+        raise ManifestError(f"{MANIFEST} does not hold a JSON object")
     parts = content.get("parts")
     if "seal" not in content and isinstance(parts, dict) and parts.get("schema") != SCHEMA:
-        raise ManifestError(f"{MANIFEST} is of schema {parts.get('schema')}, expected {SCHEMA}: of an older version")
+        raise ManifestError(
+            f"{MANIFEST} has schema {parts.get('schema')}, expected {SCHEMA}: written by another version"
+        )
     expected = {each.name for each in fields(Manifest)} | {"seal"}
     if odd := sorted(expected ^ content.keys()):
         raise ManifestError(f"{MANIFEST} has missing or unknown fields: {', '.join(odd)}")
     for name, is_right in _CHECKS.items():
         if not is_right(content[name]):
-            raise ManifestError(f"{MANIFEST}: {name} is not what it must be")
+            raise ManifestError(f"{MANIFEST}: field {name} is not valid")
     seal = content.pop("seal")
     manifest = Manifest(**content)
     if manifest.key != key or stage_of(key) != manifest.stage:
-        raise ManifestError(f"{MANIFEST} is of {manifest.key}, the folder is {key}")
+        raise ManifestError(f"{MANIFEST} has key {manifest.key}, the folder is {key}")
     if manifest.parts["stage"] != manifest.stage or key_of(manifest.parts) != key:
-        raise ManifestError(f"{MANIFEST}: key and parts do not fit together")
+        raise ManifestError(f"{MANIFEST}: key does not match parts")
     if content_digest(manifest.files) != manifest.digest:
-        raise ManifestError(f"{MANIFEST}: digest and files do not fit together")
+        raise ManifestError(f"{MANIFEST}: digest does not match files")
     if _seal(content) != seal:
-        raise ManifestError(f"{MANIFEST} was changed: its seal does not fit")
+        raise ManifestError(f"{MANIFEST} was modified: its seal does not match")
     return manifest
 
 
@@ -128,7 +134,7 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 
 def _canonical(value: Any) -> bytes:
-    """The one JSON text of a value."""
+    """Canonical JSON of a value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -153,15 +159,15 @@ def _is_dict_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_name(name: str) -> bool:
-    """A path below the artifact's folder: no way out of it, and not the manifest itself."""
+    """Whether a path stays below the artifact's folder and is not the manifest itself."""
     parts = name.split("/")
     return name != MANIFEST and not {"", ".", ".."} & set(parts) and "\0" not in name and "\\" not in name
 
 
 def _are_files(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        _is_name(name) and isinstance(facts, list) and len(facts) == 2 and _is_count(facts[0]) and _is_sha256(facts[1])
-        for name, facts in value.items()
+        _is_name(name) and isinstance(file, list) and len(file) == 2 and _is_count(file[0]) and _is_sha256(file[1])
+        for name, file in value.items()
     )
 
 

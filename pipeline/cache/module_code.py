@@ -1,4 +1,4 @@
-"""A module as its text tells: what its top level binds, and what it does on import. Nothing is executed."""
+"""Static view of a module: the names its top level binds and the statements it runs on import. Nothing is executed."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 @dataclass(eq=False)
 class Module:
-    """What a module's top level binds and does.
+    """Names and import-time statements of a module's top level.
 
-    A name may be bound more than once, as by an import and its stand-in after `except ImportError`: all of them count.
+    A name may have several bindings, such as an import and its fallback after `except ImportError`. All of them count.
     """
 
     name: str
     package: str
-    """What its relative imports start from."""
+    """Package that its relative imports start from."""
     definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
     imports: dict[str, list[Target]] = field(default_factory=dict)
     imported: set[str] = field(default_factory=set)
-    """Names of what may be modules that run because this one is imported."""
+    """Names of possible modules that importing this one runs."""
     stars: list[str] = field(default_factory=list)
     at_import: list[ast.stmt] = field(default_factory=list)
-    """Statements that run on import and do more than bind names."""
+    """Statements that do more on import than bind names."""
 
     def nodes(self, name: str) -> list[ast.stmt]:
-        """Statements that make up a definition; none for `EVERYTHING`, which is no text of its own."""
+        """Statements of a definition; empty for `EVERYTHING`, which has no text of its own."""
         return self.at_import if name == AT_IMPORT else self.definitions.get(name, [])
 
 
 def load_module(path: Path, name: str) -> Module:
-    """The module in a file, parsed once until the file changes."""
+    """The module in a file. It is parsed again only when the file changes."""
     stat = path.stat()
     return _parse(path, name, stat.st_mtime_ns, stat.st_size)
 
 
 def bindings(node: Import, package: str) -> Iterator[tuple[str, Target]]:
-    """Names that an import binds, and what to; a star import binds none that could be told."""
+    """Names that an import binds, and their targets; nothing for a star import."""
     if isinstance(node, ast.Import):
         for alias in node.names:  # `import a.b` binds a; `import a.b as c` binds c to a.b
             name = alias.asname or alias.name.partition(".")[0]
@@ -56,8 +56,8 @@ def bindings(node: Import, package: str) -> Iterator[tuple[str, Target]]:
         yield from ((alias.asname or alias.name, (source, alias.name)) for alias in node.names if alias.name != "*")
 
 
-def runs(node: Import, package: str) -> set[str]:
-    """Names of what may be modules that run because of an import: `from a import b` may import a.b."""
+def modules_run(node: Import, package: str) -> set[str]:
+    """Names of possible modules that an import runs: `from a import b` may import a.b."""
     if isinstance(node, ast.Import):
         return {alias.name for alias in node.names}
     source = _source(node, package)
@@ -65,7 +65,7 @@ def runs(node: Import, package: str) -> set[str]:
 
 
 def chain(node: ast.expr) -> list[str] | None:
-    """`a.b.c` as its parts, None when it does not start at a name."""
+    """Parts of `a.b.c`; None if the expression does not start with a name."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -75,7 +75,7 @@ def chain(node: ast.expr) -> list[str] | None:
 
 @lru_cache(maxsize=1024)
 def _parse(path: Path, name: str, mtime_ns: int, size: int) -> Module:
-    """Parse a file; `mtime_ns` and `size` are there to forget it when it changes."""
+    """Parse a file; `mtime_ns` and `size` are part of the cache key, so a changed file is parsed again."""
     module = Module(name, name if path.name == "__init__.py" else name.rpartition(".")[0])
     for node in ast.parse(path.read_bytes(), filename=str(path)).body:
         _record(module, node)
@@ -91,7 +91,7 @@ def _record(module: Module, node: ast.stmt) -> None:
         for name in names:
             module.definitions.setdefault(name, []).append(node)
     elif isinstance(node, ast.If) and _is_guard(node.test):
-        # Its body is for type checkers, or for `python -m`: no part of what the stage's function does.
+        # The body is for type checkers or `python -m`; the stage's function does not run it.
         for otherwise in node.orelse:
             _record(module, otherwise)
     elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
@@ -101,13 +101,13 @@ def _record(module: Module, node: ast.stmt) -> None:
 def _record_import(module: Module, node: Import) -> None:
     for name, target in bindings(node, module.package):
         module.imports.setdefault(name, []).append(target)
-    module.imported |= runs(node, module.package)
+    module.imported |= modules_run(node, module.package)
     if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
         module.stars.append(_source(node, module.package))
 
 
 def _record_statement(module: Module, node: ast.stmt) -> None:
-    """An `if`, `try`, call, `module.flag = …`: it runs on import, and the names that it binds stand for all of it."""
+    """Record an `if`, `try`, call or `module.flag = …`: it runs on import and defines every name it binds."""
     module.at_import.append(node)
     for inner in ast.walk(node):
         if isinstance(inner, (ast.Import, ast.ImportFrom)):
@@ -119,7 +119,7 @@ def _record_statement(module: Module, node: ast.stmt) -> None:
 
 
 def _plainly_assigned(node: ast.stmt) -> list[str]:
-    """Names that an assignment binds; none when it also changes something that exists: `a.b = …`, `a[0] = …`."""
+    """Names that an assignment binds; empty if it also modifies an object: `a.b = …`, `a[0] = …`."""
     if isinstance(node, ast.Assign):
         targets: list[ast.expr] = list(node.targets)
     elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
@@ -132,7 +132,7 @@ def _plainly_assigned(node: ast.stmt) -> list[str]:
 
 
 def _source(node: ast.ImportFrom, package: str) -> str:
-    """Absolute name of the module that names are imported from."""
+    """Absolute name of the module in `from module import …`."""
     if not node.level:
         return node.module or ""
     parents = package.split(".")
@@ -141,14 +141,14 @@ def _source(node: ast.ImportFrom, package: str) -> str:
 
 
 def _is_guard(test: ast.expr) -> bool:
-    """`if TYPE_CHECKING` and `if __name__ == "__main__"`."""
+    """Whether a test is `TYPE_CHECKING` or `__name__ == "__main__"`."""
     if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq):
         test = test.left
     return (chain(test) or [""])[-1] in {"TYPE_CHECKING", "__name__"}
 
 
 def imports_in(node: ast.stmt) -> Iterator[Import]:
-    """All imports in a statement, those inside functions included. Expressions hold none and are not looked through."""
+    """All imports in a statement, including those inside functions. Expressions contain none and are skipped."""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         yield node
     for name in ("body", "orelse", "finalbody", "handlers", "cases"):
@@ -158,11 +158,11 @@ def imports_in(node: ast.stmt) -> Iterator[Import]:
 
 
 def is_first_party(node: Import, package: str) -> bool:
-    """True for an import of first-party modules alone."""
+    """Whether an import names first-party modules only."""
     names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [_source(node, package)]
     return all(name.partition(".")[0] in FIRST_PARTY for name in names)
 
 
 def without_docstrings(body: list[ast.stmt]) -> list[ast.stmt]:
-    """A body without its docstring and without the strings that document fields."""
+    """The body without its docstring and without the strings that document fields."""
     return [node for node in body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]

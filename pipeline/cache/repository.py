@@ -1,4 +1,4 @@
-"""The git repository that the code lies in."""
+"""The git repository that contains the code."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 
 class Head(NamedTuple):
-    """What is checked out."""
+    """The checked-out commit."""
 
     commit: str
     """SHA-1, in hex."""
     dirty: bool
-    """Whether files differ from it, new ones included."""
+    """Whether files differ from the commit, untracked files included."""
 
 
 def head() -> Head | None:
-    """The commit of the code that runs, None outside a repository."""
+    """The commit of the running code; None outside a repository."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)

@@ -1,10 +1,10 @@
-"""The one cache: finished artifacts by key, committed by a rename.
+"""The artifact cache: finished artifacts by key, committed by a rename.
 
-home/<stage>/<key>/        a finished artifact; manifest.json is written last, before the rename
-home/.work/<key>/          one being made; it survives a kill, and the same key resumes in it
-home/.locks/<key>.lock     held by whoever makes it; the kernel frees it when the last holder dies
-home/.locks/<key>.readers  shared by the runs that read it, so that nobody removes it meanwhile
-home/.trash/               what a forced run has replaced, until `dpar gc`
+home/<stage>/<key>/        finished artifact; manifest.json is written last, before the rename
+home/.work/<key>/          unfinished artifact; it survives a kill, and the same key resumes in it
+home/.locks/<key>.lock     exclusive lock of the process that makes it; the kernel frees it when the last holder dies
+home/.locks/<key>.readers  shared lock of the runs that read it, so that `dpar gc` does not remove it
+home/.trash/               artifacts replaced by a forced run, until `dpar gc`
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from pipeline.cache.manifest import (
 from stages.runtime.artifact import RECORD, file_sha256, read_json, remove_partials, write_json
 from stages.runtime.errors import ArtifactError
 
-DAMAGE = "damage.json"  # beside a manifest: what was found damaged when the artifact was read
-PARTS = f"{RECORD}/parts.json"  # in a work folder: what its key was made of
+DAMAGE = "damage.json"  # beside the manifest: damage found when the artifact was read
+PARTS = f"{RECORD}/parts.json"  # in a work folder: the parts of its key
 WORK, LOCKS, TRASH = ".work", ".locks", ".trash"
 
 
@@ -48,39 +48,39 @@ class Cache:
         self.home = home.absolute()
 
     def path(self, key: str) -> Path:
-        """Where the artifact of a key lies, finished or not."""
+        """Folder of the finished artifact of a key, whether it exists or not."""
         return self.home / key.partition("-")[0] / key
 
     def work(self, key: str) -> Path:
-        """Where it is made."""
+        """Folder in which the artifact of a key is made."""
         return self.home / WORK / key
 
     def lookup(self, key: str) -> Manifest | None:
-        """Manifest of a finished artifact; None unless every file it lists is there with its size."""
+        """Manifest of a finished artifact; None unless all files have their sizes and no damage is marked."""
         manifest = self.read(self.path(key))
         return None if manifest is None or self.damage(self.path(key), manifest) else manifest
 
     def read(self, path: Path) -> Manifest | None:
-        """Manifest of the artifact in a folder, None when there is none that can be trusted."""
+        """Manifest of the artifact in a folder; None if it is missing or invalid."""
         try:
             return read_manifest(path)
         except ManifestError:
             return None
 
     def damage(self, path: Path, manifest: Manifest) -> str | None:
-        """What is wrong with an artifact: as it was marked, else the first file of another size; None if nothing."""
+        """Marked damage of an artifact, else its first file of a wrong size; None if there is no damage."""
         return self.marked(path) or next((what for _, what in self.damages(path, manifest, deep=False)), None)
 
     def damages(
         self, path: Path, manifest: Manifest, *, deep: bool, skip: Callable[[str], bool] = lambda name: False
     ) -> Iterator[tuple[str, str]]:
-        """Every file of an artifact that is not as it was made, and what is wrong with it.
+        """Every damaged file of an artifact, and its damage.
 
         Args:
-            path: Its folder.
-            manifest: What it must hold.
-            deep: Read the files too, except those that `skip` is true of.
-            skip: Given a file's name.
+            path: Folder of the artifact.
+            manifest: Manifest of the artifact.
+            deep: Check contents too, not only sizes.
+            skip: Predicate on file names; contents of these files are not checked.
         """
         for name, (size, digest) in manifest.files.items():
             try:
@@ -89,18 +89,18 @@ class Cache:
                 yield name, f"file {name} is missing"
                 continue
             if not stat.S_ISREG(found.st_mode):
-                yield name, f"{name} is no regular file"
+                yield name, f"{name} is not a regular file"
             elif found.st_size != size:
                 yield name, f"file {name} has {found.st_size} bytes, expected {size}"
             elif deep and not skip(name) and (what := _content_damage(path, name, digest)):
                 yield name, what
 
     def mark(self, path: Path, what: str) -> None:
-        """Let an artifact count as damaged until it is made again."""
+        """Mark an artifact as damaged; the mark stays until it is made again."""
         write_json(path / DAMAGE, {"what": what, "found": time.time()})
 
     def marked(self, path: Path) -> str | None:
-        """What an artifact was marked with, None if it was not."""
+        """Damage that an artifact is marked with; None if it is not marked."""
         try:
             return str(read_json(path / DAMAGE)["what"])
         except FileNotFoundError:
@@ -109,7 +109,7 @@ class Cache:
             return "it was marked as damaged"
 
     def artifacts(self, stage: str) -> list[Path]:
-        """Folders named as the artifacts of a stage are, by name. Whatever else lies there is not ours."""
+        """Folders of a stage whose names are keys, sorted by name. Other entries are not artifacts."""
         try:
             with os.scandir(self.home / stage) as entries:
                 return sorted(Path(each.path) for each in entries if stage_of(each.name) == stage and each.is_dir())
@@ -117,15 +117,15 @@ class Cache:
             return []
 
     def manifests(self, stage: str) -> list[tuple[Path, Manifest]]:
-        """Artifacts of a stage whose manifest can be trusted, newest first."""
+        """Artifacts of a stage with a valid manifest, newest first."""
         found = [(path, manifest) for path in self.artifacts(stage) if (manifest := self.read(path))]
         return sorted(found, key=lambda pair: pair[1].created, reverse=True)
 
     @contextmanager
     def lock(self, key: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[int]:
-        """Hold the lock of a key; yields its file descriptor, for children to hold it too.
+        """Hold the lock of a key. Yields its file descriptor, which child processes inherit.
 
-        A child that outlives a killed parent keeps the lock, so that no one else writes into its folder.
+        A child that outlives its killed parent keeps the lock, so no other process writes into its folder.
         """
         descriptor = self._open_lock(f"{key}.lock")
         try:
@@ -140,7 +140,7 @@ class Cache:
 
     @contextmanager
     def reading(self, keys: Collection[str]) -> Iterator[tuple[int, ...]]:
-        """Keep artifacts from being removed; yields the locks' file descriptors, for children to hold them too."""
+        """Keep artifacts from being removed. Yields file descriptors of the locks, which child processes inherit."""
         with ExitStack() as stack:
             descriptors = []
             for key in sorted(keys):
@@ -150,8 +150,8 @@ class Cache:
             yield tuple(descriptors)
 
     @contextmanager
-    def alone(self, key: str) -> Iterator[bool]:
-        """Whether nobody makes or reads the artifact of a key; if so, nobody can begin to until the end."""
+    def exclusive(self, key: str) -> Iterator[bool]:
+        """Try to lock an artifact against makers and readers. Yields whether it is locked; never waits."""
         with ExitStack() as stack:
             try:
                 for name in (f"{key}.lock", f"{key}.readers"):
@@ -169,11 +169,11 @@ class Cache:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def is_locked(self, key: str) -> bool:
-        """Whether someone is making the artifact of a key right now."""
+        """Whether a process is making the artifact of a key."""
         return self._is_held(f"{key}.lock")
 
     def is_busy(self, key: str) -> bool:
-        """Whether someone is making or reading the artifact of a key right now."""
+        """Whether a process is making or reading the artifact of a key."""
         return self._is_held(f"{key}.lock") or self._is_held(f"{key}.readers")
 
     def _is_held(self, name: str) -> bool:
@@ -188,18 +188,18 @@ class Cache:
         return False
 
     def begin(self, parts: Parts) -> Path:
-        """The work folder of a key, which says what the key was made of. Its lock must be held."""
+        """Create the work folder of a key and write the parts of the key into it. The caller holds its lock."""
         work = self.work(key_of(parts))
         work.mkdir(parents=True, exist_ok=True)
-        remove_partials(work)  # as large as checkpoints
+        remove_partials(work)  # they can be as large as checkpoints
         write_json(work / PARTS, parts)
         return work
 
     def commit(self, parts: Parts, duration_s: float, definitions: Mapping[str, str] | None = None) -> Manifest:
-        """Turn the work folder of a key into its artifact; whatever stood in its place goes to the trash.
+        """Turn the work folder of a key into its artifact; an artifact already there is moved to the trash.
 
         Raises:
-            ArtifactError: A file has a name that a manifest cannot hold.
+            ArtifactError: The name of a file is not valid in a manifest.
         """
         key = key_of(parts)
         work = self.work(key)
@@ -220,7 +220,7 @@ class Cache:
         return self._install(work, manifest)
 
     def _install(self, work: Path, manifest: Manifest) -> Manifest:
-        """Write the manifest and give the folder its name."""
+        """Write the manifest and move the folder into place."""
         try:
             parse_manifest(manifest.sealed(), manifest.key)
         except ManifestError as error:
@@ -234,7 +234,7 @@ class Cache:
         return manifest
 
     def discard(self, path: Path) -> Path:
-        """Move a folder to the trash, if it is there; returns its place there."""
+        """Move a folder to the trash, if it exists. Returns its path in the trash."""
         trash = self.home / TRASH / f"{path.name}.{time.time_ns()}"
         if os.path.lexists(path):
             trash.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ class Cache:
     def accept(
         self, path: Path, manifest: Manifest, parts: Parts, reason: str, definitions: Mapping[str, str]
     ) -> Manifest:
-        """Let an existing artifact stand for the key of `parts` too: hard links, and a manifest that says so."""
+        """Make an existing artifact valid for the key of `parts` too, with hard links and a manifest of its own."""
         key = key_of(parts)
         work = self.work(key)
         shutil.rmtree(work, ignore_errors=True)
@@ -266,23 +266,23 @@ def _content_damage(path: Path, name: str, digest: str) -> str | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files of an artifact that its manifest lists. The log goes on growing while it is listed, so it is not.
+    """Files that the manifest of an artifact lists. The log is left out: it still grows when the manifest is written.
 
-    Views are drawn later, into a finished artifact.
+    Views are drawn later, into the finished artifact, and are not listed either.
     """
     skipped = {folder / MANIFEST, folder / DAMAGE, folder / RECORD / "log.txt"}
     return sorted(path for path in folder.rglob("*") if path.is_file() and path not in skipped)
 
 
 def _environment() -> dict[str, Any]:
-    """Where and from what an artifact was made."""
-    facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    """Python version, host platform and commit that an artifact was made with."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     head = repository.head()
-    return facts if head is None else facts | {"commit": head.commit, "dirty": head.dirty}
+    return found if head is None else found | {"commit": head.commit, "dirty": head.dirty}
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename in `folder` last through a power cut."""
+    """Flush a folder to disk, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What the command line shows: a bar per running stage on a terminal, plain lines elsewhere, and the tables."""
+"""Output of the command line: progress bars on a terminal, plain lines elsewhere, and tables."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from pipeline.report import Report, Score
 from pipeline.runner import Observer, StageResult
 
 LINE_PERIOD_S = 15.0
-KEY_CHARACTERS = 10  # of a key's hash: enough to tell two apart by eye
+KEY_CHARACTERS = 10  # shown of a key's hash
 STYLES = {"cached": "green", "stale": "yellow", "missing": "cyan"}
-_WIDE = 1000  # a file or a pipe has no width: wrapping would only cut what a program reads
+_WIDE = 1000  # a file or pipe has no width, and programs read whole lines
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console on standard output (or error) that takes text as it is: no markup, no colored numbers."""
+    """A console on standard output (or standard error) that prints text verbatim: no markup, no colored numbers."""
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else _WIDE
     return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
 
 
 class Screen(Observer, Protocol):
-    """What a person sees of a run, from its start to its end."""
+    """An observer that shows a run on the terminal while the context is open."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *error: object) -> None: ...
 
 
 def make_screen(console: Console) -> Screen:
-    """Bars on a terminal, lines elsewhere."""
+    """A `BarScreen` on a terminal, a `LineScreen` elsewhere."""
     return BarScreen(console) if console.is_terminal else LineScreen(console)
 
 
 class BarScreen:
-    """A progress bar for the running stage; a line above it for each finished one."""
+    """A progress bar for the running stage, below one line for each finished stage."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -64,11 +64,11 @@ class BarScreen:
         self._progress.stop()
 
     def stage_started(self, stage: str, key: str, work: Path) -> None:
-        """Open the stage's bar; it pulses until there is a first number."""
+        """Open the stage's bar; it pulses until the first progress arrives."""
         self._open(stage)
 
     def stage_progress(self, stage: str, progress: Mapping[str, Any]) -> None:
-        """Move the stage's bar."""
+        """Update the stage's bar."""
         bar = self._open(stage)
         done, total = progress["done"], progress["total"]
         self._progress.update(bar, completed=done, total=total, detail=progress_text(progress), refresh=True)
@@ -79,7 +79,7 @@ class BarScreen:
         self._console.print(finished_line(result, ascii_only=self._console.options.ascii_only))
 
     def stage_failed(self, stage: str, error: BaseException) -> None:
-        """Replace the bar by a line; the error itself is the last thing the command says."""
+        """Replace the bar by a line. The error itself is printed at the end of the command."""
         self._close(stage)
         self._console.print(failed_line(stage, error))
 
@@ -95,7 +95,7 @@ class BarScreen:
 
 
 class LineScreen:
-    """Plain lines for a log: stages as they start and end, and now and then how far the running one is."""
+    """Plain lines for a log: start and end of each stage, and progress every `LINE_PERIOD_S` seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -108,31 +108,31 @@ class LineScreen:
         pass
 
     def stage_started(self, stage: str, key: str, work: Path) -> None:
-        """Say which stage starts and where its log grows."""
+        """Print the stage and the path of its log."""
         self._console.print(f"> {stage:<13}  started  log {work / 'record' / 'log.txt'}")
         self._next_line = time.monotonic() + LINE_PERIOD_S
 
     def stage_progress(self, stage: str, progress: Mapping[str, Any]) -> None:
-        """Say how far the stage is, at most once in `LINE_PERIOD_S`."""
+        """Print the progress, at most once in `LINE_PERIOD_S` seconds."""
         if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_PERIOD_S
             self._console.print(f"  {stage:<13}  {progress_text(progress)}")
 
     def stage_finished(self, result: StageResult) -> None:
-        """Say that the stage is done."""
+        """Print that the stage is done."""
         self._console.print(finished_line(result, ascii_only=self._console.options.ascii_only))
 
     def stage_failed(self, stage: str, error: BaseException) -> None:
-        """Say that the stage failed; the error itself is the last thing the command says."""
+        """Print that the stage failed. The error itself is printed at the end of the command."""
         self._console.print(failed_line(stage, error))
 
 
 def finished_line(result: StageResult, *, ascii_only: bool = False) -> Text:
-    """One line for a stage that has its artifact: how it came to have it."""
+    """One line for a finished stage: cached, made here, or made by another run."""
     if result.state == "cached":
         return Text(f"= {result.stage:<13}  cached", style="dim")
     mark = "+" if ascii_only else "✔"
-    how = "made by another run meanwhile" if result.state == "waited" else f"ran {duration(result.duration_s)}"
+    how = "made by another run" if result.state == "waited" else f"ran {duration(result.duration_s)}"
     line = Text.assemble((mark, "green"), f" {result.stage:<13}  {how}  key {short_key(result.key)}")
     if result.view_error is not None:
         line.append(f"\n  {result.view_error}; draw it again with `dpar views {result.stage}`", style="yellow")
@@ -140,13 +140,13 @@ def finished_line(result: StageResult, *, ascii_only: bool = False) -> Text:
 
 
 def failed_line(stage: str, error: BaseException) -> Text:
-    """One line for a stage that has no artifact; Ctrl-C and cancellation are no `Exception`, and no failure."""
+    """One line for a stage that failed or was stopped. Ctrl-C and cancellation are not an `Exception`: stopped."""
     failed = isinstance(error, Exception)
     return Text(f"x {stage:<13}  {'failed' if failed else 'stopped'}", style="red" if failed else "yellow")
 
 
 def progress_text(progress: Mapping[str, Any]) -> str:
-    """`images 1,200/3,778  41/s  1 min 3 s left  loss 3.21`, with what is known of it."""
+    """`images 1,200/3,778  41/s  1 min 3 s left  loss 3.21`; unknown parts are left out."""
     done, total, rate = progress["done"], progress["total"], progress["per_second"]
     parts = [f"{progress['what']} {done:,}/{total:,}"]
     if rate > 0:
@@ -157,7 +157,7 @@ def progress_text(progress: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: `0.4 s`, `31 s`, `2 min 5 s`, `3 h 12 min`."""
+    """Seconds as text with at most two units: `0.4 s`, `31 s`, `2 min 5 s`, `3 h 12 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -168,12 +168,12 @@ def duration(seconds: float) -> str:
 
 
 def short_key(key: str | None) -> str:
-    """The stage's name is told beside a key: the first characters of the hash say enough."""
+    """The first characters of a key's hash, without the stage; `-` if there is no key."""
     return "-" if key is None else key.rpartition("-")[2][:KEY_CHARACTERS]
 
 
 def size(count: int) -> str:
-    """Bytes as people say them: `812 B`, `3.4 MB`."""
+    """Bytes as text: `812 B`, `3.4 MB`."""
     amount, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if amount < 1000:
@@ -183,7 +183,7 @@ def size(count: int) -> str:
 
 
 def status_table(statuses: Iterable[StageStatus]) -> Table:
-    """Stages with their state, why, and key."""
+    """Stages with state, key and reason."""
     table = plain_table("stage", "state", "key", "why")
     for status in statuses:
         table.add_row(
@@ -193,7 +193,7 @@ def status_table(statuses: Iterable[StageStatus]) -> Table:
 
 
 def score_table(scores: Iterable[Score]) -> Table:
-    """Scores with a few words on how to read each."""
+    """Scores with their meanings."""
     scores = list(scores)
     table = plain_table("score", "value", "meaning" if any(score.meaning for score in scores) else "")
     for score in scores:
@@ -202,26 +202,29 @@ def score_table(scores: Iterable[Score]) -> Table:
 
 
 def print_report(console: Console, report: Report, home: Path) -> None:
-    """Say what a run made: scores, pictures, places."""
-    for title, scores in (("distance to the training images, best possible first", report.ladder), ("", report.scores)):
+    """Print the report of a run: scores, pictures, paths."""
+    for title, scores in (
+        ("distance to the training images, from best possible to worst", report.ladder),
+        ("", report.scores),
+    ):
         if scores:
             console.print(Text(f"\n{title}".rstrip(), style="bold"))
             console.print(score_table(scores))
     console.print(f"\nartifacts   {home}")
     for path, meaning in report.pictures:
         console.print(f"{path.name:<11} {path}  ({meaning})", soft_wrap=True)
-    console.print("look        `dpar up` opens Prefect (runs, logs) and MLflow (curves, comparisons)")
+    console.print("servers     `dpar up` starts Prefect (runs, logs) and MLflow (curves, comparisons)")
 
 
 def number(value: float) -> str:
-    """Four significant digits; whole numbers whole."""
+    """A number with four significant digits; integers in full."""
     if isinstance(value, int) or (value == value and abs(value) < 1e15 and value == int(value)):
         return f"{int(value):,}"
     return f"{value:.4g}"
 
 
 def plain_table(*columns: str, numbers: Collection[str] = ("value", "bound")) -> Table:
-    """A table without lines; columns of `numbers` stand to the right."""
+    """A table without lines; columns in `numbers` are right-aligned."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")

@@ -1,4 +1,4 @@
-"""What an error means to the person at the command line: one line, and an exit code."""
+"""Errors at the command line: one line of text and an exit code."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ FAILURE, USER_ERROR = 1, 2
 
 
 class Failure(NamedTuple):
-    """How a command ends badly."""
+    """Error line and exit code of a failed command."""
 
     line: str
     code: int
 
 
 def describe_failure(error: Exception) -> Failure:
-    """The line and the exit code of an error: 2 when the user can mend it, else 1.
+    """Line and exit code of an error: 2 for user errors, else 1.
 
-    Errors of our own, and of files, say what they are; any other is a fault of the program, and its type says more than
-    its text.
+    Known errors and file errors have messages for users. Any other error is a bug: its line starts with its type.
     """
     if isinstance(error, typer.Abort):
         return Failure("stopped", FAILURE)

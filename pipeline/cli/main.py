@@ -1,4 +1,4 @@
-"""The command `dpar`: its groups of commands, and how it ends."""
+"""The command `dpar`: its command groups and exit codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTERRUPTED = 130
 app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="From a folder of images to a trained, sampled and scored DPAR model. What is unchanged is not made again.",
+    help="Train, sample and score a DPAR model from a folder of images. Unchanged stages are not run again.",
 )
 for group in (run, measure, patches, sample, upkeep):
     app.add_typer(group.app)
@@ -31,7 +31,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; an error becomes one line on standard error."""
+    """Run one command line and return its exit code. An error is printed as one line on standard error."""
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="dpar", standalone_mode=False)
     except Exception as error:
@@ -40,8 +40,8 @@ def run_command(arguments: Sequence[str]) -> int:
         failure = describe_failure(error)
         typer.echo(f"dpar: {failure.line}", err=True)
         return failure.code
-    if code == INTERRUPTED:  # typer returns it in place of KeyboardInterrupt
-        typer.echo("dpar: interrupted; run the same command again to resume", err=True)
+    if code == INTERRUPTED:  # typer returns it instead of raising KeyboardInterrupt
+        typer.echo("dpar: interrupted; run again to resume", err=True)
     return int(code or 0)
 
 

@@ -1,4 +1,4 @@
-"""Commands of `dpar` that measure: the demo against its bounds, models against the paper."""
+"""The commands `dpar bench` and `dpar flops`: gates against bounds, MACs against the paper."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.bench import flops as costs
 from pipeline.bench import gates
+from pipeline.bench import macs as costs
 from pipeline.cli import display, tables
 from pipeline.cli.options import AsJson, Overrides, load, show_json
 from pipeline.plan import require_cached
@@ -28,10 +28,10 @@ def bench(
     overrides: Overrides,
     as_json: AsJson = False,
 ) -> None:
-    """Hold measured numbers against their bounds.
+    """Compare measured numbers with their bounds.
 
-    demo: what the models of a finished demo learned. cli: how long one waits for it. The others are scripts of
-    tests/benchmarks, minutes long. Exit code 1 when a bound is missed.
+    demo: scores of the finished demo. cli: run time of dpar commands. The others run scripts in tests/benchmarks, which
+    take minutes. Exit code 1 if a bound is missed.
     """
     figures: gates.Figures = {}
     if name in gates.SCRIPTS:
@@ -52,7 +52,7 @@ def bench(
 
 
 def _demo_artifacts(overrides: Sequence[str]) -> dict[str, Path]:
-    """The finished demo."""
+    """Artifacts of the finished demo, by stage."""
     settings, runtime = load("demo", overrides=overrides)
     return require_cached(settings, runtime, select(settings), "dpar run --preset demo")
 
@@ -65,7 +65,7 @@ def flops(
         typer.Option(
             "--model",
             metavar="NAME",
-            help="As dpar-L, llamagen-L or npp-L; can be given again.",
+            help="Model, e.g. dpar-L, llamagen-L or npp-L; repeatable.",
             default_factory=list,
             show_default=False,
         ),
@@ -75,22 +75,22 @@ def flops(
         typer.Option(
             "--image-size",
             metavar="PIXELS",
-            help="As 256; can be given again.",
+            help="Image size, e.g. 256; repeatable.",
             default_factory=list,
             show_default=False,
         ),
     ],
     mean_length: Annotated[
-        float | None, typer.Option(metavar="TOKENS", help="Mean patch length; else the paper's for the image size.")
+        float | None, typer.Option(metavar="TOKENS", help="Mean patch length; default: the paper's for the image size.")
     ] = None,
     entropy_model: Annotated[str, typer.Option(metavar="SIZE", help="Size of the entropy model, B or T.")] = "B",
     as_json: AsJson = False,
 ) -> None:
-    """Count what an image costs, in training and sampling.
+    """Count MACs per image, in training and sampling.
 
-    By default for the models and image sizes of the paper, beside its numbers.
+    MACs are multiply-accumulates. The default is the models and image sizes of the paper, shown with its numbers.
     """
-    with display.make_console(stderr=True).status("counting"):
+    with display.make_console(stderr=True).status("counting MACs"):
         rows = costs.measure(models, image_sizes, mean_length, entropy_model)
     if as_json:
         show_json({"entropy_model": entropy_model, "rows": [costs.as_json(row) for row in rows]})

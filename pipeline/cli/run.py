@@ -1,4 +1,4 @@
-"""Commands of `dpar` that make artifacts, and that say what would be made and why."""
+"""Commands of `dpar` that run stages, and that show which stages would run and why."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipeline.graph import STAGES
 from pipeline.plan import StageStatus, cached_paths, explain, plan
 from pipeline.report import collect, numbers
 from pipeline.runner import run_stage
-from pipeline.selection import as_options, asked_for, known_stage, select
+from pipeline.selection import as_options, known_stage, select, selected_statuses
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -50,11 +50,11 @@ def run(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make what is not made yet, and show the scores."""
+    """Run all stages that are not cached, and show the scores."""
     settings, runtime = load(preset, ablation, overrides)
     given = as_options(preset, ablation, overrides)
     wanted = select(settings, from_stage, until_stage, force)
-    statuses = asked_for(plan(settings, runtime, deep=True), wanted, settings, force=force, given=given)
+    statuses = selected_statuses(plan(settings, runtime, deep=True), wanted, settings, force=force, given=given)
     if dry_run:
         _show_statuses(statuses, as_json)
         return
@@ -71,7 +71,7 @@ def run(
                 force=force,
                 observer=screen,
             )
-        statuses = asked_for(plan(settings, runtime), wanted, settings)
+        statuses = selected_statuses(plan(settings, runtime), wanted, settings)
     else:
         if not as_json:
             _show_statuses(statuses, as_json)
@@ -90,18 +90,18 @@ def stage(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run one stage here, without Prefect. What it reads must be cached."""
+    """Run one stage in this process, without Prefect. Its inputs must be cached."""
     known_stage(name)
     settings, runtime = load(preset, ablation, overrides)
     given = as_options(preset, ablation, overrides)
     statuses = plan(settings, runtime, deep=True)
-    statuses = asked_for(statuses, [name], settings, force=[name] if force else [], given=given)
+    statuses = selected_statuses(statuses, [name], settings, force=[name] if force else [], given=given)
     if dry_run:
         _show_statuses(statuses, as_json)
         return
     with display.make_screen(display.make_console(stderr=as_json)) as screen:
         run_stage(STAGES[name], settings, runtime, force=force, observer=screen)
-    _show_report(asked_for(plan(settings, runtime), [name], settings), runtime, as_json)
+    _show_report(selected_statuses(plan(settings, runtime), [name], settings), runtime, as_json)
 
 
 @app.command()
@@ -110,7 +110,7 @@ def status(
     preset: Preset = None,
     ablation: Ablation = None,
     overrides: Overrides,
-    deep: Annotated[bool, typer.Option("--deep", help="Look at every image file, as a run does.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Check every image file, as a run does.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which stages are cached, stale or missing, and why."""
@@ -124,14 +124,14 @@ def status(
         return
     _show_statuses(statuses, as_json)
     if unread := [name for name in STAGES if name not in wanted]:
-        typer.echo(f"not read under these settings: {', '.join(unread)}")
+        typer.echo(f"not used with these settings: {', '.join(unread)}")
     if unchanged_since is not None:
-        typer.echo(f"image folders unchanged since {unchanged_since}: files not looked at; --deep looks")
+        typer.echo(f"image folders unchanged since {unchanged_since}: files not checked; --deep checks them")
 
 
 @app.command()
 def views(
-    name: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="All stages if not given.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="Default: all stages.")] = None,
     *,
     preset: Preset = None,
     ablation: Ablation = None,
@@ -140,7 +140,7 @@ def views(
 ) -> None:
     """Draw the pictures and numbers of cached artifacts again.
 
-    They are drawn from the finished artifacts; nothing else is made.
+    No stage runs.
     """
     settings, runtime = load(preset, ablation, overrides)
     wanted = select(settings) if name is None else [known_stage(name)]
@@ -153,7 +153,7 @@ def views(
         for name, error in drawn.items():
             typer.echo(error or f"{name:<13} {paths[name] / drawn_views.VIEWS}")
         if not drawn:
-            typer.echo("no artifact to draw from: nothing is cached under these settings")
+            typer.echo("no view to draw: no stage is cached with these settings")
     if any(drawn.values()):
         raise typer.Exit(1)
 
@@ -167,7 +167,7 @@ def why(
     overrides: Overrides,
     as_json: AsJson = False,
 ) -> None:
-    """Show every change that makes a stage run again."""
+    """Show all changes that make a stage run again."""
     changes = explain(STAGES[known_stage(name)], *load(preset, ablation, overrides))
     if as_json:
         show_json({"stage": name, "changes": changes})
@@ -177,7 +177,7 @@ def why(
 
 @app.command()
 def config(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
-    """Print all settings as they resolve."""
+    """Print the resolved settings."""
     settings, runtime = load(preset, ablation, overrides)
     tree = {**settings.model_dump(mode="json"), "runtime": runtime.model_dump(mode="json")}
     if as_json:
@@ -188,7 +188,7 @@ def config(*, preset: Preset = None, ablation: Ablation = None, overrides: Overr
 
 @app.command()
 def presets(as_json: AsJson = False) -> None:
-    """List presets and ablations, and what each is for."""
+    """List presets and ablations with their descriptions."""
     found = {kind: {name: describe(kind, name) for name in names(kind)} for kind in ("preset", "ablation")}
     if as_json:
         show_json(found)
@@ -199,7 +199,7 @@ def presets(as_json: AsJson = False) -> None:
 
 
 def _draw(wanted: list[str], settings: Settings, runtime: RuntimeConfig, *, force: bool) -> None:
-    """Draw views that were not drawn by the code of now, as after a change of theirs alone."""
+    """Draw views that are not current, e.g. after a change of view code alone."""
     for error in drawn_views.draw_all(wanted, settings, runtime, force=force).values():
         if error is not None:
             typer.echo(f"dpar: {error}", err=True)

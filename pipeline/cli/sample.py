@@ -1,4 +1,4 @@
-"""Commands of `dpar` that show samples: a preview of a model, and finished samples for other programs."""
+"""The commands `dpar sample` and `dpar export`: a preview of a model, and finished samples for other programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.plan import require_cached
 from stages.runtime.errors import InputError
 
 app = typer.Typer(rich_markup_mode=None)
-MOST = 1024  # images in one picture
+MAX_IMAGES = 1024  # images in one picture
 
 
 @app.command()
@@ -28,28 +28,28 @@ def sample(
     ablation: Ablation = None,
     overrides: Overrides,
     classes: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Numbers or names; all classes if not given.")
+        str | None, typer.Option(metavar="A,B,...", help="Class numbers or names; default: all.")
     ] = None,
-    count: Annotated[int, typer.Option("--n", min=1, max=MOST, help="Images to sample.")] = 16,
-    seed: Annotated[int | None, typer.Option(metavar="SEED", help="As sample.seed.")] = None,
-    cfg_scale: Annotated[float | None, typer.Option(metavar="SCALE", help="As sample.cfg_scale.")] = None,
-    boundaries: Annotated[str | None, typer.Option(metavar="SOURCE", help="As sample.boundaries.")] = None,
+    count: Annotated[int, typer.Option("--n", min=1, max=MAX_IMAGES, help="Number of images to sample.")] = 16,
+    seed: Annotated[int | None, typer.Option(metavar="SEED", help="Same as sample.seed.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(metavar="SCALE", help="Same as sample.cfg_scale.")] = None,
+    boundaries: Annotated[str | None, typer.Option(metavar="SOURCE", help="Same as sample.boundaries.")] = None,
     patches: Annotated[bool, typer.Option("--patches", help="Outline the patches.")] = False,
-    init: Annotated[Path | None, typer.Option(metavar="IMAGE", help="Continue this image.")] = None,
+    init: Annotated[Path | None, typer.Option(metavar="IMAGE", help="Image to continue.")] = None,
     keep_rows: Annotated[
-        int | None, typer.Option(metavar="K", help="Rows of tokens of that image that stay; else half.")
+        int | None, typer.Option(metavar="K", help="Token rows of that image to keep; default: half.")
     ] = None,
     out: Annotated[Path, typer.Option(metavar="PNG", help="Where to write the picture.")] = Path("samples.png"),
     as_json: AsJson = False,
 ) -> None:
-    """Sample a few images from a trained model, or continue a real one.
+    """Sample a few images, or continue a real image.
 
-    What stage sample reads must be cached. Nothing is written but the picture.
+    The inputs of stage sample must be cached. Only the picture is written.
     """
     if keep_rows is not None and init is None:
-        raise InputError("--keep-rows is set without --init, the image whose rows to keep")
+        raise InputError("--keep-rows is set without --init, expected both: add --init IMAGE, the image to continue")
     if out.suffix.lower() != ".png":
-        raise InputError(f"--out is {out}, expected the name of a PNG file, as samples.png")
+        raise InputError(f"--out is {out}, expected the name of a PNG file, e.g. samples.png")
     given = {"seed": seed, "cfg_scale": cfg_scale, "boundaries": boundaries}
     given_settings = [f"sample.{name}={value}" for name, value in given.items() if value is not None]
     settings, runtime = load(preset, ablation, [*overrides, *given_settings])
@@ -68,8 +68,8 @@ def sample(
     if as_json:
         show_json({"output": str(out), **asdict(found)})
         return
-    typer.echo(f"{display.number(found.seconds_per_image):>8}  seconds an image, on {found.device}")
-    typer.echo(f"{display.number(found.mean_patch_length):>8}  tokens a patch")
+    typer.echo(f"{display.number(found.seconds_per_image):>8}  seconds per image, on {found.device}")
+    typer.echo(f"{display.number(found.mean_patch_length):>8}  tokens per patch")
     typer.echo(f"picture in {out}")
 
 
@@ -79,11 +79,15 @@ def export(
     preset: Preset = None,
     ablation: Ablation = None,
     overrides: Overrides,
-    npz: Annotated[Path | None, typer.Option(metavar="PATH", help="One array arr_0, as ADM's evaluator reads.")] = None,
-    png: Annotated[Path | None, typer.Option(metavar="FOLDER", help="One file an image, in a new folder.")] = None,
+    npz: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write one array arr_0, the format of ADM's evaluator.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write one PNG per image into a new folder.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write finished samples for other programs."""
+    """Write finished samples as files for other programs."""
     if npz is None and png is None:
         raise InputError("nothing to export to: give --npz PATH, --png FOLDER or both")
     settings, runtime = load(preset, ablation, overrides)
@@ -107,7 +111,7 @@ def export(
 
 @contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how many images are done, as a stage shows it."""
+    """Show progress in images, in the format of a stage."""
     began = time.monotonic()
     with display.make_screen(display.make_console(stderr=True)) as screen:
 

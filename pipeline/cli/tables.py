@@ -1,4 +1,4 @@
-"""What `dpar bench` and `dpar flops` show."""
+"""Tables of `dpar bench` and `dpar flops`."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from rich.text import Text
 from conf.boundary_sources import BOUNDARY_SOURCES
 from pipeline.bench.boundary_costs import BOUNDARY_COSTS
 from pipeline.bench.family_costs import FAMILY_COSTS
-from pipeline.bench.flops import CostRow, sampling_costs
 from pipeline.bench.gates import Gate
+from pipeline.bench.macs import CostRow, sampling_costs
 from pipeline.cli.display import number, plain_table
 
-# Broken by hand: a pipe has no width to wrap them at, and 80 columns are the narrowest that the tables fit.
+# Wrapped by hand at 80 columns, the width of the tables: a pipe has no width to wrap at.
 TRAINING_NOTE = """\
-linear, attn: of one forward; attention as whole squares. train: both, forward
-and backward. paper: its number for `linear`, diff: ours to it. saved: linear,
-to LlamaGen. Entropies are stored once, training does not pay for them again."""
+linear, attn: MACs of one forward; attn includes masked entries. train: linear
+and attn, forward and backward. paper: the paper's number for linear; diff: our
+difference from it. saved: linear MACs saved against LlamaGen. Training reads
+stored entropies; computing them once is not counted."""
 SAMPLING_NOTE = """\
-Every position is computed once, and with guidance (CFG) twice. saved: linear
-with CFG, to LlamaGen."""
+Every position is computed once, with guidance (CFG) twice. saved: linear MACs
+with CFG saved against LlamaGen."""
 BOUNDARIES_NOTE = """\
-Of DPAR guidance runs only the global stack, the decoder and the head twice. Its
-rows: what decides where patches start, at one mean length."""
+In DPAR, guidance runs only the global stack, the decoder and the head twice.
+DPAR has one row for each boundary source, all at the same mean patch length."""
 EXTRAPOLATED_NOTE = """\
-~ The paper has no mean length for this image size: extrapolated from its 1.81
+~ The paper has no mean length for this image size. It is extrapolated from 1.81
 at 256 px and 2.06 at 384 px."""
 
 
 def print_bench(console: Console, gates: Sequence[Gate], figures: Mapping[str, Mapping[str, float]]) -> None:
-    """What was measured, then the gates."""
+    """Print the measured figures, then the gates."""
     if figures:
         console.print(figure_table(figures))
         console.print()
@@ -41,7 +42,7 @@ def print_bench(console: Console, gates: Sequence[Gate], figures: Mapping[str, M
 
 
 def gate_table(gates: Iterable[Gate]) -> Table:
-    """Gates with their value and bound."""
+    """Gates with value, bound and verdict."""
     table = plain_table("gate", "value", "bound", "")
     for gate in gates:
         verdict = Text("met", style="green") if gate.met else Text("MISSED", style="bold red")
@@ -50,7 +51,7 @@ def gate_table(gates: Iterable[Gate]) -> Table:
 
 
 def figure_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
-    """Figures by column and row; a row that a column lacks stays empty there."""
+    """Figures by column and row; missing cells are empty."""
     table = plain_table("", *figures, numbers=figures)
     for row in dict.fromkeys(row for column in figures.values() for row in column):
         cells = (number(column[row]) if row in column else "" for column in figures.values())
@@ -59,7 +60,7 @@ def figure_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def print_costs(console: Console, rows: Sequence[CostRow], entropy_model: str) -> None:
-    """Training and sampling, beside LlamaGen and the paper, each with a note on how to read it."""
+    """Print the tables of training and sampling MACs, each with notes on its columns."""
     training, sampling = [TRAINING_NOTE], [SAMPLING_NOTE]
     shown = {row.model.partition("-")[0] for row in rows}
     training += [cost.note for family, cost in FAMILY_COSTS.items() if family in shown and cost.note is not None]
@@ -67,16 +68,16 @@ def print_costs(console: Console, rows: Sequence[CostRow], entropy_model: str) -
         training.append(EXTRAPOLATED_NOTE)
     if any(row.patches is not None for row in rows):
         sampling += [BOUNDARIES_NOTE, *_source_notes()]
-    console.print(Text("Training, GMACs an image", style="bold"))
+    console.print(Text("Training, GMACs per image", style="bold"))
     console.print(training_table(rows))
     console.print(Text("\n".join(training), style="dim"))
-    console.print(Text("\nSampling with caches, GMACs an image", style="bold"))
+    console.print(Text("\nSampling with caches, GMACs per image", style="bold"))
     console.print(sampling_table(rows, entropy_model))
     console.print(Text("\n".join(sampling), style="dim"))
 
 
 def training_table(rows: Iterable[CostRow]) -> Table:
-    """One row a model and image size."""
+    """One row per model and image size."""
     numbers = ("px", "length", "params", "linear", "attn", "train", "paper", "diff", "saved")
     table = plain_table("model", *numbers, numbers=numbers)
     for row in rows:
@@ -97,7 +98,7 @@ def training_table(rows: Iterable[CostRow]) -> Table:
 
 
 def sampling_table(rows: Iterable[CostRow], entropy_model: str) -> Table:
-    """One row a model and image size, and of a model on patches one each way to decide where they start."""
+    """One row per model and image size; a model on patches has one row per boundary source."""
     numbers = ("px", "linear", "attn", "CFG linear", "CFG attn", "saved")
     table = plain_table("model", *numbers, numbers=numbers)
     for row in rows:
@@ -115,7 +116,7 @@ def sampling_table(rows: Iterable[CostRow], entropy_model: str) -> Table:
 
 
 def _sampled(row: CostRow, source: str | None, entropy_model: str) -> str:
-    """First column of a sampling row: the model in its first row, beside or above the sources of boundaries."""
+    """First cell of a sampling row: the model, in its first row only, and the boundary source."""
     if source is None or row.patches is None:
         return row.model
     first = source == next(iter(row.patches.boundaries))
@@ -124,7 +125,7 @@ def _sampled(row: CostRow, source: str | None, entropy_model: str) -> str:
 
 
 def _source_notes() -> list[str]:
-    """What each source computes, in lines of 80 columns."""
+    """One note for each boundary source, wrapped at 80 columns."""
     return [
         fill(f"{BOUNDARY_SOURCES[source].label}: {BOUNDARY_SOURCES[source].meaning}.", 80) for source in BOUNDARY_COSTS
     ]

@@ -1,4 +1,4 @@
-"""Commands of `dpar` that look after the cache and the servers."""
+"""Commands of `dpar` that maintain the cache and the servers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pipeline.graph import STAGES
 from pipeline.selection import known_stage
 
 app = typer.Typer(rich_markup_mode=None)
-mlflow_app = typer.Typer(rich_markup_mode=None, help="The tracking store.")
+mlflow_app = typer.Typer(rich_markup_mode=None, help="Commands for the MLflow store.")
 app.add_typer(mlflow_app, name="mlflow")
 
 
 @app.command()
 def verify(
     *,
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte, not only sizes.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Check every byte, not only sizes.")] = False,
     overrides: Overrides,
 ) -> None:
-    """Check the files of every artifact.
+    """Check the files of all artifacts for damage.
 
-    Exit code 1 when one is damaged.
+    Exit code 1 if an artifact is damaged.
     """
     _, runtime = load(overrides=overrides)
     found = upkeep.verify(runtime, deep=deep)
@@ -47,14 +47,14 @@ def gc(
     preset: Preset = None,
     ablation: Ablation = None,
     overrides: Overrides,
-    older_than: Annotated[int, typer.Option(metavar="DAYS", min=0, help="Keep what is younger.")] = 30,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only listed.")] = False,
+    older_than: Annotated[int, typer.Option(metavar="DAYS", min=0, help="Keep artifacts younger than this.")] = 30,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove the listed folders; default: only list them.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List or remove what nothing needs any more.
+    """List or remove artifacts that are no longer needed.
 
-    Kept are the artifacts of these settings and of every preset, what was made, tracked or worked on lately, and all
-    that these were made from.
+    Kept are the artifacts of these settings and of all presets, artifacts made, tracked or worked on recently, and
+    everything that these were made from.
     """
     settings, runtime = load(preset, ablation, overrides)
     presets = {name: load_settings(name)[0] for name in names("preset")}
@@ -82,49 +82,49 @@ def _say_total(found: list[garbage.Garbage], removed: list[garbage.Garbage], *, 
     if not found:
         typer.echo("nothing to remove")
     elif yes:
-        in_use = f", {len(found) - len(removed)} in use left" if len(removed) < len(found) else ""
+        in_use = f", kept {len(found) - len(removed)} in use" if len(removed) < len(found) else ""
         typer.echo(f"removed {display.size(sum(entry.bytes for entry in removed))}{in_use}")
     else:
-        typer.echo(f"{display.size(sum(entry.bytes for entry in found))} could be removed: dpar gc --yes")
+        typer.echo(f"{display.size(sum(entry.bytes for entry in found))} can be removed: dpar gc --yes")
 
 
 @app.command()
 def accept(name: StageName, *, preset: Preset = None, ablation: Ablation = None, overrides: Overrides) -> None:
     """Mark an artifact as valid for the current code.
 
-    It is the newest one with the settings and inputs of now: only code and package versions are ignored.
+    The newest artifact with the current settings and inputs is accepted. Only code and package versions may differ.
     """
     manifest, ignored = upkeep.accept(STAGES[known_stage(name)], *load(preset, ablation, overrides))
-    typer.echo(f"{name} is cached now as {manifest.key}; ignored: {'; '.join(ignored)}")
+    typer.echo(f"{name} is now cached as {manifest.key}; ignored: {'; '.join(ignored)}")
 
 
 @app.command()
 def up(*, overrides: Overrides) -> None:
     """Start Prefect and MLflow on this machine.
 
-    The pipeline can then be run from Prefect's page as well.
+    Runs can then also be started from Prefect's page.
     """
     from pipeline import servers
 
     _, runtime = load(overrides=overrides)
-    typer.echo("starting, which can take a minute", err=True)
+    typer.echo("starting the servers; this can take a minute", err=True)
     addresses = servers.up(runtime)
     typer.echo(f"Prefect  {addresses.prefect}\nMLflow   {addresses.mlflow}\nstop them with `dpar down`")
 
 
 @app.command()
 def down(*, overrides: Overrides) -> None:
-    """Stop what `dpar up` started."""
+    """Stop the servers that `dpar up` started."""
     from pipeline import servers
 
     _, runtime = load(overrides=overrides)
     servers.down(runtime)
-    typer.echo("Prefect and MLflow are down")
+    typer.echo("Prefect and MLflow are stopped")
 
 
 @mlflow_app.command()
 def sync(*, overrides: Overrides) -> None:
-    """Send MLflow what it missed while it was down."""
+    """Send MLflow the events it missed while it was down."""
     from pipeline.tracking import tracker as tracking
 
     _, runtime = load(overrides=overrides)

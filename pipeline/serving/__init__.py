@@ -1,1 +1,1 @@
-"""The pipeline as Prefect flows: the only package that imports Prefect."""
+"""The pipeline as Prefect flows. No other package imports Prefect."""

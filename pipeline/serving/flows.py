@@ -1,7 +1,8 @@
-"""The graph as a Prefect flow; the only file that knows Prefect. Annotations stay real: forms are built from them.
+"""The graph as a Prefect flow. No other module imports Prefect.
 
-A stage is a task that calls `run_stage`, the one way to run a stage. Prefect's own cache and result store are off, so
-there is one truth about what is cached; a task whose artifact is there ends in the state `Cached`.
+Each stage is a task that calls `run_stage`. Prefect's own caching and result storage are off: the artifact cache alone
+decides what is cached, and the task of a cached stage ends in the state `Cached`. This module has no
+`from __future__ import annotations`, since Prefect builds its forms from real annotations.
 """
 
 import logging
@@ -27,25 +28,26 @@ from pipeline.graph import STAGES, Stage, inputs_read
 from pipeline.launch import StageFailed
 from pipeline.plan import plan
 from pipeline.runner import NullObserver, Observer, run_stage
-from pipeline.selection import as_options, asked_for, select
-from pipeline.serving.relay import LogRelay, Together
+from pipeline.selection import as_options, select, selected_statuses
+from pipeline.serving.relay import CompositeObserver, LogRelay
 from pipeline.tracking.tracker import Tracker
 from stages.runtime.errors import ArtifactError, InputError
 
-# Names become drop-down lists in the form of a deployment, and the server refuses others. The form shows a list only
-# for plain text, not for text or nothing: so "nothing" has a name.
+# Prefect's form shows these as drop-down lists, and its server rejects other values. The form has no list for
+# `str | None`, so None has a name: BASE and UNCHANGED.
 BASE, UNCHANGED = "base", "none"
 FIRST, *_, LAST = STAGES
 Preset = Annotated[str, Field(json_schema_extra={"enum": list[Any]([BASE, *names("preset")])})]
 Ablation = Annotated[str, Field(json_schema_extra={"enum": list[Any]([UNCHANGED, *names("ablation")])})]
 StageName = Annotated[str, Field(json_schema_extra={"enum": list[Any](STAGES)})]
 
-TOLD = (SettingsError, InputError, ArtifactError, StageFailed)  # their message says it all: no traceback
-SCREEN: ContextVar[Observer] = ContextVar("SCREEN")  # of the command line that runs the flow in its own process
+# Errors whose message is enough; they are reported without a traceback.
+EXPECTED_ERRORS = (SettingsError, InputError, ArtifactError, StageFailed)
+SCREEN: ContextVar[Observer] = ContextVar("SCREEN")  # set by the command line when it runs the flow in its own process
 
 
 def _run_name() -> str:
-    """For lists of runs: what was asked for, in the words it was asked in."""
+    """Name of a run in lists: its stage, preset, ablation and overrides."""
     given = flow_run.parameters
     changes = [text for text in given["overrides"] if not text.startswith("runtime.")]
     ablation = "" if given["ablation"] == UNCHANGED else given["ablation"]
@@ -62,16 +64,16 @@ def pipeline_flow(
     force: list[StageName] = [],  # noqa: B006
     dry_run: bool = False,
 ) -> State[Any]:
-    """Make what is not made yet, in the order of the graph.
+    """Run all stages that are not cached, in the order of the graph.
 
     Args:
-        preset: Settings to start from; base is the paper's.
-        ablation: Change to the preset.
+        preset: Named settings to start from; base is the paper's.
+        ablation: Named change to the preset.
         overrides: Single settings, each as stage.field=value.
-        from_stage: Start here; what it reads must be cached.
-        until_stage: Stop after this stage.
-        force: Stages to make again though they are cached.
-        dry_run: Only say what would be made, and why.
+        from_stage: First stage to run; its inputs must be cached.
+        until_stage: Last stage to run.
+        force: Stages to run even if they are cached.
+        dry_run: Only show which stages would run, and why.
     """
     return _run(
         preset,
@@ -92,14 +94,14 @@ def stage_flow(
     overrides: list[str] = [],  # noqa: B006 - Prefect copies it, and shows it in the form
     force: bool = False,
 ) -> State[Any]:
-    """Make one stage.
+    """Run one stage.
 
     Args:
-        stage: What it reads must be cached.
-        preset: Settings to start from; base is the paper's.
-        ablation: Change to the preset.
+        stage: Stage to run; its inputs must be cached.
+        preset: Named settings to start from; base is the paper's.
+        ablation: Named change to the preset.
         overrides: Single settings, each as stage.field=value.
-        force: Make it again though it is cached.
+        force: Run the stage even if it is cached.
     """
     forced = [stage] if force else []
     return _run(preset, ablation, overrides, from_stage=stage, until_stage=stage, force=forced)
@@ -109,13 +111,13 @@ def run_here(parameters: Mapping[str, Any], screen: Observer) -> None:
     """Run the pipeline flow in this process.
 
     Args:
-        parameters: Of `pipeline_flow`; those that are None take its defaults.
-        screen: Is told what happens.
+        parameters: Parameters of `pipeline_flow`; None stands for the default.
+        screen: Observer of the run.
 
     Raises:
-        SettingsError: A setting cannot be used.
-        InputError: A stage is asked for that cannot run, or a file that the settings name is missing.
-        StageFailed: A stage's process did not end well.
+        SettingsError: The settings are invalid.
+        InputError: A selected stage cannot run, or a file named in the settings is missing.
+        StageFailed: A stage's process failed.
     """
     given = {"preset": BASE} | {name: value for name, value in parameters.items() if value is not None}
     token = SCREEN.set(screen)
@@ -128,13 +130,13 @@ def run_here(parameters: Mapping[str, Any], screen: Observer) -> None:
 
 
 def _send_logs() -> None:
-    """Prefect sends logs from a thread, which would find the server gone when this process ends."""
+    """Flush Prefect's logs. A thread sends them, and a temporary server may stop before it does."""
     for handler in logging.getLogger("prefect.flow_runs").handlers:
         handler.flush()
 
 
 def serve() -> None:
-    """Run what is asked for on Prefect's page, one run at a time, until this process is ended."""
+    """Execute runs requested on Prefect's page, one at a time, until this process is terminated."""
     deployments = [
         RunnerDeployment.from_flow(each, name="local", entrypoint_type=EntrypointType.MODULE_PATH)
         for each in (pipeline_flow, stage_flow)
@@ -156,10 +158,10 @@ def _run(
         chosen = None if preset == BASE else preset, None if ablation == UNCHANGED else ablation, overrides
         settings, runtime = load_settings(*chosen)
         wanted = select(settings, from_stage, until_stage, force)
-        statuses = asked_for(
+        statuses = selected_statuses(
             plan(settings, runtime, deep=True), wanted, settings, force=force, given=as_options(*chosen)
         )
-    except TOLD as error:
+    except EXPECTED_ERRORS as error:
         return Failed(message=str(error), data=error)
     for status in statuses:
         get_run_logger().info("%s is %s: %s", status.stage, status.state, status.reason)
@@ -171,18 +173,18 @@ def _run(
             tags = {"preset": preset, "ablation": ablation, "prefect.flow_run_id": str(flow_run.id)}
             observers.append(stack.enter_context(Tracker(settings, runtime, name=_run_name(), tags=tags)))
         stages = [STAGES[name] for name in wanted]
-        return _run_stages(stages, settings, runtime, force=force, observer=Together(observers))
+        return _run_stages(stages, settings, runtime, force=force, observer=CompositeObserver(observers))
 
 
 def _run_stages(
     stages: list[Stage], settings: Settings, runtime: RuntimeConfig, *, force: list[str], observer: Observer
 ) -> State[Any]:
-    """Make the stages one after the other; the first that fails ends the run."""
+    """Run the stages one after the other; the first failure ends the run."""
     states: dict[str, State[Any]] = {}
     for stage in stages:
         make = _stage_task(stage, settings, runtime, force=stage.name in force, observer=observer)
         read = inputs_read(stage, settings)
-        inputs = [states[name] for name in read if name in states]  # the arrows of the drawn graph
+        inputs = [states[name] for name in read if name in states]  # edges of the graph on Prefect's page
         states[stage.name] = state = make(return_state=True, wait_for=inputs)
         if not state.is_completed():
             return Failed(message=state.message, data=state.result(raise_on_failure=False))
@@ -192,9 +194,9 @@ def _run_stages(
 def _stage_task(
     stage: Stage, settings: Settings, runtime: RuntimeConfig, *, force: bool, observer: Observer
 ) -> Task[[], State[Any]]:
-    """A task without parameters, for Prefect would look through them and show them.
+    """The task of a stage. It has no parameters, since Prefect would inspect and display them.
 
-    It runs in the main thread, where a cancellation reaches it as an exception that ends the stage's process.
+    It runs in the main thread. A cancellation raises an exception there, which terminates the stage's process.
     """
 
     @task(
@@ -207,7 +209,7 @@ def _stage_task(
     def make() -> State[Any]:
         try:
             result = run_stage(stage, settings, runtime, force=force, observer=observer)
-        except TOLD as error:
+        except EXPECTED_ERRORS as error:
             return Failed(message=str(error), data=error)
         if result.state == "ran":
             return Completed(message=f"{result.key} made in {result.duration_s:.0f} s")
@@ -217,5 +219,5 @@ def _stage_task(
 
 
 def _count(states: Iterable[str]) -> str:
-    """`7 cached, 2 made`."""
+    """Number of each state as text: `7 cached, 2 made`."""
     return ", ".join(f"{number} {state}" for state, number in Counter(states).items())

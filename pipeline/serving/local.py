@@ -1,4 +1,4 @@
-"""The pipeline run from this process, with a Prefect server to look at it in, now or later."""
+"""Run the pipeline in this process, as a flow run recorded by a Prefect server."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ def run_pipeline(
     force: Sequence[str] = (),
     observer: Observer | None = None,
 ) -> None:
-    """Make what is not made yet, as a run of the Prefect flow in this process.
+    """Run all stages that are not cached, as a run of the Prefect flow in this process.
 
     Args:
-        preset: Settings to start from.
-        ablation: Change to the preset.
+        preset: Named settings to start from.
+        ablation: Named change to the preset.
         overrides: `stage.field=value` pairs.
-        from_stage: Leave out what does not depend on this stage.
-        until_stage: Leave out what this stage does not depend on.
-        force: Stages to make again though they are cached.
-        observer: Is told what happens.
+        from_stage: First stage; stages that do not depend on it are left out.
+        until_stage: Last stage; stages that it does not depend on are left out.
+        force: Stages to run even if they are cached.
+        observer: Observer of the run.
 
     Raises:
-        SettingsError: A setting cannot be used.
-        InputError: A stage is asked for that cannot run, or a file that the settings name is missing.
-        StageFailed: A stage's process did not end well.
+        SettingsError: The settings are invalid.
+        InputError: A selected stage cannot run, or a file named in the settings is missing.
+        StageFailed: A stage's process failed.
         ServerError: The Prefect server did not start.
     """
     _, runtime = load_settings(preset, ablation, overrides)
     with prefect_server(runtime) as server:
-        # Prefect reads these while it is imported. Its lines would break into the progress shown here; the run's page
-        # has them.
+        # Prefect reads these variables when it is imported. Its console log is off: it would break up the progress
+        # bars, and the run's page shows it.
         quiet = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "PREFECT_API_URL": server.api_url}
         os.environ.update(quiet | environment(runtime))
-        server_folder(runtime).mkdir(parents=True, exist_ok=True)  # of Prefect's own folder, which it makes itself
+        server_folder(runtime).mkdir(parents=True, exist_ok=True)  # parent of PREFECT_HOME, which Prefect creates
         from pipeline.serving import flows
 
         server.wait()

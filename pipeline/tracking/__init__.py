@@ -1,1 +1,1 @@
-"""Runs recorded in MLflow: the only package that imports MLflow."""
+"""Tracking of runs in MLflow. No other package imports MLflow."""

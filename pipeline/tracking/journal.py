@@ -1,7 +1,9 @@
-"""What a run has to tell MLflow, on disk first: a dead server or a killed process loses none of it.
+"""Journal of a run: events are written to disk before they are sent to MLflow.
 
-home/.servers/tracking/<time>/events.jsonl   what happened, one event a line; locked by the process that writes it
-home/.servers/tracking/<time>/state.json     how much of it MLflow knows
+No event is lost if the server is down or the process is killed.
+
+home/.servers/tracking/<time>/events.jsonl   one event per line; locked by the process that writes it
+home/.servers/tracking/<time>/state.json     how many events MLflow has received
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ _EVENTS, _STATE = "events.jsonl", "state.json"
 
 
 class Journal:
-    """Events of one run and how far they have been sent. The folder goes when all of them are.
+    """Events of one run, and how many have been sent. The folder is removed when all are sent.
 
     Attributes:
-        folder: Where it lies.
-        sent: How many events MLflow knows.
-        run_id: MLflow's name for the run, once it has one.
-        running: Key and work folder of each stage whose end MLflow does not know.
+        folder: Folder of the journal.
+        sent: Number of events that MLflow has received.
+        run_id: ID of the MLflow run; None until it is created.
+        running: Key and work folder of each stage whose end has not been sent.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,7 +42,7 @@ class Journal:
         self.running: dict[str, dict[str, str]] = state.get("running", {})
 
     def lock(self) -> bool:
-        """Claim the journal for this process; False when another has it."""
+        """Lock the journal for this process; False if another process holds the lock."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -54,12 +56,12 @@ class Journal:
         self._file.flush()
 
     def unsent(self) -> list[Event]:
-        """Events that MLflow does not know, oldest first; a line torn by a kill is none."""
+        """Events not sent yet, oldest first. A line cut off by a kill is ignored."""
         lines = (self.folder / _EVENTS).read_text(encoding="utf-8").split("\n")[:-1]
         return [json.loads(line) for line in lines[self.sent :]]
 
     def complete(self) -> None:
-        """Add what the process that wrote it could not say any more: that it was killed, and in which stage."""
+        """Append the events that a killed process could not write: its stages and its run were killed."""
         path = self.folder / _EVENTS
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -73,21 +75,21 @@ class Journal:
         self.append("pipeline_finished", status="KILLED")
 
     def save(self) -> None:
-        """Keep how far sending has got."""
+        """Write state.json."""
         write_json(self.folder / _STATE, {"sent": self.sent, "run_id": self.run_id, "running": self.running})
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the file and release the lock."""
         self._file.close()
 
     def remove(self) -> None:
-        """All has been sent."""
+        """Close the journal and remove its folder."""
         self.close()
         shutil.rmtree(self.folder)
 
 
 def unfinished(root: Path) -> list[Journal]:
-    """Journals that dead processes have left, oldest first, locked for this one."""
+    """Journals of dead processes, oldest first, locked for this process."""
     found = []
     for folder in sorted(path for path in root.glob("*") if (path / _EVENTS).exists()):
         journal = Journal(folder)

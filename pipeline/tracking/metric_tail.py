@@ -1,4 +1,4 @@
-"""The curves of a stage: what its metrics.jsonl has that MLflow does not know yet, whatever was killed in between."""
+"""Metrics of a stage that MLflow has not received yet, read from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stages.runtime.artifact import RECORD, read_json, write_json
 
 @dataclass(frozen=True)
 class Point:
-    """One value of one curve."""
+    """One value of one metric."""
 
     name: str
     step: int
@@ -24,7 +24,7 @@ class MetricTail:
     """Reads a stage's metrics.jsonl while it grows.
 
     Attributes:
-        folder: The stage's work folder, or its artifact.
+        folder: Work folder or artifact of the stage.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,7 +33,7 @@ class MetricTail:
         self._file_id = 0
 
     def points(self) -> list[Point]:
-        """New points of whole lines. A stage that is resumed replaces the file: then it is read from its start."""
+        """New points, from complete lines. A resumed stage replaces the file, which is then read from its start."""
         path = self.folder / RECORD / "metrics.jsonl"
         try:
             with path.open("rb") as file:
@@ -54,10 +54,10 @@ class MetricTail:
 
 @dataclass
 class StageRun:
-    """MLflow's run for a key, kept beside the artifacts: a manifest is never written again, and a work folder goes.
+    """MLflow run of a key, stored in a file in home/.servers/runs.
 
-    `open`: it has not ended well yet, so another attempt at the key goes on in it. `steps`: the last step that MLflow
-    knows of each curve; a resumed stage writes steps again, and MLflow would show them twice.
+    `open`: the stage has not finished, so another attempt at the key continues this run. `steps`: last step of each
+    metric that MLflow has received; a resumed stage writes some steps again, and MLflow would show them twice.
     """
 
     run_id: str
@@ -66,19 +66,19 @@ class StageRun:
 
     @classmethod
     def read(cls, folder: Path, key: str) -> Self | None:
-        """The run of a key, None when it has none."""
+        """The run of a key; None if it has none."""
         path = folder / f"{key}.json"
         return cls(**read_json(path)) if path.exists() else None
 
     def write(self, folder: Path, key: str) -> None:
-        """Keep it."""
+        """Write the file."""
         write_json(folder / f"{key}.json", asdict(self))
 
     def fresh(self, points: Iterable[Point]) -> list[Point]:
-        """The points that MLflow does not know."""
+        """The points that MLflow has not received."""
         return [point for point in points if point.step > self.steps.get(point.name, -1)]
 
     def add(self, points: Iterable[Point]) -> None:
-        """MLflow knows these now."""
+        """Record that MLflow has received these points."""
         for point in points:
             self.steps[point.name] = max(point.step, self.steps.get(point.name, -1))

@@ -1,8 +1,8 @@
-"""How a run looks in MLflow: what each event of its journal becomes there. The only file that knows MLflow.
+"""Writes the events of a journal to MLflow. No other module imports MLflow.
 
-One flat row for each pipeline run, so that ablations can be compared: all settings as params, all numbers as metrics.
-Below it a run for each stage that really ran; a stage found in the cache is a link to the run that made it. Stores and
-weights are named by path and digest and never copied.
+Each pipeline run is one MLflow run with all settings as params and all final numbers as metrics, so that ablations can
+be compared. Below it is a nested run for each stage that ran. A cached stage is tagged with the run that made it.
+Stores and weights are referenced by path and digest and never copied.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-# MLflow must not make a stage wait for a server that is gone; it reads these at each request.
+# A stage must not wait for a server that is down. MLflow reads these variables at each request.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -34,7 +34,7 @@ from pipeline.tracking.metric_tail import MetricTail, Point, StageRun
 from pipeline.views import VIEWS
 
 EXPERIMENT = "dpar"
-_BATCH, _PARAMS = 1000, 100  # metrics and params that MLflow takes at once
+_BATCH, _PARAMS = 1000, 100  # metrics and params that MLflow accepts per request
 _LONGEST = 6000  # characters of a param's value
 _DIGEST = 36  # characters of a dataset's digest
 
@@ -43,8 +43,8 @@ class MlflowView:
     """Writes journals to an MLflow store.
 
     Args:
-        uri: Of the store.
-        folder: Where the pictures of a local store go, and where it is kept which run belongs to which key.
+        uri: URI of the store.
+        folder: home/.servers: pictures of a local store, and the files that map keys to runs.
     """
 
     def __init__(self, uri: str, folder: Path) -> None:
@@ -53,14 +53,16 @@ class MlflowView:
         self._runs = folder / "runs"
         self._tails: dict[str, MetricTail] = {}
         found = self._client.get_experiment_by_name(EXPERIMENT)
-        pictures = None if uri.startswith("http") else (folder / "mlartifacts").as_uri()  # a server has its own place
+        pictures = (
+            None if uri.startswith("http") else (folder / "mlartifacts").as_uri()
+        )  # a server chooses its own location
         self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, pictures)
 
     def send(self, journal: Journal) -> None:
-        """Bring MLflow up to date with a journal; what fails is tried again with the next call.
+        """Send the unsent events of a journal and new metrics of running stages. Failed events are sent next time.
 
         Raises:
-            Exception: Whatever MLflow, its database or the network raise.
+            Exception: Any error of MLflow, its database or the network.
         """
         for event in journal.unsent():
             self._apply(journal, event)
@@ -70,7 +72,7 @@ class MlflowView:
             self._follow(place["key"], Path(place["work"]))
 
     def _apply(self, journal: Journal, event: Event) -> None:
-        """Each of these can be done again after it has failed half way."""
+        """Apply one event. Each handler can be repeated after it failed half way."""
         match event["event"]:
             case "pipeline_started":
                 self._pipeline_started(journal, event)
@@ -83,7 +85,9 @@ class MlflowView:
             case "pipeline_finished":
                 self._client.set_terminated(_parent(journal), event["status"], event["time_ms"])
             case unknown:
-                raise ValueError(f"{journal.folder} has an event {unknown!r}: it is of another version of dpar")
+                raise ValueError(
+                    f"{journal.folder} has an unknown event {unknown!r}: it was written by another version of dpar"
+                )
 
     def _pipeline_started(self, journal: Journal, event: Event) -> None:
         if journal.run_id is None:
@@ -101,7 +105,9 @@ class MlflowView:
         stage, key = event["stage"], event["key"]
         parent = _parent(journal)
         known = StageRun.read(self._runs, key)
-        if known is not None and known.open and self._has(known.run_id):  # a killed attempt at this very key goes on
+        if (
+            known is not None and known.open and self._has(known.run_id)
+        ):  # continue the run of a killed attempt at this key
             self._client.update_run(known.run_id, status="RUNNING")
             self._client.set_tag(known.run_id, "mlflow.parentRunId", parent)
         else:
@@ -112,7 +118,7 @@ class MlflowView:
         journal.running[stage] = {"key": key, "work": event["work"]}
 
     def _has(self, run_id: str) -> bool:
-        """Whether this store has the run: it may be known from another store, or have been deleted on the page."""
+        """Whether this store has the run. It may belong to another store, or may have been deleted on the page."""
         try:
             return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
         except MlflowException as error:
@@ -146,7 +152,7 @@ class MlflowView:
     def _finish_stage(self, known: StageRun, event: Event, path: Path) -> None:
         run_id = known.run_id
         tags = {"artifact.digest": event["digest"], "artifact.uri": path.as_uri()}
-        last = max(known.steps.values(), default=0)  # final numbers end the curves of the same names
+        last = max(known.steps.values(), default=0)  # final values end the metrics of the same names
         final = known.fresh(Point(name, last, value) for name, value in event["metrics"].items())
         self._client.log_batch(
             run_id, metrics=_metrics(final, event["time_ms"]), tags=[RunTag(*tag) for tag in tags.items()]
@@ -167,7 +173,7 @@ class MlflowView:
         journal.running.pop(event["stage"], None)
 
     def _follow(self, key: str, folder: Path) -> StageRun | None:
-        """Send what a stage's metrics.jsonl has that MLflow has not; returns the stage's run."""
+        """Send new metrics of a stage; returns the stage's run."""
         known = StageRun.read(self._runs, key)
         if known is None:
             return None
@@ -180,11 +186,11 @@ class MlflowView:
             self._client.log_batch(known.run_id, metrics=_metrics(part, time.time_ns() // 1_000_000))
             known.add(part)
             known.write(self._runs, key)
-        self._tails[key] = tail  # only now: after a failure the file is read anew, and what is known is left out
+        self._tails[key] = tail  # only after success; after a failure the file is read again
         return known
 
     def _inputs(self, path: Path) -> list[DatasetInput]:
-        """What an artifact was made from, by content."""
+        """Artifacts that an artifact was made from, by content digest."""
         manifest = self._cache.read(path)
         if manifest is None:
             return []
@@ -204,7 +210,7 @@ def _metrics(points: Iterable[Point], time_ms: int) -> list[Metric]:
 
 
 def _dataset(name: str, digest: str, path: Path, context: str) -> DatasetInput:
-    """A reference: MLflow shows name and digest and keeps no copy."""
+    """A reference to an artifact: MLflow shows name and digest and stores no copy."""
     source = json.dumps({"uri": path.as_uri()})
     return DatasetInput(Dataset(name, digest[:_DIGEST], "local", source), [InputTag("mlflow.data.context", context)])
 
@@ -216,12 +222,12 @@ def _score_table(path: Path) -> str:
 
 
 def _commit() -> dict[str, str]:
-    """Tags that say which code ran; none outside a repository."""
+    """Tags for the commit of the code; empty outside a repository."""
     head = repository.head()
     return {} if head is None else {"mlflow.source.git.commit": head.commit, "git.dirty": str(head.dirty).lower()}
 
 
 def _parent(journal: Journal) -> str:
     if journal.run_id is None:
-        raise ValueError(f"{journal.folder} does not begin with pipeline_started")
+        raise ValueError(f"{journal.folder} has no event pipeline_started before others, expected it first")
     return journal.run_id

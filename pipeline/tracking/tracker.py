@@ -1,7 +1,7 @@
-"""Runs recorded in MLflow without ever waiting for it.
+"""Tracking of runs in MLflow without waiting for it.
 
-The tracker writes events to a journal; a thread sends them. What MLflow does not take, because it is slow or dead or
-this process is killed, stays in the journal, and the next run or `sync` sends it.
+The tracker writes events to a journal, and a thread sends them. Events that are not sent, because MLflow is slow or
+down or the process is killed, stay in the journal. The next run or `dpar mlflow sync` sends them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _PERIOD_S = 2.0
-_PAUSE_S = 30.0  # after MLflow has failed, before it is asked again
-_CLOSE_S = 45.0  # for the rest at the end, the import of MLflow included
+_PAUSE_S = 30.0  # before a retry, after MLflow failed
+_CLOSE_S = 45.0  # for remaining events at the end, including the import of MLflow
 
 
 class Tracker:
-    """An observer that records a run: one MLflow run for the pipeline, one below it for each stage that really ran."""
+    """Observer that records a run in MLflow: one run for the pipeline, and a nested run for each stage that ran."""
 
     def __init__(self, settings: Settings, runtime: RuntimeConfig, *, name: str, tags: dict[str, str]) -> None:
         self._settings, self._runtime = settings, runtime
@@ -42,7 +42,7 @@ class Tracker:
 
     def __enter__(self) -> Self:
         settings = self._settings.model_dump(mode="json")
-        self._tell("pipeline_started", name=self._name, tags=self._tags, settings=settings)
+        self._record("pipeline_started", name=self._name, tags=self._tags, settings=settings)
         self._sender.start()
         return self
 
@@ -51,42 +51,44 @@ class Tracker:
     ) -> None:
         failed = self._failed or error is not None
         status = "KILLED" if _stopped(error) else "FAILED" if failed else "FINISHED"
-        self._tell("pipeline_finished", status=status)
+        self._record("pipeline_finished", status=status)
         if not self._sender.finish(_CLOSE_S):
             uri = mlflow_uri(self._runtime)
-            logger.warning("MLflow (%s) has not taken all of this run: `dpar mlflow sync` sends the rest", uri)
+            logger.warning(
+                "MLflow (%s) did not receive all events of this run: send the rest with `dpar mlflow sync`", uri
+            )
 
     def stage_started(self, stage: str, key: str, work: Path) -> None:
-        """Open the stage's run, or go on in that of a killed attempt."""
-        self._tell("stage_started", stage=stage, key=key, work=str(work))
+        """Open the stage's run, or continue the run of a killed attempt."""
+        self._record("stage_started", stage=stage, key=key, work=str(work))
 
     def stage_progress(self, stage: str, progress: dict[str, Any]) -> None:
-        """The sender follows metrics.jsonl by itself."""
+        """Nothing: the sender reads metrics.jsonl itself."""
 
     def stage_finished(self, result: StageResult) -> None:
-        """Close the stage's run, or link to the one that made its artifact."""
+        """Close the stage's run, or link to the run that made its artifact."""
         fields = {"stage": result.stage, "key": result.key, "state": result.state, "metrics": result.metrics}
-        self._tell("stage_finished", **fields, path=str(result.path), digest=result.digest)
+        self._record("stage_finished", **fields, path=str(result.path), digest=result.digest)
 
     def stage_failed(self, stage: str, error: BaseException) -> None:
-        """Close the stage's run as failed; another attempt at the same key goes on in it."""
+        """Close the stage's run as failed. Another attempt at the same key continues it."""
         self._failed = True
         status = "KILLED" if _stopped(error) else "FAILED"
-        self._tell("stage_failed", stage=stage, status=status, message=str(error))
+        self._record("stage_failed", stage=stage, status=status, message=str(error))
 
-    def _tell(self, kind: str, **fields: Any) -> None:
-        """An observer must not raise: a full disk costs the view of the run, the stage itself says what is wrong."""
+    def _record(self, kind: str, **fields: Any) -> None:
+        """Append an event. On a full disk it is dropped: an observer must not raise, and the stage reports the disk."""
         try:
             self._journal.append(kind, **fields)
         except OSError as error:
-            logger.warning("MLflow will not know of this: %s", error)
+            logger.warning("an event for MLflow could not be written and is lost: %s", error)
 
 
 def sync(runtime: RuntimeConfig) -> int:
-    """Send MLflow what it has missed; returns the number of runs that were behind.
+    """Send all unsent events to MLflow; returns the number of runs that had some.
 
     Raises:
-        InputError: MLflow does not take it.
+        InputError: MLflow does not accept them.
     """
     journals = unfinished(_root(runtime))
     if not journals:
@@ -97,7 +99,7 @@ def sync(runtime: RuntimeConfig) -> int:
             _send_rest(view, journal)
     except Exception as error:
         raise InputError(
-            f"MLflow ({mlflow_uri(runtime)}) does not take the runs that wait in {_root(runtime)}: {_first_line(error)}"
+            f"MLflow ({mlflow_uri(runtime)}) does not accept the runs in {_root(runtime)}: {_first_line(error)}"
         ) from error
     finally:
         for journal in journals:
@@ -106,7 +108,7 @@ def sync(runtime: RuntimeConfig) -> int:
 
 
 class _Sender(threading.Thread):
-    """Sends a journal while it grows. It alone touches MLflow, and it never ends because of it."""
+    """Thread that sends a journal while it grows. Only this thread calls MLflow, and no error of MLflow ends it."""
 
     def __init__(self, journal: Journal, runtime: RuntimeConfig) -> None:
         super().__init__(name="mlflow-sender", daemon=True)
@@ -116,13 +118,13 @@ class _Sender(threading.Thread):
         self._sent_all = False
 
     def finish(self, timeout_s: float) -> bool:
-        """Send the rest, for so long at most; whether all was sent."""
+        """Send the remaining events within a timeout; returns whether all were sent."""
         self._ending.set()
         self.join(timeout_s)
         return self._sent_all
 
     def run(self) -> None:
-        """Send every few seconds; after a failure only every half minute, and once more at the end."""
+        """Send every `_PERIOD_S` seconds, or `_PAUSE_S` after a failure, and once more at the end."""
         pause = 0.0
         while not self._ending.wait(pause):
             pause = _PERIOD_S if self._try_to_send() else _PAUSE_S
@@ -144,24 +146,24 @@ class _Sender(threading.Thread):
         return True
 
     def _send_left_behind(self, view: MlflowView) -> None:
-        """First what killed runs could not send: a stage that goes on now must not be called killed afterwards."""
+        """Send the journals of killed runs first: a stage that resumes now must not be marked as killed later."""
         for journal in unfinished(self._journal.folder.parent):
             with contextlib.closing(journal):
                 try:
                     _send_rest(view, journal)
-                except Exception as error:  # what MLflow refuses for good must not keep this run from it
-                    logger.warning("MLflow does not take %s: %s", journal.folder, _first_line(error))
+                except Exception as error:  # a journal that MLflow always rejects must not block this run
+                    logger.warning("MLflow does not accept %s: %s", journal.folder, _first_line(error))
 
 
 def _send_rest(view: MlflowView, journal: Journal) -> None:
-    """Send all that a dead process has left behind."""
+    """Send the whole journal of a dead process and remove it."""
     journal.complete()
     view.send(journal)
     journal.remove()
 
 
 def _open_view(runtime: RuntimeConfig) -> MlflowView:
-    """MLflow takes seconds to import: only the thread that sends waits for it."""
+    """Import MLflow, which takes seconds, and open its store."""
     from pipeline.tracking.mlflow_view import MlflowView
 
     return MlflowView(mlflow_uri(runtime), server_folder(runtime))
@@ -172,7 +174,7 @@ def _root(runtime: RuntimeConfig) -> Path:
 
 
 def _stopped(error: BaseException | None) -> bool:
-    """Whether a person or the machine ended it: Ctrl-C and cancellation are no `Exception`."""
+    """Whether a run was stopped from outside: Ctrl-C and cancellation are not an `Exception`."""
     return error is not None and not isinstance(error, Exception)
 
 

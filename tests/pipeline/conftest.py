@@ -1,4 +1,4 @@
-"""A project of three small stages, run as real processes, whose code a test can edit."""
+"""A project of three small stages that run as real processes. Tests can edit its code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.runner import StageResult, run_stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# The three stages: each reads the number of the one before. `alpha` can be made slow, or to fail, by files beside home.
+# Three stages; each reads the number of the previous one. Files next to home make `alpha` slow or make it fail.
 HELPER = '''"""Shared arithmetic."""
 
 
@@ -130,7 +130,7 @@ if __name__ == "__main__":
 
 @dataclass
 class Tiny:
-    """A copy of the small project in a folder of its own."""
+    """A copy of the small project in its own folder."""
 
     root: Path
     module: ModuleType
@@ -160,7 +160,7 @@ class Tiny:
         )
 
     def run_all(self, **values: int) -> list[str]:
-        """States of the three stages after a run of all."""
+        """Run all stages and return their states."""
         return [self.run(name, **values).state for name in self.module.GRAPH]
 
     def plan(self, **values: int) -> dict[str, StageStatus]:
@@ -175,10 +175,10 @@ class Tiny:
     def start(self, name: str) -> subprocess.Popen[str]:
         """Run a stage from another process."""
         command = [sys.executable, str(self.root / "project.py"), name]
-        # A test run in the background of a shell has Ctrl-C ignored, and its children would inherit that.
+        # Tests in a background job of a shell ignore SIGINT, and child processes would inherit that.
         return subprocess.Popen(
             command,
-            env=os.environ | {"PYTHONSAFEPATH": "1"},  # the runner is the real one, beside it lie the small stages
+            env=os.environ | {"PYTHONSAFEPATH": "1"},  # the real runner, with the small stages
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -186,7 +186,7 @@ class Tiny:
         )
 
     def gate(self, name: str) -> Path:
-        """While this file exists, the stage runs on."""
+        """The stage keeps running while this file exists."""
         self.home.mkdir(exist_ok=True)
         path = self.home / f"gate-{name}"
         path.touch()
@@ -195,18 +195,18 @@ class Tiny:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Tiny:
-    """The small project, nothing made yet."""
+    """The small project with an empty cache."""
     return make_tiny_project(tmp_path)
 
 
 @pytest.fixture
 def make_tiny() -> Callable[[Path], Tiny]:
-    """Makes the small project in an empty folder."""
+    """A function that creates the small project in an empty folder."""
     return make_tiny_project
 
 
 def make_tiny_project(tmp_path: Path) -> Tiny:
-    """The small project in a folder."""
+    """Create the small project in a folder."""
     shutil.copytree(ROOT / "stages" / "runtime", tmp_path / "stages" / "runtime")
     shutil.copy(ROOT / "stages" / "__init__.py", tmp_path / "stages")
     (tmp_path / "stages" / "views").mkdir()
@@ -226,7 +226,7 @@ def make_tiny_project(tmp_path: Path) -> Tiny:
 
 @pytest.fixture
 def code_copy(tmp_path: Path) -> Path:
-    """The real stages and models, to be edited."""
+    """A copy of the real stages and models that tests can edit."""
     for package in ("stages", "models"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path

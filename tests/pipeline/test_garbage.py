@@ -1,4 +1,4 @@
-"""gc keeps what is needed, recent or in use, and never touches what is not the cache's own."""
+"""gc keeps artifacts that are needed, recent or in use, and never touches files that the cache did not make."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ OTHER = "beta-0123456789abcdef0123"
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that a test makes is 100 days old when gc looks at it."""
+    """Make everything in a test 100 days old for gc."""
     clock = time.time
     monkeypatch.setattr("pipeline.garbage.now", lambda: clock() + 100 * DAY_S)
 
 
 def find(tiny: Tiny, *, days: float = 30, presets: dict[str, int] | None = None, **values: int) -> Found:
-    """Garbage; of presets the value of beta is given."""
+    """Find garbage. Each preset is given as a value of beta."""
     known = {name: tiny.settings(beta=value) for name, value in (presets or {}).items()}
     return find_garbage(tiny.settings(**values), tiny.runtime, known, older_than_s=days * DAY_S, project=tiny.project)
 
@@ -47,7 +47,7 @@ def test_what_no_settings_need_is_removed_and_nothing_else(tiny: Tiny) -> None:
     found = find(tiny, presets={"near": 4, "far": 1})
     by_path = {entry.path: entry for entry in found.garbage}
     assert set(by_path) == {old[1].path, old[2].path, *(tiny.home / ".trash").iterdir()}
-    assert by_path[old[1].path].why == "nothing kept was made from it"
+    assert by_path[old[1].path].why == "no kept artifact was made from it"
     assert by_path[old[1].path].belongs == "preset near with value=5"
     assert by_path[old[2].path].belongs == "preset near, far"
     assert by_path[old[1].path].bytes == sum(f.stat().st_size for f in old[1].path.rglob("*") if f.is_file())
@@ -102,7 +102,7 @@ def test_what_was_made_or_tracked_lately_is_kept_with_its_sources(tiny: Tiny, mo
     run.parent.mkdir(parents=True)
     run.write_text("{}")
     os.utime(run, (clock() + 5 * DAY_S,) * 2)
-    assert names(find(tiny)) == {results[2].key}  # beta was tracked, alpha is its source
+    assert names(find(tiny)) == {results[2].key}  # beta was tracked recently; alpha is its source
 
 
 def test_unfinished_work_is_kept_for_a_while_with_what_it_reads(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,13 +114,13 @@ def test_unfinished_work_is_kept_for_a_while_with_what_it_reads(tiny: Tiny, monk
     found = find(tiny)
     assert names(found) == {alpha.key, work.name}
     assert {entry.why for entry in found.garbage} == {
-        "nothing kept was made from it",
-        "left by a run that did not finish",
+        "no kept artifact was made from it",
+        "left by an unfinished run",
     }
     (work / "checkpoint").write_text("newer")
     os.utime(work / "checkpoint", (clock() + 5 * DAY_S,) * 2)
     assert names(find(tiny)) == set()
-    # Work under the current settings is kept whatever its age.
+    # Work folders of the current settings are kept at any age.
     assert names(find(tiny, days=1, alpha=3, beta=5)) == set()
 
 
@@ -134,7 +134,7 @@ def test_what_a_process_holds_is_neither_listed_nor_removed(tiny: Tiny) -> None:
         assert find(tiny).garbage == []
         assert collect(tiny.home, listed) == []
     with tiny.cache.reading([made.key]) as held:
-        child = os.dup(held[0])  # what a stage's process inherits
+        child = os.dup(held[0])  # a stage's process inherits it
     assert names(find(tiny)) == {OTHER}
     os.close(child)
     assert len(collect(tiny.home, listed)) == 2
@@ -159,14 +159,14 @@ def test_a_running_stage_holds_its_inputs_and_a_forced_run_of_them_goes_on(tiny:
 
 
 @pytest.mark.usefixtures("later")
-def test_what_is_not_ours_is_never_listed(tiny: Tiny) -> None:
+def test_files_that_the_cache_did_not_make_are_never_listed(tiny: Tiny) -> None:
     own = tiny.run("alpha", alpha=3)
     outside = tiny.root / "outside"
     pictures = tiny.home / "alpha" / "pictures"
     for folder in (outside / "a", pictures, tiny.home / "alpha" / "alpha-holiday", tiny.home / "gamma" / "photos"):
         folder.mkdir(parents=True)
         (folder / "1.jpg").write_text("mine")
-    # An artifact's folder elsewhere, linked to from its place; a stage's folder elsewhere; a folder without a manifest.
+    # A linked artifact folder, a linked stage folder, and a folder without a manifest.
     elsewhere = Path(shutil.copytree(own.path, outside / own.path.name))
     linked = tiny.home / "alpha" / "alpha-00000000000000000000"
     linked.symlink_to(elsewhere)
@@ -200,7 +200,7 @@ def test_a_damaged_manifest_is_named_and_left_alone(tiny: Tiny) -> None:
     (path / "manifest.json").write_text(text.replace('"settings": {', '"settings": {"other": 1,'))
     found = find(tiny)
     assert found.garbage == []
-    assert found.left_alone == [(path, "manifest.json: key and parts do not fit together")]
+    assert found.left_alone == [(path, "manifest.json: key does not match parts")]
 
 
 @pytest.mark.usefixtures("later")

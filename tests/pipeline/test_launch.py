@@ -1,4 +1,4 @@
-"""A stage's process under a real torchrun: what is told when a worker ends badly, and that none outlives a cancel."""
+"""A stage's process under a real torchrun: messages when a worker fails, and no worker outlives a cancellation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def alpha(config, inputs, output, runtime):
 if __name__ == "__main__":
     main(alpha, Section)
 """
-# Deaf to SIGTERM, like a worker that hangs in a call to the GPU; it says that it is there by its progress.
+# Ignores SIGTERM, like a worker that hangs in a GPU call; its progress shows that it runs.
 DEAF = """signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Progress(output, str(os.getpid()), 1)
     time.sleep(600)"""
@@ -76,19 +76,19 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 @pytest.fixture(autouse=True)
 def conf_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small project has no settings of its own: it takes those of the real one from the path it inherits."""
+    """Put the real `conf` on the path: the small project has no settings of its own."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", r"ended by SIGKILL, perhaps for want of memory"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"ended by SIGKILL, possibly out of memory"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", r"ended by SIGSEGV"),
         ("os._exit(7)", r"exit code 7, last line: the last thing it said"),
     ],
 )
-def test_how_a_worker_ended_is_told_and_not_what_torchrun_says_of_it(run: Run, body: str, message: str) -> None:
+def test_the_error_of_a_worker_is_reported_and_not_the_one_of_torchrun(run: Run, body: str, message: str) -> None:
     with pytest.raises(StageFailed, match=message) as caught:
         run(body)
     assert caught.value.code == 1
@@ -109,7 +109,7 @@ def test_the_line_and_the_code_of_an_error_come_through(run: Run, tmp_path: Path
 
 
 def test_a_killed_worker_is_the_cause_and_not_the_error_it_gives_another(run: Run) -> None:
-    # As with a collective: the other process only learns that its peer is gone.
+    # As in a collective: the other process only sees that its peer is gone.
     body = """if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.3)
@@ -121,7 +121,7 @@ def test_a_killed_worker_is_the_cause_and_not_the_error_it_gives_another(run: Ru
         run(body, processes=2)
 
 
-def test_no_worker_outlives_a_cancel_even_if_it_is_deaf(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_worker_outlives_a_cancel_even_if_it_ignores_sigterm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "GRACE_S", 1.0)
     workers: list[psutil.Process] = []
 

@@ -51,7 +51,7 @@ def test_end_ends_the_whole_group_though_a_grandchild_ignores_it(
     service.end()  # once more harms nobody
 
 
-def test_it_dies_with_a_killed_parent_if_asked_to(tmp_path: Path) -> None:
+def test_a_process_dies_with_its_killed_parent_on_request(tmp_path: Path) -> None:
     program = (
         "import os, time\nfrom pathlib import Path\nfrom pipeline.processes import start\n"
         f"service = start('x', ['sleep', '60'], os.environ, Path({str(tmp_path / 'log')!r}), die_with_parent=True)\n"
@@ -67,15 +67,15 @@ def test_it_dies_with_a_killed_parent_if_asked_to(tmp_path: Path) -> None:
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_server_that_ends_while_it_starts_is_told_with_its_last_words(tmp_path: Path) -> None:
+def test_a_server_that_ends_during_startup_is_reported_with_its_last_output(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; print('no room for me'); sys.exit(3)"]
     service = start("Thing", command, os.environ, tmp_path / "thing.log", die_with_parent=False)
-    with pytest.raises(ServerError, match=r"Thing ended while it started: no room for me \(log: .*thing\.log\)"):
+    with pytest.raises(ServerError, match=r"Thing ended during startup: no room for me \(log: .*thing\.log\)"):
         wait_until(service, lambda: False, timeout_s=30)
 
 
-def test_a_server_that_takes_too_long_is_told(sleeper: Service) -> None:
-    with pytest.raises(ServerError, match="sleeper did not answer within 0 s: it left no output"):
+def test_a_server_that_takes_too_long_is_reported(sleeper: Service) -> None:
+    with pytest.raises(ServerError, match="sleeper did not answer within 0 s: no output"):
         wait_until(sleeper, lambda: False, timeout_s=0)
 
 

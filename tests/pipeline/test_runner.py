@@ -1,4 +1,4 @@
-"""Running stages: hits, misses, early cutoff, kills, twins, damage. Every stage here is a real process."""
+"""`run_stage`: hits, misses, early cutoff, kills, concurrent runs, damage. Every stage here is a real process."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def test_a_rerun_finds_everything_and_rewrites_nothing(tiny: Tiny) -> None:
 
 def test_a_setting_reruns_its_stage_and_equal_contents_stop_there(tiny: Tiny) -> None:
     tiny.run_all()
-    # beta takes the smaller of 2 and its value: with 7 its contents change, from 7 to 8 they do not.
+    # beta clips its value at 2: its contents change for 7, and are the same for 7 and 8.
     assert tiny.run_all(beta=7) == ["cached", "ran", "ran"]
     assert tiny.run_all(beta=8) == ["cached", "ran", "cached"]
-    assert tiny.run_all() == ALL_CACHED  # and the first state is still there
+    assert tiny.run_all() == ALL_CACHED  # the first artifact is still cached
 
 
 def test_a_docstring_or_comment_reruns_nothing(tiny: Tiny) -> None:
@@ -133,7 +133,7 @@ def test_sigkill_leaves_no_artifact_frees_the_lock_and_a_rerun_goes_on(tiny: Tin
     gate.unlink()
     result = tiny.run("alpha")
     assert result.state == "ran"
-    assert (result.path / "record/steps").stat().st_size == done_before  # the killed attempt's folder was gone on in
+    assert (result.path / "record/steps").stat().st_size == done_before  # the folder of the killed attempt was reused
 
 
 def test_two_runs_at_once_make_it_once(tiny: Tiny) -> None:
@@ -142,7 +142,7 @@ def test_two_runs_at_once_make_it_once(tiny: Tiny) -> None:
     wait_for(lambda: list((tiny.home / ".work").glob("*/record/steps")))
     second = tiny.start("alpha")
     assert second.stderr is not None
-    assert "waiting for it" in second.stderr.readline()  # the second has come to the lock
+    assert "waiting for it" in second.stderr.readline()  # the second run waits for the lock
     gate.unlink()
     states = {process.communicate()[0].strip() for process in (first, second)}
     assert states == {"ran", "waited"}
@@ -154,7 +154,7 @@ def test_an_orphan_that_still_writes_keeps_the_lock(tiny: Tiny) -> None:
     wait_for(lambda: list((tiny.home / ".work").glob("*/record/steps")))
     (work,) = (tiny.home / ".work").iterdir()
     child = next(iter(psutil.Process(runner.pid).children(recursive=True)))
-    child.suspend()  # it cannot act on its parent's death
+    child.suspend()  # a stopped process cannot react to its parent's death
     runner.send_signal(signal.SIGKILL)
     runner.communicate()
     assert tiny.cache.is_locked(work.name)
@@ -177,9 +177,9 @@ def test_ctrl_c_ends_the_children_and_leaves_a_state_that_resumes(tiny: Tiny) ->
     assert tiny.run("alpha").state == "ran"
 
 
-def test_a_process_that_is_killed_is_told_as_such(tiny: Tiny) -> None:
+def test_a_killed_process_is_reported_as_killed(tiny: Tiny) -> None:
     tiny.edit("alpha", "    x = ", "    import os, signal\n    os.kill(os.getpid(), signal.SIGKILL)\n    x = ")
-    with pytest.raises(StageFailed, match=r"ended by SIGKILL, perhaps for want of memory"):
+    with pytest.raises(StageFailed, match=r"ended by SIGKILL, possibly out of memory"):
         tiny.run("alpha")
 
 
@@ -210,7 +210,7 @@ def test_observers_hear_start_end_and_failure(tiny: Tiny) -> None:
             heard.append("progress")
 
         def stage_finished(self, result: Any) -> None:
-            # What an observer hears of is safe on disk already.
+            # An event is reported only after its effect is on disk.
             assert tiny.cache.lookup(result.key) is not None
             heard.append(f"finished {result.stage} {result.state}")
 

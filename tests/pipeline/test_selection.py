@@ -1,4 +1,4 @@
-"""Which stages a command asks for, under settings that decide which stages read each other."""
+"""Selection of stages under settings that decide which stages read each other."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from conf.load import load_settings
 from conf.schema import Settings
 from pipeline.graph import STAGES
 from pipeline.plan import StageStatus
-from pipeline.selection import as_options, asked_for, known_stage, select
+from pipeline.selection import as_options, known_stage, select, selected_statuses
 from stages.runtime.errors import InputError
 
 DEMO = load_settings("demo")[0]
@@ -23,7 +23,7 @@ def statuses(**states: Any) -> list[StageStatus]:
     return [StageStatus(name, states.get(name, "cached"), "a reason", f"{name}-0", Path(name)) for name in STAGES]
 
 
-def test_without_bounds_all_that_the_last_stage_needs_is_asked_for() -> None:
+def test_without_bounds_all_that_the_last_stage_needs_is_selected() -> None:
     assert select(DEMO) == list(STAGES)
 
 
@@ -62,10 +62,10 @@ def test_from_asks_for_what_depends_on_the_stage() -> None:
         ({"until_stage": "nosuch"}, "stage is 'nosuch'"),
         ({"force": ["nosuch"]}, "stage is 'nosuch'"),
         ({"from_stage": "train", "until_stage": "tokenize"}, "tokenize does not depend on train"),
-        ({"from_stage": "train", "force": ["dataset"]}, "--force dataset is not among"),
+        ({"from_stage": "train", "force": ["dataset"]}, "--force is dataset, expected one of the selected stages"),
     ],
 )
-def test_a_choice_that_makes_no_sense_is_told(arguments: dict[str, Any], message: str) -> None:
+def test_an_impossible_selection_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         select(DEMO, **arguments)
 
@@ -81,26 +81,28 @@ def test_a_known_stage_is_itself() -> None:
 
 def test_what_comes_before_must_be_cached() -> None:
     with pytest.raises(InputError, match=r"train reads tokenize, which is stale \(a reason\).*run --until tokenize"):
-        asked_for(statuses(tokenize="stale", train="missing"), ["train"], DEMO)
+        selected_statuses(statuses(tokenize="stale", train="missing"), ["train"], DEMO)
 
 
 def test_the_advice_repeats_the_options_that_were_given() -> None:
     given = as_options("demo", "llamagen", ["train.training.steps=5", "dataset.root=/my images"])
     assert given == " --preset demo --ablation llamagen --set train.training.steps=5 --set 'dataset.root=/my images'"
     with pytest.raises(InputError, match=r"`dpar run --preset demo --until tokenize`"):
-        asked_for(statuses(tokenize="missing"), ["train"], DEMO, given=" --preset demo")
+        selected_statuses(statuses(tokenize="missing"), ["train"], DEMO, given=" --preset demo")
 
 
-def test_stages_that_nothing_asked_for_needs_may_be_missing() -> None:
-    found = asked_for(statuses(evaluate="missing", train="stale"), ["patch_index", "train"], DEMO)
+def test_stages_that_no_selected_one_needs_may_be_missing() -> None:
+    found = selected_statuses(statuses(evaluate="missing", train="stale"), ["patch_index", "train"], DEMO)
     assert [(status.stage, status.state) for status in found] == [("patch_index", "cached"), ("train", "stale")]
-    baseline = asked_for(statuses(patch_index="missing", entropy_head="missing"), ["sample"], settings("llamagen"))
+    baseline = selected_statuses(
+        statuses(patch_index="missing", entropy_head="missing"), ["sample"], settings("llamagen")
+    )
     assert [status.stage for status in baseline] == ["sample"]
 
 
 def test_a_forced_stage_is_shown_as_one_that_will_run() -> None:
-    found = asked_for(statuses(sample="missing"), ["train", "sample"], DEMO, force=["train", "sample"])
+    found = selected_statuses(statuses(sample="missing"), ["train", "sample"], DEMO, force=["train", "sample"])
     assert [(status.state, status.reason) for status in found] == [
-        ("stale", "asked for by --force"),
+        ("stale", "requested by --force"),
         ("missing", "a reason"),
     ]

@@ -39,7 +39,7 @@ def test_up_serves_and_down_leaves_nothing(runtime: RuntimeConfig) -> None:
     assert answers(runtime.prefect_port, "/api/health")
     assert answers(runtime.mlflow_port, "/health")
     first = pids(runtime)
-    assert servers.up(runtime) == addresses  # it is up already: nothing new is started
+    assert servers.up(runtime) == addresses  # already up: nothing is started
     assert pids(runtime) == first
     with servers.prefect_server(runtime) as server:
         assert server.api_url == f"{addresses.prefect}/api"
@@ -50,11 +50,13 @@ def test_up_serves_and_down_leaves_nothing(runtime: RuntimeConfig) -> None:
     assert not any(os.path.exists(f"/proc/{pid}") for pid in first)
 
 
-def test_a_taken_port_is_told_with_who_has_it_and_how_to_choose_another(runtime: RuntimeConfig) -> None:
+def test_a_port_in_use_is_reported_with_its_owner_and_how_to_choose_another(runtime: RuntimeConfig) -> None:
     with socket.socket() as other:
         other.bind((HOST, runtime.mlflow_port))
         other.listen()
-        with pytest.raises(InputError, match=rf"port {runtime.mlflow_port}, wanted for mlflow, .*pid {os.getpid()}.*"):
+        with pytest.raises(
+            InputError, match=rf"port {runtime.mlflow_port} for mlflow is in use by .*pid {os.getpid()}.*"
+        ):
             servers.up(runtime)
     assert not (runtime.home / ".servers" / "state.json").exists()
 
@@ -62,7 +64,7 @@ def test_a_taken_port_is_told_with_who_has_it_and_how_to_choose_another(runtime:
 @pytest.mark.slow
 def test_when_one_does_not_start_the_others_are_ended(runtime: RuntimeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "nonsense")
-    with pytest.raises(ServerError, match="Prefect ended while it started"):
+    with pytest.raises(ServerError, match="Prefect ended during startup"):
         servers.up(runtime)
     assert servers.running(runtime) is None
     assert not answers(runtime.mlflow_port, "/health")
@@ -74,7 +76,7 @@ def test_state_of_processes_that_have_died_counts_as_down(runtime: RuntimeConfig
         runtime.home / ".servers" / "state.json", {"services": [gone], "addresses": {"prefect": "", "mlflow": ""}}
     )
     assert servers.running(runtime) is None
-    servers.down(runtime)  # this test's own process has the pid, and lives on
+    servers.down(runtime)  # the pid belongs to this test's process, which must survive
 
 
 @pytest.mark.slow

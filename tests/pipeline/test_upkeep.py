@@ -1,4 +1,4 @@
-"""Looking after the cache: verify names damage, accept re-stamps, why tells every change."""
+"""Cache maintenance: verify reports damage, accept re-stamps an artifact, why lists all changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_verify_finds_sizes_at_once_and_flipped_bits_when_deep(tiny: Tiny) -> No
     assert missing["beta"] == ["file number.json is missing"]
 
 
-def test_accept_lets_an_artifact_stand_for_edited_code_and_says_so(tiny: Tiny) -> None:
+def test_accept_makes_an_artifact_valid_for_edited_code_and_records_it(tiny: Tiny) -> None:
     tiny.run_all()
     before = tiny.run("alpha").path / "number.json"
     tiny.edit("helper", "x + 1", "x + 2")
@@ -41,18 +41,18 @@ def test_accept_lets_an_artifact_stand_for_edited_code_and_says_so(tiny: Tiny) -
     assert "stages.helper:increase was edited" in (manifest.accepted or "")
     assert tiny.run_all() == ["cached"] * 3
     assert (tiny.run("alpha").path / "number.json").stat().st_ino == before.stat().st_ino
-    tiny.edit("helper", "x + 2", "x + 1")  # the old key still stands
+    tiny.edit("helper", "x + 2", "x + 1")  # the old key is still valid
     assert tiny.run_all() == ["cached"] * 3
 
 
-def test_accept_needs_something_whole_to_accept(tiny: Tiny) -> None:
+def test_accept_needs_an_undamaged_artifact(tiny: Tiny) -> None:
     alpha = tiny.module.GRAPH["alpha"]
-    with pytest.raises(InputError, match="alpha has no whole artifact to accept"):
+    with pytest.raises(InputError, match="alpha has no undamaged artifact to accept"):
         accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
     with pytest.raises(InputError, match="beta reads alpha, which is not finished"):
         accept(tiny.module.GRAPH["beta"], tiny.settings(), tiny.runtime, tiny.project)
     tiny.run("alpha")
-    with pytest.raises(InputError, match="alpha is cached already"):
+    with pytest.raises(InputError, match="alpha is already cached"):
         accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
 
 
@@ -67,25 +67,25 @@ def test_accept_ignores_code_and_packages_and_nothing_else(tiny: Tiny) -> None:
     tiny.run_all(beta=7)
     tiny.edit("helper", "x + 1", "x + 2")
     assert refused("alpha", alpha=3) == (
-        "no artifact of alpha differs in code and packages alone, the nearest also in: setting value: 1 -> 3; "
-        "run it, `dpar stage alpha`"
+        "no artifact of alpha differs only in code and packages; the nearest also differs in: setting value: 1 -> 3; "
+        "run it with `dpar stage alpha`"
     )
     tiny.run("alpha")  # other contents
-    assert "the nearest also in: input alpha has other contents; run it" in refused("beta", beta=7)
+    assert "the nearest also differs in: input alpha has other contents; run it" in refused("beta", beta=7)
     assert tiny.plan(beta=7)["beta"].state == "stale"
 
 
-def test_accept_takes_the_newest_that_may_stand_and_not_the_newest(tiny: Tiny) -> None:
+def test_accept_takes_the_newest_acceptable_artifact_and_not_the_newest(tiny: Tiny) -> None:
     alpha = tiny.module.GRAPH["alpha"]
     first = tiny.run("alpha")
     tiny.edit("helper", "x + 1", "x + 2")
     second = tiny.run("alpha")
-    tiny.run("alpha", alpha=8)  # newer, and of other settings
+    tiny.run("alpha", alpha=8)  # newer, with other settings
     tiny.edit("helper", "x + 2", "x + 3")
     manifest, _ = accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
     assert manifest.digest == second.digest
     assert f"made as {second.key}" in str(manifest.accepted)
-    (second.path / "number.json").write_text("4")  # as long as before: found by reading. A link: the accepted one too
+    (second.path / "number.json").write_text("4")  # same size: found by reading. A link: the accepted one too
     tiny.edit("helper", "x + 3", "x + 4")
     manifest, _ = accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
     assert manifest.digest == first.digest
@@ -108,7 +108,7 @@ def test_why_compares_with_the_nearest_artifact_also_while_an_input_is_missing(t
     assert tiny.plan(beta=6, alpha=2)["gamma"].reason == "waits for beta"
 
 
-def test_why_says_what_is_wrong_with_the_very_artifact(tiny: Tiny) -> None:
+def test_why_names_the_damage_of_an_artifact_with_the_right_key(tiny: Tiny) -> None:
     path = tiny.run("alpha").path
     (path / "number.json").write_text("")
     alpha = tiny.module.GRAPH["alpha"]
@@ -116,7 +116,7 @@ def test_why_says_what_is_wrong_with_the_very_artifact(tiny: Tiny) -> None:
     assert explain(alpha, tiny.settings(), tiny.runtime, tiny.project) == damaged
 
 
-def test_why_tells_every_change(tiny: Tiny) -> None:
+def test_why_lists_every_change(tiny: Tiny) -> None:
     alpha, beta = tiny.module.GRAPH["alpha"], tiny.module.GRAPH["beta"]
     assert explain(alpha, tiny.settings(), tiny.runtime, tiny.project) == ["not made yet"]
     tiny.run_all()

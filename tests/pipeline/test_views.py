@@ -1,4 +1,4 @@
-"""Views are no contents: drawn after the commit, again when their code changes, and never in the way of a stage."""
+"""Views are drawn after the commit and again when their code changes; a failed view does not fail its stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ONE_METRIC = re.compile(r'(    write_json\(output / "metrics.json", )(.+)\)$', r
 
 
 def keys(root: Path, home: Path) -> dict[str, str]:
-    """Keys of all stages of a copy of the code, whatever their inputs hold."""
+    """Keys of all stages for a copy of the code, with fixed input digests."""
     project, settings = Project(STAGES, root), load_settings("demo")[0]
     return {
         name: key_of(

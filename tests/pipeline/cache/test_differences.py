@@ -1,4 +1,4 @@
-"""What `why` says: by name, against the nearest artifact, and no word of code that only moved."""
+"""Lines of `dpar why`: changes by name, against the nearest artifact, without code that only moved."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def said(target: Target, **parts: Any) -> list[str]:
 
 
 def code(**renamed: str | None) -> list[str]:
-    """Lines on code where definitions are replaced (`__` for ":"), None for one that is gone."""
+    """Lines about code after definitions are replaced (`__` stands for ":"); None removes a definition."""
     new = DEFINITIONS | {f"stages.{name.replace('__', ':')}": digest for name, digest in renamed.items()}
     kept = {name: digest for name, digest in new.items() if digest is not None}
     return said(Target(PARTS | {"code": ["other"]}, kept))
 
 
-def test_all_kinds_of_changes_are_told_the_telling_ones_first() -> None:
+def test_all_kinds_of_changes_are_listed_settings_first() -> None:
     target = Target(
         PARTS
         | {
@@ -63,9 +63,9 @@ def test_all_kinds_of_changes_are_told_the_telling_ones_first() -> None:
         "setting rule.size: 2 -> absent",
         "setting value: 1 -> 3",
         "input alpha has other contents",
-        "input delta is read now",
+        "input delta is newly read",
         "input omega is no longer read",
-        "the files it reads from outside have changed",
+        "external files have changed",
         "package torch: 2.13 -> 3.0",
         "artifact schema: 2 -> 99",
     ]
@@ -77,23 +77,23 @@ def test_inputs_that_are_not_made_yet_are_no_difference() -> None:
     assert said(Target(parts, DEFINITIONS, unmade=("omega",)), external="e" * 64) == []
 
 
-def test_code_is_told_by_definition() -> None:
+def test_code_changes_are_listed_by_definition() -> None:
     assert code(helper__increase="9") == ["code stages.helper:increase was edited"]
     assert code(helper__added="9") == ["code stages.helper:added is new"]
     assert code(helper__other=None) == ["code stages.helper:other is no longer used"]
 
 
-def test_a_definition_that_only_moved_is_not_told() -> None:
+def test_a_definition_that_only_moved_is_not_listed() -> None:
     assert code(helper__other=None, far__other="3", helper__increase="9") == ["code stages.helper:increase was edited"]
-    # Its old place is taken by another text.
+    # Another definition now has its old name.
     assert code(helper__other="9", far__other="3") == ["code stages.helper:other was edited"]
-    # It took the place of another.
+    # It now has the name of another definition.
     assert code(helper__other="2", helper__increase=None) == ["code stages.helper:other was edited"]
 
 
 def test_names_that_are_bound_anew_are_one_line() -> None:
-    assert code() == ["code: a name now stands for another definition"]
-    assert code(helper__other=None, far__other="3") == ["code: a name now stands for another definition"]
+    assert code() == ["code: a name now refers to another definition"]
+    assert code(helper__other=None, far__other="3") == ["code: a name now refers to another definition"]
 
 
 def test_the_nearest_artifact_is_compared_and_the_newest_of_equals() -> None:

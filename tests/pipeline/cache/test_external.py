@@ -1,4 +1,4 @@
-"""Digests of what lies outside: weights are known by their bytes, images see `test_listing`."""
+"""Digests of external weights cover their bytes. For images see `test_listing`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def of_tokenizer(weights: Path, home: Path, *, deep: bool = False) -> str | None
 
 def test_weights_are_known_by_their_contents_and_missing_ones_by_their_setting(tmp_path: Path) -> None:
     weights = tmp_path / "vq.safetensors"
-    with pytest.raises(InputError, match=r"tokenizer.checkpoint is .*vq.safetensors, and there is no such file"):
+    with pytest.raises(InputError, match=r"tokenizer.checkpoint is .*vq.safetensors, but there is no such file"):
         of_tokenizer(weights, tmp_path)
     weights.write_bytes(b"one")
     assert of_tokenizer(weights, tmp_path) == hashlib.sha256(b"one").hexdigest()
@@ -49,7 +49,7 @@ def test_weights_are_read_once_and_again_when_anything_about_the_file_has_change
     first = of_tokenizer(link, tmp_path)
     assert of_tokenizer(link, tmp_path) == first
     assert read == [b"one"]
-    with one.open("r+b") as file:  # as long, and with its old times
+    with one.open("r+b") as file:  # same size and times
         file.write(b"eno")
     os.utime(one, (5, 5))
     assert of_tokenizer(link, tmp_path) == hashlib.sha256(b"eno").hexdigest()
@@ -72,7 +72,7 @@ def test_an_imported_transformer_is_known_by_its_contents_and_a_trained_one_read
         return external_digest(STAGES["train"], settings.train, tmp_path)
 
     assert of_weights() is None
-    with pytest.raises(InputError, match=r"train.checkpoint is .*c2i_B_256.pt, and there is no such file"):
+    with pytest.raises(InputError, match=r"train.checkpoint is .*c2i_B_256.pt, but there is no such file"):
         of_weights("train.source=checkpoint")
     weights.write_bytes(b"weights")
     assert of_weights("train.source=checkpoint") == hashlib.sha256(b"weights").hexdigest()

@@ -1,4 +1,4 @@
-"""The code fingerprint follows definitions, not files."""
+"""The code fingerprint covers definitions, not files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_editing_rmsnorm_changes_exactly_the_stages_that_reach_it(code_copy: Pat
 @pytest.mark.parametrize(
     ("file", "old", "new", "stages"),
     [
-        # reached through another module only: the stages import models.vq, which uses _norm
+        # indirect use: the stages import models.vq, which uses _norm
         ("models/vq.py", "eps=1e-6", "eps=1e-5", {"tokenizer", "tokenize", "sample", "evaluate"}),
         ("stages/scores/statistics.py", "self.n - 1", "self.n", {"evaluate"}),
         ("models/patching.py", "positions < 2", "positions < 1", {"patch_index", "entropy_head", "sample"}),
@@ -80,7 +80,7 @@ def test_an_edit_reaches_the_stages_that_use_it(
     assert changed(code_copy, before) == stages
 
 
-def test_the_dpar_model_is_no_business_of_the_entropy_model(code_copy: Path) -> None:
+def test_an_edit_of_dpar_does_not_reach_the_entropy_model(code_copy: Path) -> None:
     before = all_digests(code_copy)
     edit(
         code_copy / "models/dpar.py",
@@ -91,7 +91,7 @@ def test_the_dpar_model_is_no_business_of_the_entropy_model(code_copy: Path) -> 
 
 
 def package(tmp_path: Path, **modules: str) -> Code:
-    """A small tree: `stages.<name>` with each text; the stage's function is stages.stage:run."""
+    """A small tree with modules `stages.<name>` of the given texts; the stage's function is stages.stage:run."""
     (tmp_path / "stages").mkdir(exist_ok=True)
     (tmp_path / "stages/__init__.py").touch()
     for name, text in modules.items():
@@ -104,7 +104,7 @@ def definitions(code: Code) -> set[str]:
 
 
 def digests(tmp_path: Path, **modules: str) -> list[str]:
-    """Digests of a small tree that holds these modules and no others."""
+    """Digests of a small tree with only these modules."""
     shutil.rmtree(tmp_path / "stages", ignore_errors=True)
     return package(tmp_path, **modules).fingerprint(("stages.stage", "run")).digests
 
@@ -130,7 +130,7 @@ F, G = "def f():\n    return g() + 1", "def g():\n    return LIMIT\n\nLIMIT = 3"
     ],
     ids=["renamed", "split", "merged", "relative", "through a module", "imported late", "beside something unused"],
 )
-def test_where_a_definition_stands_does_not_count(tmp_path: Path, modules: dict[str, str]) -> None:
+def test_the_module_of_a_definition_does_not_count(tmp_path: Path, modules: dict[str, str]) -> None:
     at_first = digests(tmp_path, stage=f"from stages.other import f{RUN}", other=f"{F}\n\n{G}")
     assert digests(tmp_path, **modules) == at_first
 
@@ -172,7 +172,7 @@ def test_statements_that_run_on_import_count_one_by_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_moves_in_the_real_tree_leave_every_stage_cached(code_copy: Path) -> None:
-    """A module renamed, a function moved, a file split, a package around a module: nothing that is computed changes."""
+    """Renaming a module, moving a function, splitting a file or making a package changes no fingerprint."""
     before = all_digests(code_copy)
     rename(code_copy, "stages.training.optim", "stages.training.optimisation")
     rename(code_copy, "models.layers", "models.blocks.transformer")
@@ -183,7 +183,7 @@ def test_moves_in_the_real_tree_leave_every_stage_cached(code_copy: Path) -> Non
 
 
 def rename(root: Path, old: str, new: str) -> None:
-    """Move a module and mend its importers."""
+    """Rename a module and fix its importers."""
     target = root.joinpath(*new.split(".")).with_suffix(".py")
     target.parent.mkdir(exist_ok=True)
     (target.parent / "__init__.py").touch()
@@ -193,13 +193,13 @@ def rename(root: Path, old: str, new: str) -> None:
 
 
 def split(root: Path, old: str, new: str, names: tuple[str, ...]) -> None:
-    """Move functions of a module into a new one, which the old one and its importers then import."""
+    """Move functions of a module into a new module; the old module and its importers import them."""
     source = root.joinpath(*old.split(".")).with_suffix(".py")
     text, moved = source.read_text(), []
     for name in names:
         function = re.search(rf"^def {name}\(.*?(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
         assert function is not None
-        # The parameters of a function may begin at the margin with its closing parenthesis.
+        # A line at the margin may also be the closing parenthesis of a function's parameters.
         moved.append(function[0])
         text = text.replace(function[0], "")
     head = text[: text.index("\n\n\n")] if "\n\n\n" in text else text
@@ -250,7 +250,7 @@ def test_every_way_to_import_a_name_is_followed_to_that_name(tmp_path: Path, tex
         "from stages.again import h\n\ndef run():\n    return h()",
     ],
 )
-def test_where_a_name_cannot_be_told_the_whole_module_counts(tmp_path: Path, text: str) -> None:
+def test_the_whole_module_counts_where_a_name_cannot_be_resolved(tmp_path: Path, text: str) -> None:
     other = "def f():\n    return 1\n\ndef g():\n    return 2\n"
     found = definitions(package(tmp_path, stage=text, other=other, again="from stages.other import *"))
     assert {"stages.other:f", "stages.other:g"} <= found

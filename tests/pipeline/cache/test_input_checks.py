@@ -1,4 +1,4 @@
-"""Damage never becomes a result: it stops the stage that would read it, and the next run heals it."""
+"""Damaged inputs: a stage refuses to read them, and the next run makes them again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_chunks_are_told_from_other_files() -> None:
+def test_chunks_are_distinguished_from_other_files() -> None:
     assert is_chunk("tokens.zarr/tokens/c/0/1/0")
     assert is_chunk("deep/tokens.zarr/c/0")
     for name in ("tokens.zarr/tokens/zarr.json", "tokens.zarr/zarr.json", "c/0", "record/c/0", "a.zarr.bak/x/c/0"):
@@ -53,7 +53,7 @@ def test_a_flipped_bit_stops_the_stage_that_reads_it_and_the_next_run_heals(tiny
         tiny.run("beta", beta=9)
     assert str(caught.value) == (
         "beta reads alpha, which is damaged: file number.json has other contents than when it was made "
-        f"(in {alpha}): `dpar run` makes alpha again"
+        f"(in {alpha}): make alpha again with `dpar run`"
     )
     wanted = target(tiny.module.GRAPH["beta"], tiny.settings(beta=9), tiny.runtime, tiny.project)
     assert wanted.unmade == ("alpha",)
@@ -66,7 +66,7 @@ def test_a_flipped_bit_stops_the_stage_that_reads_it_and_the_next_run_heals(tiny
 
 
 def with_chunks(tiny: Tiny, then: str) -> None:
-    """Alpha writes a chunk, and beta fails where it does not hold what was written."""
+    """Alpha writes a chunk; beta fails unless the chunk holds what alpha wrote."""
     written = f'(output / "{CHUNK}").parent.mkdir(parents=True)\n    (output / "{CHUNK}").write_text("abc")\n    x = '
     tiny.edit("alpha", "x = ", written)
     read = f'chunk = inputs["alpha"] / "{CHUNK}"\n    if chunk.read_text() != "abc" or {then}:\n        '
@@ -106,7 +106,7 @@ def test_an_input_that_is_made_again_with_other_contents_meanwhile_commits_nothi
         tiny.cache.commit(tiny.cache.manifests("alpha")[0][1].parts, 1.0)
 
     monkeypatch.setattr(runner, "launch", replaced_meanwhile)
-    with pytest.raises(InputError, match="beta reads alpha, which was made again with other contents meanwhile"):
+    with pytest.raises(InputError, match="beta reads alpha, which was made again with other contents in the meantime"):
         tiny.run("beta")
     assert tiny.cache.manifests("beta") == []
     assert tiny.run("alpha").digest != alpha.digest
@@ -124,7 +124,7 @@ def images(tmp_path: Path, image_root: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, images: Path) -> Callable[..., StageResult]:
-    """Run a stage of the real project on its own copy of the images."""
+    """Run a stage of the real project on a private copy of the images."""
 
     def run_one(name: str, *overrides: str, root: Path = images) -> StageResult:
         settings, runtime = given(root, tmp_path, *overrides)
@@ -178,7 +178,7 @@ def test_other_pictures_under_the_same_names_sizes_and_times_are_indexed_again(
 
 
 def swap_bytes(path: Path) -> None:
-    """Other bytes with the same size and modification time."""
+    """Replace the bytes of a file; size and modification time stay the same."""
     stat = path.stat()
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -189,7 +189,7 @@ def swap_bytes(path: Path) -> None:
 def test_a_stage_that_meets_other_bytes_makes_the_next_run_index_again(
     run: Callable[..., StageResult], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As if the disk had flipped a bit: nothing about the file has changed but what it holds.
+    # Simulates a flipped bit on disk: the contents change, the metadata do not.
     monkeypatch.setattr("pipeline.cache.listing._metadata", lambda stat: f"{stat.st_size} {stat.st_mtime_ns}")
     first = run("dataset")
     for path in images.rglob("*.ppm"):
@@ -208,7 +208,7 @@ def test_a_stage_that_meets_other_bytes_makes_the_next_run_index_again(
     assert run("tokenizer").state == "ran"
 
 
-def test_a_stale_index_is_told_to_the_plan(
+def test_a_stale_index_makes_the_dataset_stale(
     run: Callable[..., StageResult], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("dataset")
@@ -236,7 +236,7 @@ def test_weights_that_change_while_a_stage_runs_make_nothing(
     with pytest.raises(InputError, match=r"tokenizer.checkpoint .*vq.safetensors has changed while tokenizer ran"):
         run("tokenizer", *chosen)
     assert not (tmp_path / "home" / "tokenizer").exists()
-    monkeypatch.setattr(runner, "launch", lambda *_, **__: weights.touch())  # another time, the same bytes
+    monkeypatch.setattr(runner, "launch", lambda *_, **__: weights.touch())  # new modification time, same bytes
     assert run("tokenizer", *chosen).state == "ran"
 
 
@@ -251,7 +251,7 @@ def test_weights_are_read_again_when_a_stage_starts(
     memory = tmp_path / "home" / ".digests.json"
     real = memory.read_text()
     (digest,) = {word for word in real.split('"') if len(word) == 64}
-    memory.write_text(real.replace(digest, "0" * 64))  # as if the bytes had changed and nothing else
+    memory.write_text(real.replace(digest, "0" * 64))  # simulates changed bytes with unchanged metadata
     monkeypatch.setattr(runner, "launch", lambda *_, **__: None)
     with pytest.raises(InputError, match=r"vq.safetensors has changed since it was last read: .* run again"):
         run("tokenizer", *chosen)

@@ -1,4 +1,4 @@
-"""Keys: what is the same run has the same key, what is not has another, and where a run happens is in none."""
+"""Keys: equal runs have equal keys, different runs have different keys, and no key depends on the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def parts_of(images: Path, *overrides: str, inputs: str = "digest") -> dict[str, dict[str, Any]]:
-    """Parts of every stage's key, all inputs having the same contents."""
+    """Key parts of every stage; all inputs have the same content digest."""
     settings, runtime = load_settings("tiny", None, [f"dataset.root={images}", *overrides])
     home = images.parent / runtime.home
     return {

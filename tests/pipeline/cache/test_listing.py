@@ -1,4 +1,4 @@
-"""Image files are known by their metadata: whatever is swapped is noticed, and what no stage takes does not count."""
+"""The digest of image files covers their metadata: swaps are noticed, and files that no stage reads do not count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cache import listing
-from pipeline.cache.listing import distrust, look
+from pipeline.cache.listing import distrust, scan
 
 
 @pytest.fixture
@@ -25,13 +25,13 @@ def images(tmp_path: Path) -> Path:
 @pytest.fixture
 def digest(tmp_path: Path) -> Callable[..., str]:
     def of(root: Path, *, source: str = "image_folder", deep: bool = True) -> str:
-        return look(root, source, tmp_path / "home", deep=deep).digest
+        return scan(root, source, tmp_path / "home", deep=deep).digest
 
     return of
 
 
 def overwrite(path: Path, data: bytes) -> None:
-    """Other bytes in the same file, with the times that it had: only the change time tells."""
+    """Overwrite a file and restore its modification time; only the change time differs."""
     stat = path.stat()
     with path.open("r+b") as file:
         file.write(data)
@@ -63,7 +63,7 @@ def test_what_changes_below_the_root_changes_the_digest(images: Path, digest: Ca
 
 def test_a_root_that_moves_keeps_its_digest_and_a_copy_has_another(images: Path, digest: Callable[..., str]) -> None:
     before = digest(images)
-    shutil.copytree(images, images.with_name("copied"))  # with the times of the original
+    shutil.copytree(images, images.with_name("copied"))  # with the original times
     assert digest(images.with_name("copied")) != before
     images.rename(images.with_name("moved"))
     assert digest(images.with_name("moved")) == before
@@ -88,7 +88,7 @@ def test_another_picture_under_a_link_is_noticed(images: Path, tmp_path: Path, d
 def test_a_class_folder_may_be_a_link_and_a_folder_inside_it_may_not(
     images: Path, tmp_path: Path, digest: Callable[..., str]
 ) -> None:
-    # As stages.images.sources lists them; a link deeper down could lead round in a circle.
+    # As in stages.images.sources: links deeper down are ignored, since they could form a cycle.
     linked = tmp_path / "birds"
     linked.mkdir()
     seen = [digest(images)]
@@ -101,7 +101,7 @@ def test_a_class_folder_may_be_a_link_and_a_folder_inside_it_may_not(
     assert digest(images) == seen[-1]
 
 
-def test_what_no_stage_takes_does_not_count(images: Path, digest: Callable[..., str]) -> None:
+def test_files_that_no_stage_reads_do_not_count(images: Path, digest: Callable[..., str]) -> None:
     before = digest(images)
     for name in ("cats/.DS_Store", "cats/notes.txt", "loose.png", ".cache/1.png"):
         (images / name).parent.mkdir(exist_ok=True)
@@ -127,14 +127,14 @@ def test_class_tars_and_a_single_tar_are_known_by_their_metadata(
     assert digest(single, source="imagenet_tar", deep=False) != before
 
 
-def test_a_shallow_look_trusts_folders_that_are_unchanged_and_says_since_when(
+def test_a_shallow_scan_trusts_unchanged_folders_and_says_since_when(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
     monkeypatch.setattr("pipeline.cache.listing.time.time", lambda: 1000.0)
-    assert look(images, "image_folder", home, deep=False).trusted_since is None  # nothing is remembered yet
+    assert scan(images, "image_folder", home, deep=False).trusted_since is None  # nothing is remembered yet
     monkeypatch.setattr("pipeline.cache.listing.time.time", lambda: 2000.0)
-    before = look(images, "image_folder", home, deep=False)
+    before = scan(images, "image_folder", home, deep=False)
     assert before.trusted_since == 1000.0
     listed: list[str] = []
     read_folder = listing._read_folder
@@ -145,25 +145,25 @@ def test_a_shallow_look_trusts_folders_that_are_unchanged_and_says_since_when(
 
     monkeypatch.setattr(listing, "_read_folder", spy)
     overwrite(images / "cats/1.png", b"y" * 10)
-    assert look(images, "image_folder", home, deep=False) == before
+    assert scan(images, "image_folder", home, deep=False) == before
     assert listed == []
-    deep = look(images, "image_folder", home, deep=True)
+    deep = scan(images, "image_folder", home, deep=True)
     assert sorted(listed) == ["cats", "dogs", "images"]
     assert deep.digest != before.digest
     assert deep.trusted_since is None
     listed.clear()
-    assert look(images, "image_folder", home, deep=False) == (deep.digest, 1000.0)
+    assert scan(images, "image_folder", home, deep=False) == (deep.digest, 1000.0)
     (images / "dogs/2.png").write_bytes(b"new")
-    assert look(images, "image_folder", home, deep=False).digest != deep.digest
+    assert scan(images, "image_folder", home, deep=False).digest != deep.digest
     assert listed == ["dogs"]
 
 
-def test_a_look_that_finds_nothing_new_writes_nothing(images: Path, tmp_path: Path) -> None:
+def test_a_scan_that_finds_nothing_new_writes_nothing(images: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    look(images, "image_folder", home, deep=True)
+    scan(images, "image_folder", home, deep=True)
     before = (home / ".listings.json").stat()
-    look(images, "image_folder", home, deep=True)
-    look(images, "image_folder", home, deep=False)
+    scan(images, "image_folder", home, deep=True)
+    scan(images, "image_folder", home, deep=False)
     assert (home / ".listings.json").stat() == before
 
 

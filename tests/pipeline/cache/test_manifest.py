@@ -1,4 +1,4 @@
-"""Manifests: what one holds is checked before anything in it is used."""
+"""Manifests are validated before their contents are used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FILES = {"number.json": [1, "0" * 64], "store.zarr/a/c/0": [5, "a" * 64]}
 
 
 def manifest(**changes: Any) -> Manifest:
-    """A manifest that is right but for the changes; key and digest follow what they are made of."""
+    """A valid manifest with changed fields; key and digest are computed from them."""
     given = {"parts": PARTS, "files": FILES, "definitions": {}, "created": 1.5, "duration_s": 2, "stage": "alpha"}
     given |= changes
     made = {"key": key_of(given["parts"]), "digest": content_digest(given["files"])}
@@ -56,7 +56,7 @@ def test_a_sealed_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     "name", ["/etc/passwd", "../../other", "a/../b", "a//b", "./a", "", "a\0b", "..\\b", "c:\\b", "manifest.json", "a/"]
 )
 def test_a_file_name_leads_nowhere_else(name: str) -> None:
-    assert problem(manifest(files={name: [1, "0" * 64]}).sealed()) == "manifest.json: files is not what it must be"
+    assert problem(manifest(files={name: [1, "0" * 64]}).sealed()) == "manifest.json: field files is not valid"
 
 
 @pytest.mark.parametrize(
@@ -83,22 +83,22 @@ def test_a_file_name_leads_nowhere_else(name: str) -> None:
     ],
 )
 def test_a_field_of_another_type_is_refused(field: str, value: Any) -> None:
-    assert problem(manifest().sealed() | {field: value}) == f"manifest.json: {field} is not what it must be"
+    assert problem(manifest().sealed() | {field: value}) == f"manifest.json: field {field} is not valid"
 
 
 def test_a_manifest_of_something_else_is_refused() -> None:
     whole = manifest().sealed()
     assert parse_manifest(dict(whole), key_of(PARTS)) == manifest()
-    assert "key and parts" in problem(whole | {"parts": PARTS | {"settings": {"value": 2}}})
-    assert "key and parts" in problem(whole | {"parts": PARTS | {"stage": "beta"}})
-    assert "digest and files" in problem(whole | {"files": {}})
-    assert "its seal" in problem(whole | {"created": 1.25})
-    assert "its seal" in problem(whole | {"accepted": "forged"})
+    assert "key does not match parts" in problem(whole | {"parts": PARTS | {"settings": {"value": 2}}})
+    assert "key does not match parts" in problem(whole | {"parts": PARTS | {"stage": "beta"}})
+    assert "digest does not match files" in problem(whole | {"files": {}})
+    assert "its seal does not match" in problem(whole | {"created": 1.25})
+    assert "its seal does not match" in problem(whole | {"accepted": "forged"})
     assert problem(whole | {"odd": 1}) == "manifest.json has missing or unknown fields: odd"
-    assert problem([whole]) == "manifest.json holds no object"
+    assert problem([whole]) == "manifest.json does not hold a JSON object"
     del whole["seal"]
     assert problem(whole | {"parts": PARTS | {"schema": 1}}) == (
-        "manifest.json is of schema 1, expected 2: of an older version"
+        "manifest.json has schema 1, expected 2: written by another version"
     )
     assert problem(whole) == "manifest.json has missing or unknown fields: seal"
 
@@ -133,14 +133,14 @@ def test_one_broken_manifest_hides_no_other(tiny: Tiny) -> None:
         assert [status.state for status in tiny.plan().values()] == ["cached"] * 3
         found = {finding.path: finding.damages for finding in verify(tiny.runtime, project=tiny.project)}
         assert [path for path, damages in found.items() if damages] == [broken]
-        assert len(found) == 5  # one of alpha, two of beta and of gamma
+        assert len(found) == 5  # one artifact of alpha, two of beta and two of gamma
     assert tiny.run("beta", beta=5).state == "ran"
 
 
 def test_a_manifest_that_is_no_file_is_not_opened(tiny: Tiny) -> None:
     path = tiny.run("alpha").path
     (path / "manifest.json").unlink()
-    os.mkfifo(path / "manifest.json")  # to open it would wait for a writer
+    os.mkfifo(path / "manifest.json")  # opening a FIFO would block until there is a writer
     assert tiny.cache.read(path) is None
     (finding,) = verify(tiny.runtime, project=tiny.project)
-    assert finding.damages == ["manifest.json is no regular file"]
+    assert finding.damages == ["manifest.json is not a regular file"]

@@ -1,4 +1,4 @@
-"""The store itself: what is committed, what a digest is of, who waits for whom."""
+"""The artifact cache: commits, content digests, locks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cache(tmp_path: Path) -> Cache:
 
 
 def fill(cache: Cache, **files: str) -> None:
-    """Files of the work folder, `__` standing for "/"."""
+    """Write files into the work folder; `__` stands for "/"."""
     for name, text in {"number.json": "1", **files}.items():
         path = cache.work(KEY) / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +86,9 @@ def test_a_lock_makes_the_second_wait_and_says_so(cache: Cache) -> None:
     assert not cache.is_locked(KEY)
 
 
-def test_a_lock_is_held_until_the_last_who_has_it_lets_go(cache: Cache) -> None:
+def test_a_lock_is_held_until_its_last_holder_closes_it(cache: Cache) -> None:
     with cache.lock(KEY) as descriptor:
-        inherited = os.dup(descriptor)  # what a child of the launcher has
+        inherited = os.dup(descriptor)  # as inherited by a child process
     assert cache.is_locked(KEY)
     os.close(inherited)
     assert not cache.is_locked(KEY)

@@ -1,4 +1,4 @@
-"""Damage to any file of any store or table is found by `dpar verify --deep`, named; what opening must see, it sees."""
+"""`dpar verify --deep` finds and names damage in every file of every store and table; opening checks headers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write(writer: UnitWriter, **arrays: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Home:
-    """A cache with an artifact of every kind of store and table; `content` maps each of their files to its bytes."""
+    """A cache with artifacts of every kind of store and table; `content` has the bytes of each file."""
 
     runtime: RuntimeConfig
     artifacts: dict[str, Path]
@@ -239,7 +239,7 @@ def test_an_artifact_without_a_readable_manifest_is_damaged(home: Home, kind: st
     assert found.startswith("manifest.json ")
 
 
-def test_every_damaged_file_is_told_of_once(home: Home) -> None:
+def test_every_damaged_file_is_reported_once(home: Home) -> None:
     store = home.artifacts["tokenize"] / "tokens.zarr"
     for key in ("tokens/c/0/1/0", "tokens/c/2/0/0", "labels/c/1"):
         damage(store / key, flip(home.content[store / key], 3))
@@ -253,7 +253,7 @@ def test_every_damaged_file_is_told_of_once(home: Home) -> None:
 
 
 def parquet_pages(path: Path) -> dict[tuple[str, int], int]:
-    """A place in the data of each column in each row group."""
+    """An offset in the data of each column in each row group."""
     file = pq.ParquetFile(path)
     columns = {
         (column.path_in_schema, group): column.data_page_offset + column.total_compressed_size - 2
@@ -272,7 +272,7 @@ def test_a_damaged_table_is_named_by_column_and_row_group(home: Home, stage: str
         (found,) = home.damages()
         assert found.startswith(f"column {column}, row group {group} of {name} (file {path}) is damaged")
         if column in ("width", "height"):
-            continue  # for people: no stage reads them
+            continue  # informational: no stage reads them
         with pytest.raises(ArtifactError, match=name):
             PatchIndex.open(path, "t" * 64) if stage == "patch_index" else ImageIndex.open(path.parent)
 
@@ -288,7 +288,7 @@ def test_a_damaged_table_is_not_opened(home: Home, stage: str, name: str, kind: 
 
 
 def recommit(path: Path) -> None:
-    """Make the manifest say what the files are now: damage done before the artifact was committed."""
+    """Update the manifest to the current files, as if the damage was done before the commit."""
     manifest = read_json(path / "manifest.json")
     for name in manifest["files"]:
         data = (path / name).read_bytes()
@@ -336,7 +336,7 @@ def store_of(home: Home) -> Path:
     return home.artifacts["tokenize"] / "tokens.zarr"
 
 
-def test_facts_that_no_longer_fit_the_metadata_are_one_damage_an_array(home: Home) -> None:
+def test_arrays_that_contradict_the_metadata_are_one_damage_each(home: Home) -> None:
     file = home.artifacts["entropy_map"] / "entropies.zarr/zarr.json"
     damage(file, home.content[file].replace(b'"num_images": 11', b'"num_images": 91'))
     found = home.damages()

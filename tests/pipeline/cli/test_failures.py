@@ -22,5 +22,5 @@ from stages.runtime.errors import ArtifactError, InputError
         (typer.Abort(), "stopped", 1),
     ],
 )
-def test_every_error_is_one_line_and_says_whose_it_is(error: Exception, line: str, code: int) -> None:
+def test_every_error_is_one_line_with_its_exit_code(error: Exception, line: str, code: int) -> None:
     assert describe_failure(error) == (line, code)

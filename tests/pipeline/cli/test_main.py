@@ -18,7 +18,7 @@ from pipeline.runner import Observer, run_stage
 
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
-    """Settings of a run over four images, with a home of its own."""
+    """Options for a run over four images in a new home."""
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(2):
@@ -40,9 +40,7 @@ def states(capsys: pytest.CaptureFixture[str], options: list[str]) -> dict[str, 
     return {stage["stage"]: stage["state"] for stage in answer(capsys)["stages"]}
 
 
-def test_status_tells_every_stage_before_anything_is_made(
-    options: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_status_lists_every_stage_before_any_is_made(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["status", "--json", *options]) == 0
     stages = answer(capsys)["stages"]
     assert [stage["stage"] for stage in stages] == list(STAGES)
@@ -140,15 +138,15 @@ def test_verify_finds_damage(options: list[str], capsys: pytest.CaptureFixture[s
     assert "classes.json" in capsys.readouterr().out
 
 
-def test_status_says_what_it_did_not_look_at(
+def test_status_says_what_it_did_not_check(
     options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert run_command(["stage", "dataset", *options]) == 0
     capsys.readouterr()
     assert run_command(["status", *options]) == 0
-    assert "files not looked at; --deep looks" in capsys.readouterr().out
+    assert "files not checked; --deep checks them" in capsys.readouterr().out
     image = tmp_path / "images/cat/0.png"
-    image.write_bytes(bytes(image.stat().st_size))  # in place: the folder does not change
+    image.write_bytes(bytes(image.stat().st_size))  # overwritten in place: the folder does not change
     assert states(capsys, options)["dataset"] == "cached"
     assert run_command(["status", "--json", *options]) == 0
     assert answer(capsys)["folders_unchanged_since"] is not None
@@ -156,7 +154,7 @@ def test_status_says_what_it_did_not_look_at(
     found = answer(capsys)
     assert found["folders_unchanged_since"] is None
     assert found["stages"][0]["state"] == "stale"
-    assert found["stages"][0]["reason"] == "the files it reads from outside have changed"
+    assert found["stages"][0]["reason"] == "external files have changed"
 
 
 def test_a_damaged_input_is_one_line_and_code_1(
@@ -173,7 +171,7 @@ def test_a_damaged_input_is_one_line_and_code_1(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dpar:")]
     assert line == (
         "dpar: tokenizer reads dataset, which is damaged: file images.parquet has other contents than when it was made "
-        f"(in {index.parent}): `dpar run` makes dataset again"
+        f"(in {index.parent}): make dataset again with `dpar run`"
     )
     assert not (tmp_path / "home" / "tokenizer").exists()
     assert states(capsys, options)["dataset"] == "stale"
@@ -238,11 +236,11 @@ def test_presets_and_ablations_are_listed_with_their_purpose(capsys: pytest.Capt
         (["status", "--preset", "nosuch"], "preset is 'nosuch', expected one of"),
         (["status", "--set", "train.seed=soon"], "train.seed"),
         (["stage", "nosuch"], "stage is 'nosuch', expected one of"),
-        (["run", "--from", "train", "--until", "dataset"], "dataset comes first"),
+        (["run", "--from", "train", "--until", "dataset"], "under these settings dataset does not depend on train"),
         (["status", "--set", "dataset.root=/no/such/folder"], "/no/such/folder"),
     ],
 )
-def test_what_a_person_can_mend_is_one_line_and_code_2(
+def test_a_user_error_is_one_line_and_code_2(
     command: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(command) == 2
@@ -254,7 +252,7 @@ def test_what_a_person_can_mend_is_one_line_and_code_2(
 
 def test_a_stage_without_its_inputs_says_what_to_run(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["stage", "tokenize", *options]) == 2
-    assert "dpar run --until dataset" in capsys.readouterr().err
+    assert "--until dataset`" in capsys.readouterr().err
 
 
 def test_a_failed_stage_passes_its_code_and_line_on(
@@ -267,13 +265,13 @@ def test_a_failed_stage_passes_its_code_and_line_on(
     assert last[0].startswith("dpar: stage dataset failed: ")
 
 
-def test_a_traceback_comes_only_when_asked_for(
+def test_a_traceback_is_printed_only_with_debug(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fault(*arguments: object) -> None:
         raise KeyError("planted")
 
-    monkeypatch.setattr(cli, "plan", fault)
+    monkeypatch.setattr("pipeline.cli.run.plan", fault)
     monkeypatch.setattr(cli.logger, "level", cli.logger.level)
     assert run_command(["status", "--preset", "demo"]) == 1
     assert "Traceback" not in capsys.readouterr().err
@@ -294,7 +292,7 @@ def test_ctrl_c_ends_the_stage_and_says_how_to_go_on(options: list[str], tmp_pat
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background of a shell
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores SIGINT in background jobs
     )
     assert process.stdout is not None
     assert "started" in process.stdout.readline()

@@ -1,4 +1,4 @@
-"""Commands that measure: gates as exit codes, costs as tables and as JSON."""
+"""`dpar bench` and `dpar flops`: exit codes of gates, costs as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_script_that_fails_or_is_not_there_is_one_line(
     assert "expected the source tree of dpar" in capsys.readouterr().err
     (tmp_path / "one.py").write_text("raise SystemExit(3)")
     assert run_command(["bench", "one"]) == 1
-    assert "one.py of benchmark one ended with 3" in capsys.readouterr().err
+    assert "one.py of benchmark one ended with exit code 3" in capsys.readouterr().err
 
 
 def test_every_script_is_there() -> None:
@@ -118,7 +118,7 @@ def test_costs_as_tables_show_every_model(capsys: pytest.CaptureFixture[str]) ->
         (["flops", "--model", "dpar-B", "--mean-length", "0.5"], "mean patch length is 0.5, expected 1 .. 128"),
     ],
 )
-def test_what_a_person_can_mend_is_one_line_and_code_2(
+def test_a_user_error_is_one_line_and_code_2(
     command: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(command) == 2

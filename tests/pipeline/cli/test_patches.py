@@ -25,12 +25,12 @@ def test_the_report_is_made_from_cached_artifacts_and_shown(
     monkeypatch: pytest.MonkeyPatch,
     as_json: bool,
 ) -> None:
-    found = [StageStatus(name, "cached", "", "key", tmp_path / name) for name in cli_patches.READS]
+    found = [StageStatus(name, "cached", "", "key", tmp_path / name) for name in cli_patches.INPUTS]
     monkeypatch.setattr("pipeline.plan.plan", lambda *_: found)
     numbers = PatchReport(images=45, mean_length=1.84, share_at_limit=0.2, share_by_row=None, png_correlation=0.5)
 
     def report(inputs: dict[str, Path], output: Path) -> PatchReport:
-        assert inputs == {name: tmp_path / name for name in cli_patches.READS} | {"images": image_root}
+        assert inputs == {name: tmp_path / name for name in cli_patches.INPUTS} | {"images": image_root}
         assert output == tmp_path / "reports" / "patch_index"
         return numbers
 
@@ -41,6 +41,6 @@ def test_the_report_is_made_from_cached_artifacts_and_shown(
     if as_json:
         assert json.loads(said) == {"output": str(tmp_path / "reports" / "patch_index"), **vars(numbers)}
     else:
-        assert "1.84  tokens a patch" in said
+        assert "1.84  tokens per patch" in said
         assert "row" not in said
         assert "reports/patch_index" in said

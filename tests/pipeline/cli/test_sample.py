@@ -1,4 +1,4 @@
-"""`dpar sample` and `dpar export`: what they ask for, pass on and say."""
+"""`dpar sample` and `dpar export`: required artifacts, arguments passed on, output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPORT = PreviewReport(classes=["cat", "dog"], mean_patch_length=1.81, seconds_p
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """All stages are cached."""
+    """Pretend that all stages are cached."""
     found = [StageStatus(name, "cached", "", "key", tmp_path / name) for name in STAGES]
     monkeypatch.setattr("pipeline.plan.plan", lambda *_: found)
     return tmp_path
@@ -29,7 +29,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def previews(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Calls of the functions behind the command, which sample nothing."""
+    """Recorded calls of the preview functions, which are replaced by fakes."""
     calls: list[tuple[Any, ...]] = []
     for name in ("preview", "continue_image"):
         monkeypatch.setattr(
@@ -41,7 +41,7 @@ def previews(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     ("command", "missing"),
     [
-        (["sample"], "dataset, tokenizer, tokenize, entropy_model, entropy_map, patch_index, train, entropy_head"),
+        (["sample"], "dataset, tokenizer, tokenize, patch_index, train, entropy_head"),
         (["export", "--npz", "a.npz"], "sample"),
     ],
 )
@@ -65,12 +65,12 @@ def test_a_preview_gets_what_the_options_say(
     assert isinstance(runtime, RuntimeConfig)
     assert request == Request(classes=["cat", "5"], count=4, patches=True, output=Path("a.png"))
     said = capsys.readouterr().out
-    assert "0.25  seconds an image, on cpu" in said
-    assert "1.81  tokens a patch" in said
+    assert "0.25  seconds per image, on cpu" in said
+    assert "1.81  tokens per patch" in said
     assert "picture in a.png" in said
 
 
-def test_an_image_is_continued_and_told_in_json(
+def test_an_image_is_continued_and_reported_as_json(
     cached: Path, previews: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(["sample", "--init", "b.jpg", "--keep-rows", "3", "--classes", "cat", "--json"]) == 0

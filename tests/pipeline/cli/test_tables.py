@@ -1,4 +1,4 @@
-"""Tables of costs and gates: they fit a terminal, and mark what is not the paper's, or missed."""
+"""Tables of costs and gates: they fit 80 columns, and mark extrapolated lengths and missed gates."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rich.console import Console
 
 from models.macs import Cost, Macs, Sampling
 from pipeline.bench.family_costs import LengthSource, PatchCost
-from pipeline.bench.flops import CostRow
 from pipeline.bench.gates import Gate
+from pipeline.bench.macs import CostRow
 from pipeline.cli import tables
 
 LARGE = Macs(linear=25594.5e9, attention=1554.6e9)

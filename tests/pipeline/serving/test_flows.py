@@ -1,4 +1,4 @@
-"""The flows as Prefect's page runs them: through the server, the deployment, and a process that Prefect starts."""
+"""The flows run as from Prefect's page: through the server, a deployment, and a process that Prefect starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class Prefect:
-    """A Prefect server with the deployments, as a page in a browser talks to it."""
+    """Client of a Prefect server with the deployments; sends the requests that the page sends."""
 
     def __init__(self, runtime: RuntimeConfig, images: Path) -> None:
         self.api = f"{servers.up(runtime).prefect}/api"
@@ -36,7 +36,7 @@ class Prefect:
             return json.load(answer)
 
     def run(self, deployment: str, **parameters: Any) -> tuple[str, str, dict[str, str]]:
-        """Name of the run's last state, its message, and the states of its tasks."""
+        """Run a deployment; returns the name and message of the final state, and the states of the tasks."""
         overrides = [f"dataset.root={self.images}", *parameters.pop("overrides", [])]
         identity = self.call(f"/deployments/name/{deployment}/local")["id"]
         body = {"parameters": {"preset": "tiny", "overrides": overrides, **parameters}, "state": {"type": "SCHEDULED"}}
@@ -75,7 +75,7 @@ def test_one_stage_can_be_made_again(prefect: Prefect) -> None:
     assert prefect.run("dpar-stage", stage="dataset", force=True) == ("Completed", "1 made", {"dataset": "Completed"})
 
 
-def test_what_a_person_can_mend_is_told_in_one_line(prefect: Prefect) -> None:
+def test_a_user_error_is_one_line(prefect: Prefect) -> None:
     state, message, tasks = prefect.run("dpar-pipeline", overrides=["train.nonsense=1"])
     assert (state, tasks) == ("Failed", {})
     assert message.startswith("train.nonsense: unknown setting")

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.runner import NullObserver, StageResult
-from pipeline.serving.relay import LogRelay, Together
+from pipeline.serving.relay import CompositeObserver, LogRelay
 
 
 def relay_of(caplog: pytest.LogCaptureFixture) -> LogRelay:
@@ -47,7 +47,7 @@ def test_a_cached_stage_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert caplog.messages == []
 
 
-def test_all_are_told(tmp_path: Path) -> None:
+def test_events_reach_all_observers(tmp_path: Path) -> None:
     heard: list[str] = []
 
     class Listener(NullObserver):
@@ -57,7 +57,7 @@ def test_all_are_told(tmp_path: Path) -> None:
         def stage_failed(self, stage: str, error: BaseException) -> None:
             heard.append(str(error))
 
-    both = Together([Listener(), Listener()])
+    both = CompositeObserver([Listener(), Listener()])
     both.stage_started("train", "train-1", tmp_path)
     both.stage_progress("train", {})
     both.stage_failed("train", RuntimeError("no"))

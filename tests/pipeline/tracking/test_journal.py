@@ -3,7 +3,7 @@ from pathlib import Path
 from pipeline.tracking.journal import Journal, unfinished
 
 
-def test_what_is_sent_is_not_told_again(tmp_path: Path) -> None:
+def test_sent_events_are_not_sent_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "1")
     journal.append("pipeline_started", name="a")
     journal.append("stage_started", stage="train")

@@ -6,7 +6,7 @@ from pipeline.tracking.metric_tail import MetricTail, Point, StageRun
 
 
 def write(folder: Path, *steps: int, torn: str = "") -> None:
-    """Replace metrics.jsonl as a resumed stage does."""
+    """Replace metrics.jsonl, as a resumed stage does."""
     path = folder / "record" / "metrics.jsonl"
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -28,7 +28,7 @@ def test_a_file_that_was_replaced_is_read_from_its_start(tmp_path: Path) -> None
     tail = MetricTail(tmp_path)
     write(tmp_path, 1, 2)
     tail.points()
-    write(tmp_path, 1, 5, 6)  # longer than before: its size alone would not tell
+    write(tmp_path, 1, 5, 6)  # longer than before, so its size does not show the replacement
     assert [point.step for point in tail.points()] == [1, 5, 6]
 
 

@@ -1,4 +1,4 @@
-"""What MLflow knows after a run, whatever happened to it or to the run."""
+"""MLflow has the complete run, even if the server or the run was down or killed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [
 SETTINGS, _ = load_settings("tiny")
 
 
-DIGEST = content_digest({})  # of every artifact here: they list no files
+DIGEST = content_digest({})  # content digest of all artifacts here, which list no files
 
 
 def parts(stage: str) -> Parts:
@@ -45,7 +45,7 @@ def key(stage: str) -> str:
 
 
 class Run:
-    """Plays the runner: makes artifacts of a home and tells a tracker."""
+    """A fake runner: makes artifacts in a home and calls a tracker."""
 
     def __init__(self, runtime: RuntimeConfig) -> None:
         self.runtime, self.cache = runtime, Cache(runtime.home)
@@ -54,7 +54,7 @@ class Run:
         return Tracker(SETTINGS, self.runtime, name=name, tags={"preset": "tiny", "ablation": "none"})
 
     def start(self, tracker: Tracker, stage: str, steps: range) -> Path:
-        """Begin, or go on with, a stage that has logged these steps."""
+        """Start or resume a stage that has logged these steps."""
         work = self.cache.work(key(stage))
         tracker.stage_started(stage, key(stage), work)
         (work / "record").mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class Run:
 
 
 class Known:
-    """What MLflow knows."""
+    """Reads what MLflow has received."""
 
     def __init__(self, uri: str) -> None:
         from mlflow import MlflowClient
@@ -101,7 +101,7 @@ class Known:
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with its tables: making them takes seconds."""
+    """An MLflow database with its tables; creating them takes seconds."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
@@ -147,7 +147,7 @@ def test_a_run_is_one_row_with_a_row_below_it_for_each_stage_that_ran(run: Run) 
     assert {child.data.tags["mlflow.parentRunId"] for child in (tokenize, evaluate)} == {pipeline.info.run_id}
     assert pipeline.data.tags["stage.tokenize.run_id"] == tokenize.info.run_id
     assert evaluate.data.tags["stage.key"] == key("evaluate")
-    assert mlflow.steps(evaluate) == [1, 2, 3]  # the final loss is that of step 3, and no second point
+    assert mlflow.steps(evaluate) == [1, 2, 3]  # the final loss equals that of step 3 and adds no point
     assert {"manifest.json", "grid.png"} <= mlflow.files(evaluate)
     (made_from,) = evaluate.inputs.dataset_inputs
     assert (made_from.dataset.name, made_from.dataset.digest) == ("tokenize", first.digest[:36])
@@ -204,12 +204,12 @@ def test_after_a_kill_the_stage_goes_on_in_its_run_and_no_step_is_there_twice(ru
     killed._journal.append("pipeline_started", name="killed", tags={}, settings={})
     run.start(killed, "train", range(1, 5))
     killed._journal.close()
-    with run.tracker() as tracker:  # sends what the killed one has left, first
-        run.start(tracker, "train", range(1, 9))  # resumed from a checkpoint: early steps are written again
+    with run.tracker() as tracker:  # first sends the events of the killed run
+        run.start(tracker, "train", range(1, 9))  # resumed from a checkpoint, so early steps are written again
         run.finish(tracker, "train", {})
     mlflow = known(run)
     (stage,) = mlflow.runs("stage")
-    # By status, not by place: both may have begun in the same millisecond.
+    # By status, not by order: both may have started in the same millisecond.
     pipelines = {pipeline.info.status: pipeline.info.run_id for pipeline in mlflow.runs("pipeline")}
     assert sorted(pipelines) == ["FINISHED", "KILLED"]
     assert stage.info.status == "FINISHED"
@@ -293,7 +293,7 @@ def test_a_full_disk_costs_the_view_and_not_the_stage(run: Run, monkeypatch: pyt
 
 @pytest.fixture
 def server(home: Path) -> Iterator[tuple[RuntimeConfig, list[Service]]]:
-    """Runtime settings that name an MLflow server, and the list of those started, to be ended."""
+    """Runtime settings with an MLflow server, and the list of started servers, which are stopped at the end."""
     port = free_port()
     started: list[Service] = []
     yield RuntimeConfig(home=home, tracking_uri=f"http://{HOST}:{port}", mlflow_port=port), started
@@ -325,7 +325,7 @@ def test_a_server_killed_in_the_middle_costs_nothing_and_sync_repairs_it(
     assert "`dpar mlflow sync` sends the rest" in caplog.text
     with pytest.raises(
         InputError,
-        match=rf"MLflow \(http://{HOST}:{runtime.mlflow_port}\) does not take the runs that wait in .*tracking: ",
+        match=rf"MLflow \(http://{HOST}:{runtime.mlflow_port}\) does not accept the runs in .*tracking: ",
     ):
         sync(runtime)
     start_server(runtime, started)

@@ -1,10 +1,10 @@
-"""What the paper says its models cost, against what the real modules multiply."""
+"""MACs counted in the real modules, compared with the paper's numbers."""
 
 from __future__ import annotations
 
 import pytest
 
-from pipeline.bench.flops import MODELS, PAPER_GMACS, CostRow, measure, sampling_costs
+from pipeline.bench.macs import MODELS, PAPER_GMACS, CostRow, measure, sampling_costs
 from stages.runtime.errors import InputError
 
 Rows = dict[tuple[str, int], CostRow]
@@ -51,7 +51,7 @@ def test_what_dpar_saves_is_what_the_paper_says(paper_rows: Rows, name: str, siz
 
 
 @pytest.mark.slow
-def test_only_the_entropy_model_eats_what_the_smallest_dpar_saves_in_sampling(paper_rows: Rows) -> None:
+def test_only_the_entropy_model_costs_more_than_the_smallest_dpar_saves_in_sampling(paper_rows: Rows) -> None:
     saved = {
         pair: {cost.boundaries: cost.saved_percent for cost in sampling_costs(paper_rows[pair])}
         for pair in (("dpar-B", 256), ("dpar-XL", 256))
@@ -74,7 +74,7 @@ def test_next_patch_prediction_needs_whole_blocks() -> None:
         measure(["npp-T"], [48])
 
 
-def test_the_papers_number_stands_only_beside_its_own_patch_length() -> None:
+def test_the_papers_number_is_shown_only_at_its_own_patch_length() -> None:
     given, own = (measure(["dpar-B"], [256], length)[0] for length in (2.5, 1.81))
     assert given.paper_gmacs is None
     assert given.paper_difference_percent is None

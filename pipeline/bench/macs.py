@@ -1,4 +1,4 @@
-"""What the paper's models and their baselines cost, beside what the paper says."""
+"""MACs of the paper's models and their baselines, compared with the paper's numbers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pipeline.bench.family_costs import (
     FAMILY_COSTS,
     PAPER_LENGTHS,
     PIXELS,
+    CostRequest,
     PatchCost,
-    Question,
     gpt_cost,
 )
 from stages.runtime.errors import InputError
@@ -39,7 +39,7 @@ PAPER_GMACS = {
     ("llamagen-XXL", 384): 797.59,
     ("dpar-XXL", 384): 459.63,
 }
-"""Forward, linear layers alone, at the paper's mean lengths (supplement, table S1, there called GFLOPs)."""
+"""GMACs of a forward, linear layers only, at the paper's mean lengths (supplement, table S1, there called GFLOPs)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +47,12 @@ class CostRow:
     """One model at one image size.
 
     Attributes:
-        model: As in `MODELS`.
-        image_size: Pixels of a side.
-        cost: Of the model.
+        model: Name, one of `MODELS`.
+        image_size: Side of the image, pixels.
+        cost: Cost of the model.
         llamagen: Cost of LlamaGen of the same size at the same image size; None for LlamaGen itself.
-        patches: None for a model on tokens.
-        paper_gmacs: The paper's number for the linear layers of a forward; None where it has none.
+        patches: Costs of patches; None for a model on tokens.
+        paper_gmacs: The paper's number for the linear layers of a forward; None if the paper has none.
     """
 
     model: str
@@ -64,24 +64,24 @@ class CostRow:
 
     @property
     def paper_difference_percent(self) -> float | None:
-        """Of ours to the paper's number."""
+        """Difference of our count from the paper's number; None if the paper has none."""
         return None if self.paper_gmacs is None else 100 * (self.cost.forward.linear / (1e9 * self.paper_gmacs) - 1)
 
     @property
     def saved_percent(self) -> float | None:
-        """Linear MACs of a forward that LlamaGen needs more, of LlamaGen's; None for LlamaGen itself."""
+        """Share of LlamaGen's linear MACs of a forward that the model saves; None for LlamaGen itself."""
         return None if self.llamagen is None else _saved_percent(self.cost.forward, self.llamagen.forward)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingCost:
-    """What it costs to sample one image with caches.
+    """Cost of sampling one image with caches.
 
     Attributes:
-        boundaries: What decides where patches start; static: nothing must be computed. None for a model on tokens.
-        plain: Without guidance.
-        guided: With classifier-free guidance.
-        saved_percent: Linear MACs that LlamaGen needs more, both guided, of LlamaGen's; None for LlamaGen itself.
+        boundaries: Boundary source; None for a model on tokens.
+        plain: MACs without guidance.
+        guided: MACs with classifier-free guidance.
+        saved_percent: Share of LlamaGen's linear MACs saved, both with guidance; None for LlamaGen itself.
     """
 
     boundaries: str | None
@@ -96,16 +96,16 @@ def measure(
     mean_length: float | None = None,
     entropy_model: str = "B",
 ) -> list[CostRow]:
-    """Count models at image sizes; by default those that the paper has numbers of.
+    """Count the MACs of models at image sizes; by default those in the paper's table.
 
     Args:
-        models: Of `MODELS`; none for those of the paper.
-        image_sizes: Pixels; none for those of the paper.
-        mean_length: Tokens a patch; None for the paper's, or at 128 and 512 px one extrapolated from them.
-        entropy_model: Of `ENTROPY_MODELS`.
+        models: Names in `MODELS`; empty for those of the paper.
+        image_sizes: Sides in pixels; empty for those of the paper.
+        mean_length: Mean patch length in tokens; None for the paper's, extrapolated at 128 and 512 px.
+        entropy_model: Name in `ENTROPY_MODELS`.
 
     Raises:
-        InputError: A name that is not there, or a size or length that is not possible.
+        InputError: A name is unknown, or a size or length is not possible.
     """
     for what, given, known in (("model", models, MODELS), ("entropy model", [entropy_model], ENTROPY_MODELS)):
         for name in given:
@@ -122,7 +122,7 @@ def measure(
 
 
 def sampling_costs(row: CostRow) -> list[SamplingCost]:
-    """Sampling; of a model on patches, by each way to decide where they start."""
+    """Sampling costs of a model: one, or one per boundary source for a model on patches."""
     alone = row.cost.sampling
     if row.patches is None:
         return [_sampling_cost(row, None, alone)]
@@ -130,7 +130,7 @@ def sampling_costs(row: CostRow) -> list[SamplingCost]:
 
 
 def as_json(row: CostRow) -> dict[str, Any]:
-    """The row as plain numbers: MACs an image, percent."""
+    """The row as JSON: MACs per image, and percentages."""
     patches = row.patches
     return {
         "model": row.model,
@@ -163,16 +163,16 @@ def _saved_percent(macs: Macs, of: Macs) -> float:
 
 def _row(name: str, image_size: int, mean_length: float | None, entropy_model: str) -> CostRow:
     family, _, size = name.partition("-")
-    asked = Question(size=size, image_size=image_size, mean_length=mean_length, entropy_model=entropy_model)
+    request = CostRequest(size=size, image_size=image_size, mean_length=mean_length, entropy_model=entropy_model)
     counted = FAMILY_COSTS[family]
-    cost, patches = counted.count(asked)
-    baseline = None if counted.baseline is None else gpt_cost(counted.baseline(size), asked.num_tokens, CLASSES)
-    of_the_papers_length = patches is None or patches.mean_length == PAPER_LENGTHS.get(image_size)
+    cost, patches = counted.count(request)
+    baseline = None if counted.baseline is None else gpt_cost(counted.baseline(size), request.num_tokens, CLASSES)
+    has_paper_length = patches is None or patches.mean_length == PAPER_LENGTHS.get(image_size)
     return CostRow(
         model=name,
         image_size=image_size,
         cost=cost,
         llamagen=baseline,
         patches=patches,
-        paper_gmacs=PAPER_GMACS.get((name, image_size)) if of_the_papers_length else None,
+        paper_gmacs=PAPER_GMACS.get((name, image_size)) if has_paper_length else None,
     )
