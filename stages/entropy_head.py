@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from conf.boundary_sources import BOUNDARY_SOURCES
 from conf.entropy_head import EntropyHeadConfig
@@ -23,6 +22,7 @@ from models.dpar import DPAR
 from models.entropy_head import EntropyHead
 from models.packed_linear import pack_linear_layers
 from models.patching import PatchRule
+from stages.arrays import Entropies, Indices
 from stages.families import load_model
 from stages.patches.boundary_sources import CALIBRATIONS, KnownImages
 from stages.patches.calibration import HELDOUT_FILE, SourceEntropies, Thresholds
@@ -31,7 +31,6 @@ from stages.patches.thresholds import EntropySample
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.randomness import Purpose, seed_torch
-from stages.stores.blocks import Integers
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
@@ -39,7 +38,6 @@ from stages.training.entropies import EntropyData, HeadObjective
 from stages.training.loop import train_model
 from stages.weights.own import HEAD_FILE, load_head, save_head
 
-Entropies = NDArray[np.float32]
 _HELDOUT = 4096  # held-out images that sources are asked about, at most
 
 
@@ -119,7 +117,7 @@ class Sources:
         )
 
     @torch.inference_mode()
-    def ask(self, source: str, images: Integers, views: Integers) -> Entropies:
+    def ask(self, source: str, images: Indices, views: Indices) -> Entropies:
         """Entropies (n, T) of the given images and views, nats."""
         parts = [np.empty((0, self.store.num_tokens), np.float32)]
         for first in range(0, len(images), self.batch_size):

@@ -21,7 +21,9 @@ from torch import Tensor
 from conf.schema import RuntimeConfig
 from conf.tokenize import TokenizeConfig
 from models.vq import VQModel
-from stages.images.decode import Pixels, decode, pixels_to_float, view_names, views
+from stages.arrays import PixelBatch
+from stages.images.decode import decode, view_names, views
+from stages.images.tensors import pixels_to_float
 from stages.runtime.artifact import file_sha256
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
@@ -71,12 +73,12 @@ class ViewReader:
     root: Path
     config: TokenizeConfig
 
-    def views(self, image: int) -> Pixels:
+    def views(self, image: int) -> PixelBatch:
         """Views (A, H, W, 3) of one image."""
         picture = decode(self.index.read(self.root, image))
         return np.stack(views(picture, self.config.image_size, self.config.views))
 
-    def ahead(self, images: Iterable[int]) -> AbstractContextManager[Iterator[Pixels]]:
+    def ahead(self, images: Iterable[int]) -> AbstractContextManager[Iterator[PixelBatch]]:
         """Views of each image, made in threads while others are encoded: two batches ahead, or two images a thread."""
         threads = torch.get_num_threads()
         a_batch = -(-self.config.batch_size // len(view_names(self.config.views)))
@@ -93,7 +95,7 @@ class Encoder:
     world: World
 
     @torch.inference_mode()
-    def tokens(self, pictures: Iterable[Pixels], progress: Progress) -> NDArray[np.uint16]:
+    def tokens(self, pictures: Iterable[PixelBatch], progress: Progress) -> NDArray[np.uint16]:
         """Tokens (images, A, T) of images given as their views (A, H, W, 3)."""
         done, views_done = progress.done, 0
         encoded: list[NDArray[np.uint16]] = []
@@ -104,7 +106,7 @@ class Encoder:
         together = np.concatenate(encoded)
         return together.reshape(-1, self.num_views, together.shape[1])
 
-    def _one_behind(self, batches: Iterable[Pixels]) -> Iterator[Tensor]:
+    def _one_behind(self, batches: Iterable[PixelBatch]) -> Iterator[Tensor]:
         """Tokens of each batch, handed on when the next is put together: meanwhile a GPU works on them."""
         running: Tensor | None = None
         for batch in batches:
@@ -114,19 +116,19 @@ class Encoder:
         if running is not None:
             yield running
 
-    def _encode(self, batch: Pixels) -> Tensor:
+    def _encode(self, batch: PixelBatch) -> Tensor:
         pixels = pixels_to_float(batch, self.world.device)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             return self.model.encode(pixels)
 
 
-def batches(pictures: Iterable[Pixels], batch_size: int) -> Iterator[Pixels]:
+def batches(pictures: Iterable[PixelBatch], batch_size: int) -> Iterator[PixelBatch]:
     """Views (A, H, W, 3) of images after one another, cut into batches (batch_size, H, W, 3); the last may be smaller.
 
     The views of an image may lie in two batches. What a batch holds depends on `pictures` alone, so a row-block of the
     store is encoded in the same batches whoever does it, and gets the same tokens.
     """
-    parts, missing = list[Pixels](), batch_size
+    parts, missing = list[PixelBatch](), batch_size
     for picture in pictures:
         while len(picture):
             parts.append(picture[:missing])

@@ -66,7 +66,7 @@ def _train(config: TokenizerConfig, images: ImageFiles, output: Path, runtime: R
         validate=lambda: reconstruction_scores(model, images, world),
         config=config.training,
         seed=config.seed,
-        companions={} if discriminator is None else {"discriminator": discriminator},
+        auxiliary={} if discriminator is None else {"discriminator": discriminator},
     )
     train_model(run, output, world)
     return model.eval()

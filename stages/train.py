@@ -71,7 +71,7 @@ def _train(
         config.seed,
         world,
         restarts=config.restarts,
-        companions={} if objective.head is None else {"entropy_head": objective.head},
+        auxiliary={} if objective.head is None else {"entropy_head": objective.head},
     )
     train_model(run, output, world)
     return model, objective.head

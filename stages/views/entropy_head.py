@@ -8,28 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from conf.boundary_sources import BOUNDARY_SOURCES
 from conf.entropy_head import EntropyHeadConfig
 from conf.schema import RuntimeConfig
 from models.patch_tables import PatchTables, unpack_bits
 from models.patching import PatchRule
-from stages.images.decode import float_to_pixels
+from stages.arrays import Entropies, Indices, Starts
+from stages.images.tensors import float_to_pixels
 from stages.patches.calibration import HELDOUT_FILE, SourceEntropies, Thresholds
 from stages.patches.rule import SavedRule
 from stages.patches.thresholds import EntropySample
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
-from stages.stores.blocks import Integers
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
 from stages.views.pictures import captioned_grid, patches_outlined, save_png
 from stages.weights.own import load_vq
 
-Entropies = NDArray[np.float32]
-Starts = NDArray[np.bool_]
 _SHOWN = 6  # images in the picture
 
 
@@ -96,7 +93,7 @@ class Found:
         tables = PatchTables.of(replace(self.rule, threshold=threshold), self.store.num_tokens)
         return unpack_bits(tables.packed_starts(entropies), self.store.num_tokens)
 
-    def shown(self) -> tuple[Integers, Integers, dict[str, Entropies]]:
+    def shown(self) -> tuple[Indices, Indices, dict[str, Entropies]]:
         """A few evenly spread images with their views, and what each source said of them.
 
         Held-out images where there are any, training images else; only images that every source was asked about.
@@ -112,7 +109,7 @@ class Found:
         said = {source: values[[0, -1][: len(ends)]] for source, values in self.calibrated.items()}
         return ends % self.store.num_train, ends // self.store.num_train, said
 
-    def _heldout_images(self, count: int) -> tuple[Integers, Integers]:
+    def _heldout_images(self, count: int) -> tuple[Indices, Indices]:
         images = np.arange(self.store.num_train, self.store.num_train + count)
         return images, np.zeros_like(images)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from conf.evaluate import EvaluateConfig
 from conf.schema import RuntimeConfig
+from stages.arrays import Features
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
-from stages.scores.feature_sets import Features, FeatureSets
+from stages.scores.feature_sets import FeatureSets
 from stages.scores.frechet import frechet_distance
 from stages.scores.inception_score import inception_score
 from stages.scores.precision_recall import precision_recall

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.images.decode import Pixels, Views, decode, views
+from stages.arrays import Pixels
+from stages.images.decode import Views, decode, views
 from stages.patches.rule import SavedRule
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs

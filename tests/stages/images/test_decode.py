@@ -11,16 +11,8 @@ from PIL import Image, ImageFile
 from torchvision.transforms import functional as torchvision
 
 from stages.images import decode as images
-from stages.images.decode import (
-    DecodeError,
-    center_crop,
-    decode,
-    float_to_pixels,
-    pixels_to_float,
-    random_crop,
-    view_names,
-    views,
-)
+from stages.images.decode import DecodeError, center_crop, decode, random_crop, view_names, views
+from stages.images.tensors import float_to_pixels, pixels_to_float
 
 RED, BLUE = (200, 30, 10), (20, 40, 220)
 
