@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from models.patching import PatchRule
 from stages.runtime.artifact import read_json, write_json
@@ -29,7 +29,7 @@ class IndexRule:
     """Tokens in a static patch."""
 
     @classmethod
-    def by_entropy(cls, rule: PatchRule) -> Self:
+    def by_entropy(cls, rule: PatchRule) -> IndexRule:
         """Rule of patches by entropy."""
         return cls(
             mode="entropy",
@@ -40,7 +40,7 @@ class IndexRule:
         )
 
     @classmethod
-    def static(cls, length: float) -> Self:
+    def static(cls, length: float) -> IndexRule:
         """Rule of patches of one length, in tokens."""
         return cls(mode="static", threshold=None, max_length=None, row_boundary=False, static_length=length)
 

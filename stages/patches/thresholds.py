@@ -60,7 +60,7 @@ class EntropySample:
     def find_threshold(self, target: float, rule: PatchRule, section: str) -> float:
         """Threshold in nats whose mean patch length is closest to `target`.
 
-        Bisection ends at neighbouring float32 numbers. The mean length never falls as the threshold rises, so bisection is valid.
+        Bisection down to neighbouring float32 numbers is valid, because a higher threshold never gives a shorter mean.
 
         Args:
             target: Mean patch length, tokens.

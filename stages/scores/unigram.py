@@ -6,19 +6,21 @@ Tokens come in blocks (n, T), so that the store may be larger than memory.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, Integer
 from numpy.typing import NDArray
 
-from stages.arrays import Tokens
 from stages.runtime.randomness import Purpose, stream
 
+Block = Integer[NDArray[np.integer[Any]], "_ T"]
+"""Tokens of some images. Blocks may have different numbers of images."""
 _SMOOTHINGS = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def best_unigram_loss(
-    train: Iterable[Tokens], heldout: Iterable[Tokens], codebook_size: int, first_position: int = 0
+    train: Iterable[Block], heldout: Iterable[Block], codebook_size: int, first_position: int = 0
 ) -> float:
     """Mean held-out loss per token, in nats, of the best per-position unigram model of the training tokens.
 
@@ -37,7 +39,7 @@ def best_unigram_loss(
 
 
 def sample_marginals(
-    train: Iterable[Tokens], num_train: int, num_tokens: int, count: int, seed: int
+    train: Iterable[Block], num_train: int, num_tokens: int, count: int, seed: int
 ) -> Int64[NDArray[np.int64], "{count} {num_tokens}"]:
     """Tokens of `count` images. Each token is copied from a random training image at the same position."""
     rows = stream(seed, Purpose.MARGINALS).integers(num_train, size=(count, num_tokens))
@@ -49,7 +51,7 @@ def sample_marginals(
     return sampled
 
 
-def _counts(blocks: Iterable[Tokens], codebook_size: int) -> tuple[Int64[NDArray[np.int64], "T V"], int]:
+def _counts(blocks: Iterable[Block], codebook_size: int) -> tuple[Int64[NDArray[np.int64], "T V"], int]:
     """Counts of each code at each position, and the number of images."""
     counts, images = np.zeros((0, codebook_size), dtype=np.int64), 0
     for block in blocks:

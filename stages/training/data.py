@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from stages.training.validation import heldout_loss
 
 LossAndScalars = tuple[Float[Tensor, ""], dict[str, Tensor]]
 """Loss of a batch, and named scalars to log."""
+Batch = TypeVar("Batch", bound="TokenBatch")
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class TokenBatch:
     tokens: Int[Tensor, "B T"]
     labels: Int[Tensor, " B"]
 
-    def to(self, device: torch.device) -> Self:
+    def to(self: Batch, device: torch.device) -> Batch:
         """The same batch on `device`. Copies from pinned memory are asynchronous."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def map(self: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to each tensor."""
         return replace(self, tokens=change(self.tokens), labels=change(self.labels))
 

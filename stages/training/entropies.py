@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from stages.stores.entropies import EntropyStore
 from stages.training.data import LossAndScalars
 from stages.training.patched import PatchedBatch, PatchedData
 
+Batch = TypeVar("Batch", bound="EntropyBatch")
+
 
 @dataclass(frozen=True)
 class EntropyBatch(PatchedBatch):
@@ -25,7 +27,7 @@ class EntropyBatch(PatchedBatch):
 
     entropies: Float[Tensor, "B T"]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def map(self: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to each tensor."""
         return replace(super().map(change), entropies=change(self.entropies))
 
@@ -55,7 +57,7 @@ class HeadObjective(nn.Module):
         super().__init__()
         self.model, self.head = model.requires_grad_(requires_grad=False), head
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> HeadObjective:
         """Switch only the head to training mode: the frozen model never applies dropout."""
         super().train(mode)
         self.model.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from stages.arrays import Indices
 from stages.stores.patches import PatchIndex
 from stages.training.data import LossAndScalars, TokenBatch, TokenData
 
+Batch = TypeVar("Batch", bound="PatchedBatch")
+
 
 @dataclass(frozen=True)
 class PatchedBatch(TokenBatch):
@@ -22,7 +24,7 @@ class PatchedBatch(TokenBatch):
 
     patches: PackedPatches
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def map(self: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to each tensor."""
         return replace(super().map(change), patches=self.patches.map(change))
 

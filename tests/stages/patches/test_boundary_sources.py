@@ -17,8 +17,7 @@ from conf.load import load_settings
 from conf.schema import Settings
 from models.boundaries import NextToken
 from models.patching import PatchRule, opens_patch, patch_starts
-from pipeline.cache.keys import inputs_read
-from pipeline.graph import STAGES
+from pipeline.graph import STAGES, inputs_read
 from stages.patches.boundary_sources import CALIBRATIONS, SOURCES, EntropySource
 from stages.patches.thresholds import EntropySample
 from stages.runtime.job import Inputs
