@@ -1,8 +1,8 @@
 """The model families of stage `train`: how each is built, trained, loaded and sampled.
 
-`conf.train` holds their settings, `pipeline.bench.family_costs` their costs. There are two tables with an entry for each
-family. Loading and sampling a finished model do not depend on how models are trained, and their cache keys must not
-either.
+`conf.train` holds their settings, `pipeline.bench.family_costs` their costs. There are two tables with an entry for
+each family. Loading and sampling a finished model do not depend on how models are trained, so their cache keys must not
+depend on it.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ ARCHITECTURES: dict[str, Architecture] = for_every_family(
 
 @dataclass(frozen=True)
 class Objective:
-    """The module that computes the loss of a batch, and the entropy head trained in it jointly with the model, if any."""
+    """The module that computes the loss of a batch, and the jointly trained entropy head in it, if any."""
 
     module: nn.Module
     head: EntropyHead | None = None
@@ -202,9 +202,7 @@ def _patched_objective(settings: DPARSettings, model: DPAR, data: PatchedData) -
     joint = settings.entropy_head
     if joint.kind == "none" or not isinstance(data, EntropyData):
         return Objective(DPARObjective(model))
-    head = EntropyHead(
-        EntropyHeadConfig.of(model.config, joint.kind)
-    )  # made after the model, so that the model's initial weights do not depend on it
+    head = EntropyHead(EntropyHeadConfig.of(model.config, joint.kind))
     return Objective(JointObjective(model, head, joint.weight, stop_gradient=joint.stop_gradient), head)
 
 
@@ -213,7 +211,7 @@ def _next_patch_batches(settings: NPPSettings, store: TokenStore, inputs: Inputs
 
 
 def _pretrained_gpt(settings: LlamaGenSettings, path: Path, store: TokenStore) -> Model:
-    """Import LlamaGen weights. The config keeps the default dropout, because that of the released weights is unknown."""
+    """Import LlamaGen weights. Their dropout is unknown, so the config keeps the default."""
     config = GPTConfig(**asdict(settings.model), **_of_tokens(store))
     return Model(settings.family, read_gpt_checkpoint(path, config), config)
 

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from stages.arrays import DoubleMatrix
 
+Unchecked = Shaped[NDArray[np.floating], "..."]
+"""An array of any shape and type. `finite_doubles` checks both."""
 _BLOCK_ROWS = 16_384  # 268 MB in float64 at D = 2048; the features of all of ImageNet would not fit
 
 
-def finite_doubles(values: Shaped[NDArray[np.floating], ...], what: str) -> DoubleMatrix:
+def finite_doubles(values: Unchecked, what: str) -> DoubleMatrix:
     """A copy of `values` (n, D) in float64. `what` names the values in errors.
 
     Raises:
@@ -40,7 +42,7 @@ class FeatureStats:
     """Sum of the outer products of deviations from the mean."""
 
     @classmethod
-    def of(cls, features: Shaped[NDArray[np.floating], ...]) -> FeatureStats:
+    def of(cls, features: Unchecked) -> FeatureStats:
         """Statistics of features (n, D), computed a block of rows at a time.
 
         Raises:
@@ -50,7 +52,7 @@ class FeatureStats:
         return reduce(cls.merge, (cls._of_block(features[first : first + _BLOCK_ROWS]) for first in starts))
 
     @classmethod
-    def _of_block(cls, features: Shaped[NDArray[np.floating], ...]) -> FeatureStats:
+    def _of_block(cls, features: Unchecked) -> FeatureStats:
         wide = finite_doubles(features, "features")
         mean = wide.mean(axis=0)
         wide -= mean

@@ -199,7 +199,8 @@ def _read_masks(path: Path, file: pq.ParquetFile, facts: PatchFacts) -> UInt8[ND
         starts = np.frombuffer(table["starts"].chunk(0).buffers()[1], np.uint8).reshape(table.num_rows, -1)
         if not ordered or not np.array_equal(np.bitwise_count(starts).sum(axis=-1), table["n_patches"]):
             raise ArtifactError(
-                f"{path}, row group {group}: rows out of order, or starts that do not match n_patches: run patch_index again"
+                f"{path}, row group {group}: rows are out of order, or starts do not match n_patches: "
+                "run the patch_index stage again"
             )
         masks[images, views] = starts
         first += table.num_rows

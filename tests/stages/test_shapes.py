@@ -32,6 +32,7 @@ from stages.training.data import TokenBatch
 PACKAGES = ("stages.patches", "stages.sampling", "stages.scores")
 MODULES = ("stages.images.decode", "stages.images.tensors")
 ZEROS = np.zeros((5, 3))
+COUNTS = ZEROS.astype(np.int64)
 LITE0 = ExtractorInfo(name="lite0", weights_sha256="", fid_inception=False, input_size=8)
 WRONG: dict[str, Callable[[], Any]] = {
     "one axis too few": lambda: inception_score(ZEROS[0], splits=1),
