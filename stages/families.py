@@ -202,6 +202,7 @@ def _patched_objective(settings: DPARSettings, model: DPAR, data: PatchedData) -
     joint = settings.entropy_head
     if joint.kind == "none" or not isinstance(data, EntropyData):
         return Objective(DPARObjective(model))
+    # The head is made after the model, so that the model's initial weights do not depend on it.
     head = EntropyHead(EntropyHeadConfig.of(model.config, joint.kind))
     return Objective(JointObjective(model, head, joint.weight, stop_gradient=joint.stop_gradient), head)
 

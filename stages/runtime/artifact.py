@@ -30,7 +30,7 @@ _PARTIAL = "partial"
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call `write` on a temporary file beside `path`, flush it to disk, and rename it to `path`.
 
-    Several processes, also on several machines, may write the same file. The last rename wins; the file is always whole.
+    Several processes, also on several machines, may write the same file: the last rename wins, and the file is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{_PARTIAL}")

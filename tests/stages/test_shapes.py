@@ -37,9 +37,7 @@ LITE0 = ExtractorInfo(name="lite0", weights_sha256="", fid_inception=False, inpu
 WRONG: dict[str, Callable[[], Any]] = {
     "one axis too few": lambda: inception_score(ZEROS[0], splits=1),
     "two arrays of different widths": lambda: precision_recall(ZEROS, ZEROS[:, :2], neighbours=1),
-    "blocks of different numbers of tokens": lambda: best_unigram_loss(
-        [ZEROS.astype(int)], [ZEROS[:, 1:].astype(int)], 2
-    ),
+    "blocks of different numbers of tokens": lambda: best_unigram_loss([COUNTS], [COUNTS[:, 1:]], 2),
     "a covariance that is not square": lambda: FeatureStats(2, ZEROS[0], ZEROS),
     "channels first": lambda: pixels_to_float(np.zeros((2, 3, 8, 8), np.uint8)),
     "floats for pixels": lambda: pixels_to_float(np.zeros((2, 8, 8, 3), np.float32)),  # type: ignore[arg-type]
