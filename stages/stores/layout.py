@@ -32,7 +32,7 @@ class ArraySpec:
     dtype: str
     """Name of a little-endian type, e.g. `uint16`."""
     missing: float | None = None
-    """Zarr's fill value: NaN or the largest value of the type. No written entry has it. None if there is no such value."""
+    """Zarr's fill value, NaN or the largest value of the type, which no written entry has; None if there is none."""
     below: int | None = None
     """Upper bound (exclusive) of all values, checked by the writer so that readers need not; None if there is none."""
     per_view: bool = False

@@ -1,1 +1,1 @@
-"""Pictures and numbers for people, drawn from finished artifacts. In no key and in no digest."""
+"""Pictures and metrics for people, made from finished artifacts. Views are in no cache key and in no digest."""
