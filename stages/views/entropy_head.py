@@ -74,8 +74,8 @@ class Found:
     def numbers(self, source: str, threshold: float) -> dict[str, float]:
         """Metrics of a source: threshold and mean length on training views; on held-out images, two more.
 
-        They compare the source with the entropy model: `correlation` is the Pearson correlation of the entropies. `agreement` is the share of tokens on which both open
-        a patch or both do not.
+        They compare the source with the entropy model. `correlation` is the Pearson correlation of the entropies.
+        `agreement` is the share of tokens on which both open a patch or both do not.
         """
         sample = EntropySample.of_array(self.calibrated[source], self.store.codebook_size)
         mean_length = sample.mean_length(replace(self.rule, threshold=threshold))
