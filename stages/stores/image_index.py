@@ -167,7 +167,7 @@ class ImageIndex:
 
 
 def _read_columns(file: pq.ParquetFile) -> dict[str, NDArray[Any]]:
-    """Columns of an index, named as in `ImageIndex`, read one row group at a time: a table would hold all data twice."""
+    """Columns of an index, named as in `ImageIndex`, read by row group: a table would hold all data twice."""
     count = file.metadata.num_rows
     columns = {
         "relpaths": np.empty(count, np.dtypes.StringDType()),

@@ -1,9 +1,9 @@
 """Writer of Zarr stores that several processes write once. The unit of work is a row-block; a chunk has one writer.
 
 A unit is one block of rows of every array in the store. Chunks are neither compressed nor sharded: a chunk file holds
-the raw rows and a CRC-32C. It can be mapped into memory, and it is standard Zarr v3. A unit is done when its manifest is
-in `record/units` and its files match the manifest. Reading a chunk proves nothing, because Zarr reads missing chunks as
-fill values. The store is complete when its attributes, which are written last, contain `complete`.
+the raw rows and a CRC-32C. It can be mapped into memory, and it is standard Zarr v3. A unit is done when its manifest
+is in `record/units` and its files match the manifest. Reading a chunk proves nothing, because Zarr reads missing chunks
+as fill values. The store is complete when its attributes, which are written last, contain `complete`.
 
 Files of a killed run may be damaged. A file that does not match its manifest is written again, with a warning.
 """
