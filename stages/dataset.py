@@ -1,8 +1,8 @@
-"""Stage dataset: from an image root to an index of every image that decodes, split into training and held-out images.
+"""Stage `dataset`: index of all images below a root that can be decoded, split into training and held-out images.
 
-Every image is read and decoded once, so that hours later no stage meets a broken one. The work is cut into blocks of
-the sorted listing; a block that a killed attempt has finished is not read again. What is known of an image is a row of
-arrays: memory grows by little more than the index itself.
+Every image is read and decoded once, so that no later stage finds a broken one. The sorted listing is cut into blocks.
+Blocks that a killed run finished are not read again. The metadata of an image are a row of an array, so memory grows
+by little more than the index itself.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from stages.runtime.progress import Progress
 from stages.stores.image_index import FACTS, file_digest, write_index
 
 logger = logging.getLogger(__name__)
-BLOCK = 4096  # images between two marks of progress that outlive a kill
-_TASK = 32  # images handed to a thread at once
-_NAMED = 5  # broken files that an error names
+BLOCK = 4096  # images per block, whose result is kept when the run is killed
+_TASK = 32  # images per thread task
+_NAMED = 5  # broken files named in an error
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What reading a block of images showed."""
+    """Result of reading a block of images."""
 
     facts: NDArray[np.void]
-    """One row an image, dtype FACTS; zeros where it is broken."""
+    """Metadata, one row per image, dtype FACTS; zeros for broken images."""
     reasons: list[str]
-    """Why an image is broken; empty where it decodes."""
+    """Reason why each image is broken; empty if it decodes."""
 
 
 def dataset(config: DatasetConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Index the images below `inputs["images"]`.
 
     Raises:
-        InputError: No usable source (see `stages.images.listing`), too many broken images, or a class without one that
-            decodes.
+        InputError: The source is not usable (see `stages.images.listing`), too many images are broken, or a class has
+            no image that decodes.
     """
     images = list_images(config)
     facts, reasons = _check_all(images, inputs["images"], output, runtime)
@@ -64,7 +64,7 @@ def dataset(config: DatasetConfig, inputs: Inputs, output: Path, runtime: Runtim
     order = np.concatenate([whole[~heldout], whole[heldout]])  # the listing is sorted, and so is each part
     num_train = int((~heldout).sum())
 
-    write_json(output / RECORD / "broken.json", broken)  # what was left out is no part of the data
+    write_json(output / RECORD / "broken.json", broken)  # in the record: broken images are not part of the data
     write_index(output, images=images, facts=facts, order=order, num_train=num_train, source=config.source)
     logger.info("%d images of %d classes, %d held out", len(order), len(images.classes), len(order) - num_train)
 
@@ -72,10 +72,11 @@ def dataset(config: DatasetConfig, inputs: Inputs, output: Path, runtime: Runtim
 def _check_all(
     images: Listing, root: Path, output: Path, runtime: RuntimeConfig
 ) -> tuple[NDArray[np.void], dict[int, str]]:
-    """Read and decode every image, in threads: decoding releases the interpreter's lock.
+    """Read and decode every image, in threads: decoding releases the GIL.
 
     Returns:
-        One row of FACTS an image, zeros where it is broken, and why by the number of each broken image.
+        Metadata (dtype FACTS), one row per image, zeros for broken images; and the reason for each broken image, by
+        its row.
     """
     facts = np.zeros(len(images), dtype=FACTS)
     reasons: dict[int, str] = {}
@@ -94,7 +95,7 @@ def _check_all(
             reasons |= {start + row: reason for row, reason in enumerate(block.reasons) if reason}
             progress.update(start + len(listed))
     finally:
-        pool.shutdown(cancel_futures=True)  # when stopped, do not first read the rest of the block
+        pool.shutdown(cancel_futures=True)  # when interrupted, do not read the rest of the block
     return facts, reasons
 
 
@@ -125,7 +126,7 @@ def _check(root: Path, images: Listing) -> Checked:
 
 
 def _stamp(root: Path, images: Listing) -> NDArray[np.uint8]:
-    """Digest of the files' names, sizes, times and inodes: a block counts as read only while its files stay untouched.
+    """Digest of the files' names, sizes, times and inodes. A saved block is valid only while its stamp is the same.
 
     The change time and the inode reveal a file that was replaced by one of the same size and modification time. Links
     are followed.
@@ -144,7 +145,7 @@ def _stamp(root: Path, images: Listing) -> NDArray[np.uint8]:
 
 
 def _recall(path: Path, stamp: NDArray[np.uint8]) -> Checked | None:
-    """Result of an earlier attempt for these files; None if there is none, or its record is damaged."""
+    """Result of an earlier run for these files; None if there is none, or its record is damaged."""
     saved = read_arrays(path)
     if saved is None:
         return None
@@ -179,9 +180,10 @@ def _refuse_empty_classes(labels: NDArray[np.uint16], classes: list[str]) -> Non
 
 
 def _heldout(images: Listing, whole: NDArray[np.intp], fraction: float) -> NDArray[np.bool_]:
-    """Which of the whole images are held out: of each class, the share that comes first by hash of the file name.
+    """Mask of the held-out images among the whole ones: in each class, the first `fraction` by hash of the file name.
 
-    The hash makes the choice independent of the root and of the order of names; few change sides when images come.
+    The hash makes the choice independent of the root and of the order of names. When images are added, few others move
+    between the two parts.
     """
     heldout = np.zeros(len(whole), dtype=bool)
     if fraction == 0:

@@ -1,9 +1,9 @@
-"""Stage `entropy_head`: what decides where patches start without the entropy model.
+"""Stage `entropy_head`: boundary sources that replace the entropy model at sampling time.
 
-A head is trained to read the stored entropies off the encoder of the finished model, which is not changed by it, unless
-one was trained with the model. The model's own uncertainty is another source. Each gets the threshold that gives the
-patch index's mean length on training images: regression shrinks towards the mean, so the entropy model's threshold does
-not carry over.
+One source is a head that predicts the stored entropies from the encoder states of the finished, frozen model. It is
+trained here, unless it was trained jointly with the model. The other source is the entropy of the model's own
+predictions. Each source gets the threshold that gives the patch index's mean length on training images. The entropy
+model's threshold does not apply, because a regression shrinks towards the mean.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from conf.boundary_sources import BOUNDARY_SOURCES
 from conf.entropy_head import EntropyHeadConfig
@@ -23,6 +22,7 @@ from models.dpar import DPAR
 from models.entropy_head import EntropyHead
 from models.packed_linear import pack_linear_layers
 from models.patching import PatchRule
+from stages.arrays import Entropies, Indices
 from stages.families import load_model
 from stages.patches.boundary_sources import CALIBRATIONS, KnownImages
 from stages.patches.calibration import HELDOUT_FILE, SourceEntropies, Thresholds
@@ -31,7 +31,6 @@ from stages.patches.thresholds import EntropySample
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.randomness import Purpose, seed_torch
-from stages.stores.blocks import Integers
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
@@ -39,16 +38,15 @@ from stages.training.entropies import EntropyData, HeadObjective
 from stages.training.loop import train_model
 from stages.weights.own import HEAD_FILE, load_head, save_head
 
-Entropies = NDArray[np.float32]
-_HELDOUT = 4096  # held-out images that sources are asked about, at most
+_HELDOUT = 4096  # largest number of held-out images on which sources are evaluated
 
 
 def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write the head's weights and `thresholds.json` with the threshold of each source.
 
-    `entropies.npz` has what each source says of some training views, from which other thresholds can be found, and
-    `heldout.npz` what it says of the first view of the first held-out images. A model without patches, or on static
-    ones, has no source of its own: then there is no threshold.
+    `entropies.npz` holds each source's entropies of some training views, from which other thresholds can be found.
+    `heldout.npz` holds those of the first view of the first held-out images. A model without patches, or with static
+    ones, has no source of its own and gets no thresholds.
     """
     with process_group(runtime) as world:
         model = load_model(inputs["train"], world.device)
@@ -64,7 +62,7 @@ def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtim
 
 
 def _head(config: EntropyHeadConfig, inputs: Inputs, model: DPAR, output: Path, world: World) -> EntropyHead | None:
-    """The head that was trained with the model, or else a new one, or none."""
+    """The head trained jointly with the model, else a newly trained one; None if the settings want no head."""
     if (inputs["train"] / HEAD_FILE).exists():
         return load_head(inputs["train"], world.device)
     if config.kind == "none":
@@ -84,7 +82,7 @@ def _train(config: EntropyHeadConfig, model: DPAR, data: EntropyData, output: Pa
 
 @dataclass(frozen=True)
 class Sources:
-    """The model's own sources of boundaries, and the images they are asked about."""
+    """The model's own boundary sources, and the images on which they are evaluated."""
 
     model: DPAR
     head: EntropyHead | None
@@ -92,7 +90,7 @@ class Sources:
     index: PatchIndex
     rule: PatchRule
     mean_length: float
-    """Of the patch index, on training images: what every source is brought to."""
+    """Mean patch length of the patch index on training images, the target for every source."""
     batch_size: int
     device: torch.device
 
@@ -105,7 +103,7 @@ class Sources:
         head: EntropyHead | None,
         device: torch.device,
     ) -> Sources:
-        """From finished artifacts."""
+        """Load the sources from finished artifacts."""
         saved, store = SavedRule.of(inputs), TokenStore.of(inputs)
         return cls(
             model=model,
@@ -119,8 +117,8 @@ class Sources:
         )
 
     @torch.inference_mode()
-    def ask(self, source: str, images: Integers, views: Integers) -> Entropies:
-        """Entropies (n, T) of the given images and views, nats."""
+    def entropies(self, source: str, images: Indices, views: Indices) -> Entropies:
+        """Entropies of the given images and views by one source, nats."""
         parts = [np.empty((0, self.store.num_tokens), np.float32)]
         for first in range(0, len(images), self.batch_size):
             rows, of_view = images[first : first + self.batch_size], views[first : first + self.batch_size]
@@ -132,7 +130,7 @@ class Sources:
 
 
 def _calibrate(sources: Sources, config: EntropyHeadConfig, output: Path) -> None:
-    """Find each source's threshold on training views, and ask it about held-out images."""
+    """Find each source's threshold on training views, and evaluate the source on held-out images."""
     limits = {
         source: calibration.limit(config)
         for source, calibration in CALIBRATIONS.items()
@@ -144,11 +142,11 @@ def _calibrate(sources: Sources, config: EntropyHeadConfig, output: Path) -> Non
     for source, limit in limits.items():
         total = store.num_train * store.num_views
         rows = np.linspace(0, total - 1, min(total, limit)).astype(np.int64)
-        calibrated[source] = sources.ask(source, rows % store.num_train, rows // store.num_train)
+        calibrated[source] = sources.entropies(source, rows % store.num_train, rows // store.num_train)
         sample = EntropySample.of_array(calibrated[source], store.codebook_size)
         thresholds[source] = sample.find_threshold(sources.mean_length, sources.rule, "patch_index")
         images = np.arange(store.num_train, len(store))[: min(limit, _HELDOUT)]
-        heldout[source] = sources.ask(source, images, np.zeros_like(images))
+        heldout[source] = sources.entropies(source, images, np.zeros_like(images))
     SourceEntropies(calibrated).save(output)
     SourceEntropies(heldout).save(output, HELDOUT_FILE)
     Thresholds(thresholds).save(output)

@@ -1,6 +1,6 @@
-"""Stage entropy_map: the entropy of every next token, in nats, in a Zarr store beside the tokens.
+"""Stage `entropy_map`: entropies of all next-token predictions, in nats, in a Zarr store.
 
-Source: paper, section 3.1: H(x_i | x_<i) under the entropy model, which knows no class.
+Source: paper, section 3.1: H(x_i | x_<i) under the unconditional entropy model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def entropy_map(config: EntropyMapConfig, inputs: Inputs, output: Path, runtime:
     """Write `entropies.zarr`.
 
     Raises:
-        ArtifactError: The entropy model was made for other tokens.
+        ArtifactError: The entropy model was trained on other tokens.
     """
     with process_group(runtime) as world:
         store = TokenStore.of(inputs)
@@ -53,7 +53,7 @@ def entropy_map(config: EntropyMapConfig, inputs: Inputs, output: Path, runtime:
 
 @dataclass(frozen=True)
 class Mapper:
-    """Tokens of a store to the entropies of the model's predictions of them."""
+    """Computes the entropies of a model's predictions of the tokens in a store."""
 
     model: GPT
     store: TokenStore

@@ -1,6 +1,6 @@
 """Stage `entropy_model`: an unconditional LlamaGen transformer, trained to predict the next token.
 
-How uncertain it is about a token decides where patches start (paper, section 3.1).
+The entropy of its predictions decides where patches start. Source: paper, section 3.1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Stage `evaluate`: features of the samples, of the training images, and of a ladder of other image sets.
+"""Stage `evaluate`: features of the samples, of the training images, and of the image sets of the ladder.
 
-The ladder puts a score in its place. Every rung has the same number of images: held-out images (the mark of a perfect
-model), their reconstructions by the tokenizer, the samples, images of tokens drawn from each position's marginal, and
-images of random tokens. The scores are computed from the features by the stage's view.
+The ladder gives reference points for a score. Its rungs have the same number of images: held-out images (the limit for
+a perfect model), their reconstructions by the tokenizer, the samples, images of tokens sampled from each position's
+marginal distribution, and images of random tokens. The view of this stage computes the scores from the features.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from functools import cached_property, reduce
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from conf.evaluate import EvaluateConfig
 from conf.schema import RuntimeConfig
 from models.vq import VQModel
-from stages.images.decode import center_crop, decode, float_to_pixels
+from stages.arrays import Features, Indices, PixelBatch, Tokens
+from stages.images.decode import center_crop, decode
+from stages.images.tensors import float_to_pixels
 from stages.runtime.artifact import RECORD, read_arrays, write_atomic
 from stages.runtime.distributed import World, barrier, process_group
 from stages.runtime.job import Inputs, main
@@ -34,16 +35,16 @@ from stages.stores.samples import SampleStore
 from stages.stores.tokens import TokenStore
 from stages.weights.own import load_vq
 
-Pixels = npt.NDArray[np.uint8]
-Rows = npt.NDArray[np.int64]
-Features = npt.NDArray[np.float32]
-_UNIT = 512  # images whose features are one file, the unit of work and of resume
+_UNIT = 512  # images in a feature file, the unit of work and of resume
 
 
 def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `features.npz` with the features of every set, and `extractor.json` with the network they are of.
+    """Write `features.npz` with the features of every set, and `extractor.json` with the feature network.
 
-    Of the reference it holds mean and covariance, and the features of the images that precision and recall look at.
+    For the reference, `features.npz` holds mean and covariance, and the features that precision and recall use.
+
+    Raises:
+        InputError: The feature network's weights are missing or damaged.
     """
     with process_group(runtime) as world:
         extractor = _extractor(config, world)
@@ -78,21 +79,22 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: Runt
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that are made or read a few at a time."""
+    """A set of images, which are generated or read a batch at a time."""
 
-    rows: Rows
-    make: Callable[[Rows], Pixels]
+    rows: Indices
+    make: Callable[[Indices], PixelBatch]
+    """Images of some rows."""
 
     @property
     def num_units(self) -> int:
-        """Parts whose features are one file each."""
+        """Number of feature files."""
         return -(-len(self.rows) // _UNIT)
 
-    def unit(self, number: int) -> Callable[[int], Iterator[Pixels]]:
-        """Batches of one part, given the batch size."""
+    def unit(self, number: int) -> Callable[[int], Iterator[PixelBatch]]:
+        """A function from the batch size to the batches of one unit."""
         rows = self.rows[number * _UNIT : (number + 1) * _UNIT]
 
-        def batches(size: int) -> Iterator[Pixels]:
+        def batches(size: int) -> Iterator[PixelBatch]:
             for first in range(0, len(rows), size):
                 yield self.make(rows[first : first + size])
 
@@ -100,7 +102,7 @@ class ImageSet:
 
 
 class ImageSets:
-    """The sets that are scored, and the reference."""
+    """The image sets: the reference, the samples and the rungs of the ladder."""
 
     def __init__(self, inputs: Inputs, world: World, seed: int) -> None:
         self.index = ImageIndex.of(inputs)
@@ -119,7 +121,7 @@ class ImageSets:
 
     @classmethod
     def open(cls, config: EvaluateConfig, inputs: Inputs, world: World) -> dict[str, ImageSet]:
-        """The reference, all samples, and with held-out images the rungs of the ladder."""
+        """The reference and the samples; also the rungs of the ladder if images are held out."""
         self = cls(inputs, world, config.seed)
         training = np.arange(self.index.num_train)
         if config.max_reference is not None and len(training) > config.max_reference:
@@ -143,15 +145,15 @@ class ImageSets:
             "random": ImageSet(np.arange(count), lambda rows: self._decode(random[rows])),
         }
 
-    def _real(self, rows: Rows) -> Pixels:
+    def _real(self, rows: Indices) -> PixelBatch:
         size = self.samples.facts.image_size
         return np.stack([center_crop(decode(self.index.read(self.root, int(row))), size) for row in rows])
 
-    def _reconstructed(self, rows: Rows) -> Pixels:
+    def _reconstructed(self, rows: Indices) -> PixelBatch:
         return self._decode(self.tokens.fetch(rows, np.zeros_like(rows)))
 
     @torch.inference_mode()
-    def _decode(self, tokens: npt.NDArray[np.integer]) -> Pixels:
+    def _decode(self, tokens: Tokens) -> PixelBatch:
         return float_to_pixels(self.vq.decode(torch.from_numpy(tokens.astype(np.int64)).to(self.device)))
 
 
@@ -162,7 +164,9 @@ def _extractor(config: EvaluateConfig, world: World) -> Extractor:
     return Inception(config.weights, world.device)
 
 
-def _extract(extractor: Extractor, batches: Callable[[int], Iterator[Pixels]], size: int) -> tuple[Features, Features]:
+def _extract(
+    extractor: Extractor, batches: Callable[[int], Iterator[PixelBatch]], size: int
+) -> tuple[Features, Features]:
     pairs = [extractor.extract(batch) for batch in batches(size)]
     return np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])
 
@@ -173,15 +177,15 @@ def _unit_path(folder: Path, name: str, unit: int) -> Path:
 
 @dataclass(frozen=True)
 class Reference:
-    """The real images, of which there may be more than memory holds features of."""
+    """Features of the training images, summarised: those of all images may not fit in memory."""
 
     stats: FeatureStats
     compared: Features
-    """Features of those that precision and recall look at."""
+    """Features of the images that precision and recall use."""
 
     @classmethod
     def collect(cls, folder: Path, images: ImageSet, limit: int) -> Reference:
-        """Statistics of all, and the features of at most `limit` evenly chosen ones."""
+        """Statistics of all images, and the features of at most `limit` evenly spread ones."""
         count = len(images.rows)
         chosen = np.linspace(0, count - 1, min(count, limit)).astype(np.int64)
 
@@ -199,13 +203,13 @@ def _collected(folder: Path, name: str, images: ImageSet) -> dict[str, Features]
 
 
 def _load(folder: Path, name: str, unit: int) -> dict[str, Features] | None:
-    """Features and logits of a unit; None while they are missing or damaged."""
+    """Features and logits of a unit; None if the file is missing or damaged."""
     return read_arrays(_unit_path(folder, name, unit))
 
 
 def _finished(folder: Path, name: str, unit: int) -> dict[str, Features]:
     arrays = _load(folder, name, unit)
-    assert arrays is not None  # it was just made, or found whole
+    assert arrays is not None  # this run wrote the file or found it whole
     return arrays
 
 

@@ -1,7 +1,8 @@
 """The model families of stage `train`: how each is built, trained, loaded and sampled.
 
-`conf.train` holds their settings, `pipeline.bench.family_costs` what they cost. There are two tables with an entry for
-each family: loading and sampling a finished model does not depend on how models are trained, and its key should not.
+`conf.train` holds their settings, `pipeline.bench.family_costs` their costs. There are two tables with an entry for
+each family. Loading and sampling a finished model do not depend on how models are trained, so their cache keys must not
+depend on it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from conf.train import (
@@ -42,20 +44,21 @@ from stages.training.patched import DPARObjective, PatchedData
 from stages.weights.own import MODEL_FILE, ModelConfig, load_weights, saved_config
 from stages.weights.pretrained import read_gpt_checkpoint
 
-Sampled = tuple[Tensor, Tensor]
-"""Tokens (B, T), and where their patches start (B, T), bool."""
+Sampled = tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]
+"""Tokens, and the mask of tokens that open a patch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What loading and sampling a finished model need."""
+    """The functions that load and sample a finished model."""
 
     config: Callable[..., ModelConfig]
-    """Config from the fields that were saved."""
+    """Makes the config from its saved fields."""
     module: Callable[[Any], nn.Module]
-    """Module of a config, with fresh weights."""
+    """Makes the module of a config, with fresh weights."""
     sample: Callable[[Any, Tensor, Tensor, SamplingOptions, Boundaries | None, Tensor | None], Sampled]
-    """Samples of: module, labels (B,), uniforms (B, T), options, boundaries or None on tokens, first tokens or None."""
+    """Samples images. Arguments: module, labels (B,), uniforms (B, T), options, boundaries (None for a model without
+    patches), prefix tokens (B, M) or None."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Model:
         """The class-conditional model of a finished `train` artifact, in evaluation mode.
 
         Raises:
-            ArtifactError: It holds another kind of model, or is damaged.
+            ArtifactError: The artifact holds another kind of model, or is damaged.
         """
         family, fields = saved_config(artifact, ARCHITECTURES)
         architecture = ARCHITECTURES[family]
@@ -87,12 +90,12 @@ class Model:
         boundaries: Boundaries | None,
         prefix: Tensor | None,
     ) -> Sampled:
-        """Tokens and patch starts of images of the given classes, see `Architecture.sample`."""
+        """Tokens and patch starts of images of the given classes; see `Architecture.sample`."""
         return ARCHITECTURES[self.family].sample(self.module, labels, uniforms, options, boundaries, prefix)
 
 
 def load_model(artifact: Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The module alone of `Model.load`."""
+    """The module of `Model.load`."""
     return Model.load(artifact, device).module
 
 
@@ -104,7 +107,7 @@ def _sample_tokens(
     boundaries: Boundaries | None,
     prefix: Tensor | None,
 ) -> Sampled:
-    """Each token is a patch of its own."""
+    """Sample a model without patches: every token counts as a patch."""
     tokens = sample_gpt(model, labels, uniforms, options, prefix)
     return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
@@ -117,7 +120,7 @@ def _sample_patches(
     boundaries: Boundaries | None,
     prefix: Tensor | None,
 ) -> Sampled:
-    assert boundaries is not None  # the sampler loads them for every family with patches
+    assert boundaries is not None  # the sampler loads boundaries for every family with patches
     return sample_dpar(model, labels, uniforms, options, boundaries, prefix)
 
 
@@ -132,7 +135,7 @@ ARCHITECTURES: dict[str, Architecture] = for_every_family(
 
 @dataclass(frozen=True)
 class Objective:
-    """The module that gives the loss of a batch, and the entropy head that learns in it beside the model."""
+    """The module that computes the loss of a batch, and the jointly trained entropy head in it, if any."""
 
     module: nn.Module
     head: EntropyHead | None = None
@@ -140,37 +143,37 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What training needs. Each function takes the family's section of the settings first."""
+    """The functions that train a family. The first argument of each is the family's section of the settings."""
 
     config: Callable[[Any, TokenStore], ModelConfig]
-    """Config of a model of these tokens."""
+    """Makes the config of a model for the tokens of a store."""
     batches: Callable[[Any, TokenStore, Inputs], TokenData]
-    """Training and held-out batches."""
+    """Makes training and held-out batches."""
     objective: Callable[[Any, Any, Any], Objective]
-    """The loss of a module on the family's batches."""
+    """Makes the loss of a module on the family's batches."""
     pretrained: Callable[[Any, Path, TokenStore], Model] | None
-    """Weights made elsewhere, from a file; None for a family that has none."""
+    """Imports pretrained weights from a file; None for a family without any."""
 
 
 def new_model(settings: TrainConfig, store: TokenStore) -> Model:
-    """A model of these tokens with fresh weights."""
+    """A model for these tokens with fresh weights."""
     config = RECIPES[settings.family].config(settings, store)
     return Model(settings.family, ARCHITECTURES[settings.family].module(config), config)
 
 
 def pretrained_model(settings: TrainConfig, path: Path, store: TokenStore) -> Model:
-    """A model of these tokens with weights made elsewhere.
+    """A model for these tokens with pretrained weights.
 
     Raises:
-        InputError: The file is missing or unreadable, or its weights are of another model.
+        InputError: The file is missing or unreadable, or its weights belong to another model.
     """
     pretrained = RECIPES[settings.family].pretrained
-    assert pretrained is not None  # only the sections of families that have weights elsewhere name a file
+    assert pretrained is not None  # only families with pretrained weights have a setting for a file
     return pretrained(settings, path, store)
 
 
 def _of_tokens(store: TokenStore) -> dict[str, Any]:
-    """What the tokens decide of a config."""
+    """Config fields that follow from the tokens."""
     return {
         "codebook_size": store.codebook_size,
         "num_tokens": store.num_tokens,
@@ -196,7 +199,7 @@ def _gpt_config(settings: LlamaGenSettings, store: TokenStore) -> GPTConfig:
 
 
 def _patched_batches(settings: DPARSettings, store: TokenStore, inputs: Inputs) -> PatchedData:
-    """With a head, entropies are read too. No entropy opens static patches: a head would learn nothing there."""
+    """Patched batches, with entropies if a head is trained. Static patches need no entropies and no head."""
     index = PatchIndex.of(inputs, store)
     if settings.entropy_head.kind == "none" or SavedRule.of(inputs).mode == "static":
         return PatchedData(store, index)
@@ -207,7 +210,8 @@ def _patched_objective(settings: DPARSettings, model: DPAR, data: PatchedData) -
     joint: JointHeadConfig = settings.entropy_head
     if joint.kind == "none" or not isinstance(data, EntropyData):
         return Objective(DPARObjective(model))
-    head = EntropyHead(EntropyHeadConfig.of(model.config, joint.kind))  # the model's first weights are made before it
+    # The head is made after the model, so that the model's initial weights do not depend on it.
+    head = EntropyHead(EntropyHeadConfig.of(model.config, joint.kind))
     return Objective(JointObjective(model, head, joint.weight, stop_gradient=joint.stop_gradient), head)
 
 
@@ -216,7 +220,7 @@ def _next_patch_batches(settings: NPPSettings, store: TokenStore, inputs: Inputs
 
 
 def _pretrained_gpt(settings: LlamaGenSettings, path: Path, store: TokenStore) -> Model:
-    """The dropout that released weights were trained with is not known: the config keeps the default."""
+    """Import LlamaGen weights. Their dropout is unknown, so the config keeps the default."""
     config = GPTConfig(**asdict(settings.model), **_of_tokens(store))
     return Model(settings.family, read_gpt_checkpoint(path, config), config)
 

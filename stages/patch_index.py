@@ -1,7 +1,7 @@
-"""Stage patch_index: which tokens open a patch, from the entropies and a rule, as one bit a token in Parquet.
+"""Stage `patch_index`: the tokens that open a patch, from entropies and a rule, as one bit per token in Parquet.
 
-The index is a function of the stored entropies: an entropy model run again elsewhere may differ in its last bits, and
-a boundary with it. Static patches are a function of the number of tokens alone.
+The index depends on the stored entropies only. Running the entropy model again on another machine could change their
+last bits, and with them a boundary. Static patches depend on the number of tokens only.
 
 Source: paper, section 3.1, Algorithm 1.
 """
@@ -32,10 +32,10 @@ Mark = Callable[[int, int], Bytes]
 
 
 def patch_index(config: PatchIndexConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `patches.parquet`, and `rule.json` with the rule and the mean patch length it gives on training images.
+    """Write `patches.parquet`, and `rule.json` with the rule and its mean patch length on training images.
 
     Raises:
-        InputError: No threshold gives the mean patch length that is wanted.
+        InputError: No threshold gives the requested mean patch length.
     """
     store: EntropyStore | TokenStore
     if config.mode == "static":
@@ -62,7 +62,7 @@ def patch_index(config: PatchIndexConfig, inputs: Inputs, output: Path, runtime:
 
 @dataclass
 class Counts:
-    """Views of training images, and the patches in them."""
+    """Number of views of training images, and of the patches in them."""
 
     views: int = 0
     patches: int = 0
@@ -74,7 +74,7 @@ class Counts:
 
 
 def _blocks(store: EntropyStore | TokenStore, mark: Mark, counts: Counts, progress: Progress) -> Iterator[Bytes]:
-    """Patch starts, view by view and in each view row-block by row-block."""
+    """Patch starts as bits, view by view, and in each view one row-block at a time."""
     for view in range(store.num_views):
         for unit in range(store.num_units):
             masks = mark(unit, view)
@@ -113,7 +113,7 @@ def _static(config: PatchIndexConfig, store: TokenStore) -> Mark:
 
 
 def _threshold(config: PatchIndexConfig, store: EntropyStore) -> float:
-    """The threshold in nats, rounded to float32 like the entropies it is compared with."""
+    """Threshold in nats, rounded to float32 like the entropies."""
     if config.threshold is not None:
         return float(np.float32(config.threshold))
     assert config.target_mean_length is not None  # the schema asks for one of the two

@@ -1,7 +1,7 @@
-"""Stage `sample`: images sampled from the class-conditional model, with patch boundaries decided while sampling.
+"""Stage `sample`: images sampled from the class-conditional model. Patch boundaries are decided during sampling.
 
-A sample is a function of (seed, sample number): its class and the uniform number behind each of its tokens come from
-counters, so batch size, process count and resume point do not matter.
+A sample is a function of (seed, sample number). Its class and its uniform random numbers come from counter-based
+generators, so batch size, process count and resume point do not affect it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import logging
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
+from jaxtyping import Int64, UInt16
+from numpy.typing import NDArray
 
 from conf.sample import SampleConfig
 from conf.schema import RuntimeConfig
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `samples.zarr`, and `boundaries.json` with the rule that cut the samples, empty for a model on tokens."""
+    """Write `samples.zarr`, and `boundaries.json` with the boundary source and its rule (empty without patches)."""
     with process_group(runtime) as world:
         store = TokenStore.of(inputs)
         sampler = Sampler.load(config, inputs, store, world.device)
@@ -57,12 +58,12 @@ def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeC
 
 
 def sample_labels(
-    config: SampleConfig, training_labels: npt.NDArray[np.uint16], num_classes: int
-) -> npt.NDArray[np.int64]:
+    config: SampleConfig, training_labels: UInt16[NDArray[np.uint16], " n"], num_classes: int
+) -> Int64[NDArray[np.int64], " N"]:
     """Class of every sample.
 
-    "uniform" samples each on its own, as LlamaGen and ADM do. "balanced" and "data" fix the counts (equal, or the
-    training images' shares, by largest remainder) and shuffle, so that any part of the samples is about as mixed.
+    "uniform" samples each label independently, as LlamaGen and ADM do. "balanced" and "data" fix the number of samples
+    per class (equal, or proportional to the training images, by largest remainder) and shuffle the labels.
     """
     generator = stream(config.seed, Purpose.LABELS)
     if config.labels == "uniform":

@@ -1,7 +1,7 @@
-"""Stage tokenize: VQ tokens of every view of every image, in a Zarr store.
+"""Stage `tokenize`: VQ tokens of every view of every image, in a Zarr store.
 
-Processes share the row-blocks of the store. While a batch is encoded, threads decode the images of those that follow,
-each image once for all its views.
+Processes share the row-blocks of the store. While a batch is encoded, threads decode the images of the next batches.
+Each image is decoded once for all its views.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from torch import Tensor
 from conf.schema import RuntimeConfig
 from conf.tokenize import TokenizeConfig
 from models.vq import VQModel
-from stages.images.decode import Pixels, decode, pixels_to_float, view_names, views
+from stages.arrays import PixelBatch
+from stages.images.decode import decode, view_names, views
+from stages.images.tensors import pixels_to_float
 from stages.runtime.artifact import file_sha256
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
@@ -40,7 +42,7 @@ def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: Runt
     """Write `tokens.zarr` and the names of the classes.
 
     Raises:
-        InputError: An image file is gone or no longer the one that was indexed.
+        InputError: An image file is missing, or differs from the indexed file.
     """
     with process_group(runtime) as world:
         index = ImageIndex.open(inputs["dataset"])
@@ -65,19 +67,19 @@ def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: Runt
 
 @dataclass(frozen=True)
 class ViewReader:
-    """Images of an index to pixels of their views."""
+    """Reads images of an index as pixels of their views."""
 
     index: ImageIndex
     root: Path
     config: TokenizeConfig
 
-    def views(self, image: int) -> Pixels:
-        """Views (A, H, W, 3) of one image."""
+    def views(self, image: int) -> PixelBatch:
+        """All views of one image."""
         picture = decode(self.index.read(self.root, image))
         return np.stack(views(picture, self.config.image_size, self.config.views))
 
-    def ahead(self, images: Iterable[int]) -> AbstractContextManager[Iterator[Pixels]]:
-        """Views of each image, made in threads while others are encoded: two batches ahead, or two images a thread."""
+    def ahead(self, images: Iterable[int]) -> AbstractContextManager[Iterator[PixelBatch]]:
+        """Views of each image, prepared in threads: two batches ahead, but at least two images per thread."""
         threads = torch.get_num_threads()
         a_batch = -(-self.config.batch_size // len(view_names(self.config.views)))
         return prefetch(self.views, images, threads=threads, depth=2 * max(threads, a_batch))
@@ -85,7 +87,7 @@ class ViewReader:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Views of images to tokens."""
+    """Encodes views of images to tokens."""
 
     model: VQModel
     config: TokenizeConfig
@@ -93,8 +95,8 @@ class Encoder:
     world: World
 
     @torch.inference_mode()
-    def tokens(self, pictures: Iterable[Pixels], progress: Progress) -> NDArray[np.uint16]:
-        """Tokens (images, A, T) of images given as their views (A, H, W, 3)."""
+    def tokens(self, pictures: Iterable[PixelBatch], progress: Progress) -> NDArray[np.uint16]:
+        """Tokens (images, A, T) of images, each given as its views (A, height, width, 3)."""
         done, views_done = progress.done, 0
         encoded: list[NDArray[np.uint16]] = []
         for tokens in self._one_behind(batches(pictures, self.config.batch_size)):
@@ -104,8 +106,8 @@ class Encoder:
         together = np.concatenate(encoded)
         return together.reshape(-1, self.num_views, together.shape[1])
 
-    def _one_behind(self, batches: Iterable[Pixels]) -> Iterator[Tensor]:
-        """Tokens of each batch, handed on when the next is put together: meanwhile a GPU works on them."""
+    def _one_behind(self, batches: Iterable[PixelBatch]) -> Iterator[Tensor]:
+        """Tokens of each batch, one batch late, so that a GPU works while the CPU prepares the next batch."""
         running: Tensor | None = None
         for batch in batches:
             if running is not None:
@@ -114,19 +116,19 @@ class Encoder:
         if running is not None:
             yield running
 
-    def _encode(self, batch: Pixels) -> Tensor:
+    def _encode(self, batch: PixelBatch) -> Tensor:
         pixels = pixels_to_float(batch, self.world.device)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             return self.model.encode(pixels)
 
 
-def batches(pictures: Iterable[Pixels], batch_size: int) -> Iterator[Pixels]:
-    """Views (A, H, W, 3) of images after one another, cut into batches (batch_size, H, W, 3); the last may be smaller.
+def batches(pictures: Iterable[PixelBatch], batch_size: int) -> Iterator[PixelBatch]:
+    """Views of successive images, regrouped into batches of `batch_size` views. The last batch may be smaller.
 
-    The views of an image may lie in two batches. What a batch holds depends on `pictures` alone, so a row-block of the
-    store is encoded in the same batches whoever does it, and gets the same tokens.
+    The views of an image may be split between two batches. Batches depend on `pictures` only, so a row-block of the
+    store is encoded in the same batches by any process, and gets the same tokens.
     """
-    parts, missing = list[Pixels](), batch_size
+    parts, missing = list[PixelBatch](), batch_size
     for picture in pictures:
         while len(picture):
             parts.append(picture[:missing])

@@ -1,7 +1,7 @@
-"""Stage `tokenizer`: import the VQ weights, or train them on the images.
+"""Stage `tokenizer`: import VQ weights, or train them on the images.
 
-Training minimises squared error, the codebook and commitment terms of VQ-VAE with a straight-through gradient, LPIPS,
-and from a given step on what a discriminator says. Source: LlamaGen (arXiv 2406.06525), section 2.1.
+The training loss is the sum of the squared error, VQ-VAE's codebook and commitment terms with a straight-through
+gradient, LPIPS, and from a given step on an adversarial loss. Source: LlamaGen (arXiv 2406.06525), section 2.1.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `vq.safetensors` and its config.
 
-    The record holds reconstruction scores on held-out images and, of imported weights, `source.json` with the SHA-256
-    of the file that they came from.
+    The record holds reconstruction scores on held-out images. For imported weights, it also holds `source.json` with
+    the SHA-256 of the weights file.
     """
     with process_group(runtime) as world:
         images = ImageFiles(ImageIndex.open(inputs["dataset"]), inputs["images"], config.image_size)
@@ -66,7 +66,7 @@ def _train(config: TokenizerConfig, images: ImageFiles, output: Path, runtime: R
         validate=lambda: reconstruction_scores(model, images, world),
         config=config.training,
         seed=config.seed,
-        companions={} if discriminator is None else {"discriminator": discriminator},
+        auxiliary={} if discriminator is None else {"discriminator": discriminator},
     )
     train_model(run, output, world)
     return model.eval()

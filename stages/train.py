@@ -1,4 +1,4 @@
-"""Stage `train`: the class-conditional model, of the family that the settings name. Its weights may be imported."""
+"""Stage `train`: a class-conditional model of the family in the settings, trained or with imported weights."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from stages.weights.pretrained import write_source
 
 
 def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `model.safetensors` and its config; an entropy head that was trained with the model lies beside them.
+    """Write `model.safetensors` and its config, and the weights of a jointly trained entropy head if there is one.
 
-    The record holds the held-out loss, the mean over all T positions with each image's own class, and, of imported
-    weights, `source.json` with the SHA-256 of the file that they came from.
+    The record holds the held-out loss: the mean over all T positions, conditioned on each image's class. For imported
+    weights, it also holds `source.json` with the SHA-256 of the weights file.
     """
     with process_group(runtime) as world:
         store = TokenStore.of(inputs)
@@ -45,7 +45,7 @@ def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeCon
 
 
 def _import(config: TrainConfig, path: Path, data: TokenData, output: Path, world: World) -> Model:
-    """A model with weights made elsewhere; its held-out loss goes to the record."""
+    """Import pretrained weights, and write their held-out loss to the record."""
     model = pretrained_model(config, path, data.store)
     model.module.to(world.device).eval()
     objective = RECIPES[config.family].objective(config, model.module, data)
@@ -58,7 +58,7 @@ def _import(config: TrainConfig, path: Path, data: TokenData, output: Path, worl
 def _train(
     config: TrainConfig, data: TokenData, output: Path, world: World, *, compiled: bool
 ) -> tuple[Model, EntropyHead | None]:
-    """A model trained from the start, or from where a killed run was, and the head beside it."""
+    """Train a model, or resume a killed run. Returns the model, and the jointly trained head if there is one."""
     seed_torch(config.seed, Purpose.WEIGHTS)
     model = new_model(config, data.store)
     objective = RECIPES[config.family].objective(config, model.module, data)
@@ -71,7 +71,7 @@ def _train(
         config.seed,
         world,
         restarts=config.restarts,
-        companions={} if objective.head is None else {"entropy_head": objective.head},
+        auxiliary={} if objective.head is None else {"entropy_head": objective.head},
     )
     train_model(run, output, world)
     return model, objective.head

@@ -13,6 +13,30 @@ for name, value in (
 ):
     os.environ[name] = value
 
+from jaxtyping import install_import_hook
+
+# In these modules, an array whose shape or type differs from the signature is an error at every call; an int may be a
+# float. pytest's option --jaxtyping-packages takes only one package before a type checker with arguments.
+CHECKED = (
+    "models",
+    "stages.images.decode",
+    "stages.images.tensors",
+    "stages.patches",
+    "stages.sampling",
+    "stages.scores",
+    "stages.stores.entropies",
+    "stages.stores.patches",
+    "stages.stores.samples",
+    "stages.stores.tokens",
+    "stages.training.data",
+    "stages.training.entropies",
+    "stages.training.images",
+    "stages.training.next_patch",
+    "stages.training.patched",
+    "stages.training.stream",
+)
+install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
 import importlib
 from collections.abc import Callable
 from pathlib import Path

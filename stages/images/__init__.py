@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are listed and decoded."""
+"""Images: sources, listing, decoding, and conversion to tensors."""

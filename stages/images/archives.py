@@ -1,7 +1,7 @@
-"""Tar archives read in place: where the bytes of each member lie, found by reading headers alone.
+"""Tar archives read in place: the position of each member, found by reading headers only.
 
-The standard library's `tarfile` keeps an object for each member, and takes damage behind the first header for the end
-of the archive. Here a member is forgotten once it is yielded, and an archive without its end mark is an error.
+The standard library's `tarfile` keeps an object for each member, and takes damage after the first header for the end of
+the archive. This reader keeps no members, and an archive without an end mark is an error.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ class Member(NamedTuple):
 
     name: str
     offset: int
-    """Of its first byte, from the start of the file that was opened."""
+    """Offset of the first byte in the opened file."""
     size: int
 
 
 class Span(NamedTuple):
-    """An archive that is a part of an open file: all of it, or a member that is an archive itself."""
+    """An archive in an open file: the whole file, or a member that is itself an archive."""
 
     file: BinaryIO
     title: str
-    """What errors call it."""
+    """Name of the archive in errors."""
     start: int
     stop: int
 
     def inside(self, member: Member) -> Span:
-        """A member as an archive of its own."""
+        """A member as an archive."""
         return Span(self.file, f"{member.name} in {self.title}", member.offset, member.offset + member.size)
 
 
 def whole(file: BinaryIO, path: Path) -> Span:
-    """All of an open file as one archive."""
+    """The whole of an open file as an archive."""
     return Span(file, str(path), 0, path.stat().st_size)
 
 
 def members(archive: Span) -> Iterator[Member]:
-    """The regular files of an uncompressed tar (ustar, GNU or pax), in their order; names without a leading "./".
+    """The regular files of an uncompressed tar (ustar, GNU or pax) in order, their names without a leading "./".
 
     Raises:
-        InputError: The archive is cut or damaged; the message holds the offset in the file.
+        InputError: The archive is truncated or damaged. The message holds the offset in the file.
     """
     place, name, size = archive.start, "", -1
     while (header := _header(archive, place)) is not None:
@@ -79,7 +79,7 @@ def members(archive: Span) -> Iterator[Member]:
 
 
 def _header(archive: Span, place: int) -> tarfile.TarInfo | None:
-    """The header at a place, None at the end mark."""
+    """Header at an offset; None at the end mark."""
     block = _read(archive, place, min(_BLOCK, archive.stop - place))
     if len(block) < _BLOCK:
         raise InputError(
@@ -98,7 +98,7 @@ def _header(archive: Span, place: int) -> tarfile.TarInfo | None:
 
 
 def _extended(records: bytes, name: str) -> tuple[str, int]:
-    """Name and size, where a pax header gives them: its records are `length key=value`, each ended by a newline."""
+    """Name and size from a pax header, if given. Its records are `length key=value`, each ended by a newline."""
     size = -1
     while records:
         digits, _, _ = records.partition(b" ")

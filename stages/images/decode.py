@@ -1,30 +1,30 @@
-"""Images as arrays: decoding whatever a data set holds to RGB, the crops that are tokenised, pixels to floats and back.
+"""Images as arrays: decoding of image files to RGB, and the crops that are tokenised.
 
-Source: crops of ADM (arXiv 2105.05233) and views of LlamaGen (arXiv 2406.06525), which DPAR's tokens are made from.
+Source: crops of ADM (arXiv 2105.05233) and views of LlamaGen (arXiv 2406.06525), as used for DPAR's tokens.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, UnidentifiedImageError
 from PIL.Image import Resampling, Transpose
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from stages.arrays import Pixels
 
-Pixels = NDArray[np.uint8]
+Square = UInt8[NDArray[np.uint8], "{size} {size} 3"]
+"""One RGB image whose side is the argument `size` of the function."""
 Views = Literal["center", "flip", "ten_crop", "ten_crop_x2"]
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # PIL would also start Ghostscript for an EPS
 CROP_RANGES: dict[Views, tuple[float, ...]] = {"ten_crop": (1.1,), "ten_crop_x2": (1.1, 1.05)}
 FIVE_CROPS = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
-MAX_RESIZE = 1.25  # of the shorter side in training crops: a crop sees at least 0.8 of it
+MAX_RESIZE = 1.25  # largest shorter side of a resized training image, in units of the crop's side
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -38,18 +38,18 @@ _ORIENTATIONS = {
 
 
 class DecodeError(ValueError):
-    """The bytes are not a whole image. The message is a reason without path or address, the same on every machine."""
+    """The bytes are not a whole image. The message holds no path or address: it is the same on every machine."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """The image that a file holds, upright, in mode RGB; transparency is composited over white.
+    """Decode an image file to an upright image in mode RGB.
 
-    Of an animation the first frame is taken. 16-bit grey is scaled to 8 bits. Inks become colours as (1 - C)(1 - K),
-    color profiles are not applied. ADM's and LlamaGen's pipelines do not turn images upright: the few of ImageNet that
-    have an EXIF orientation differ from theirs.
+    Transparency is composited over white. An animation gives its first frame. 16-bit grey is scaled to 8 bits. CMYK
+    inks become colours as (1 - C)(1 - K). Color profiles are not applied. ADM's and LlamaGen's pipelines ignore the
+    EXIF orientation, so the few images of ImageNet that have one differ from theirs.
 
     Raises:
-        DecodeError: Not an image of a known format, damaged, or cut short.
+        DecodeError: The file is not an image of a known format, or is damaged or truncated.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -57,27 +57,27 @@ def decode(data: bytes) -> Image.Image:
             return _upright(_to_rgb(image), _orientation(image))
     except MemoryError:
         raise
-    except UnidentifiedImageError as error:  # its message holds the address of the buffer
+    except UnidentifiedImageError as error:  # its own message contains the address of the buffer
         raise DecodeError("not an image of a known format" if data else "empty file") from error
     except Exception as error:  # on damaged bytes PIL's decoders raise almost anything
         reason = " ".join(str(error).split()) or "damaged"
         raise DecodeError(f"{type(error).__name__}: {reason}") from error
 
 
-def center_crop(image: Image.Image, size: int) -> Pixels:
-    """The middle square of an image, resized: (size, size, 3).
+def center_crop(image: Image.Image, size: int) -> Square:
+    """Center square of an image, resized to `size` pixels.
 
-    Source: ADM's center crop: box filter by halves while twice too large, then bicubic to the size.
+    Source: ADM's center crop: box filter by halves while at least twice too large, then bicubic to the size.
     """
     pixels = np.asarray(_resize_shorter_side(image, size))
     top, left = ((side - size) // 2 for side in pixels.shape[:2])
     return pixels[top : top + size, left : left + size]
 
 
-def random_crop(image: Image.Image, size: int, generator: np.random.Generator) -> Pixels:
-    """A random square of a randomly resized image, mirrored or not: (size, size, 3). Training of the tokenizer.
+def random_crop(image: Image.Image, size: int, generator: np.random.Generator) -> Square:
+    """Random square crop of a randomly resized image, mirrored with probability 0.5. For training the tokenizer.
 
-    Source: LlamaGen's tokenizer augmentation: the shorter side becomes size to size / 0.8 pixels.
+    Source: LlamaGen's tokenizer augmentation: the shorter side is resized to between size and size / 0.8 pixels.
     """
     resized = _resize_shorter_side(image, int(generator.integers(size, math.ceil(size * MAX_RESIZE), endpoint=True)))
     pixels = np.asarray(resized)
@@ -86,10 +86,10 @@ def random_crop(image: Image.Image, size: int, generator: np.random.Generator) -
     return crop[:, ::-1] if generator.random() < 0.5 else crop
 
 
-def views(image: Image.Image, size: int, kind: Views) -> list[Pixels]:
-    """The views of an image that are tokenised, each (size, size, 3), in the order of `view_names`.
+def views(image: Image.Image, size: int, kind: Views) -> list[Square]:
+    """Views of an image that are tokenised, in the order of `view_names`.
 
-    Source: LlamaGen's code extraction: a center crop of range * size pixels, then torchvision's ten crops.
+    Source: LlamaGen's code extraction: a center crop of crop_range * size pixels, then torchvision's ten crops.
     """
     if kind not in CROP_RANGES:
         center = center_crop(image, size)
@@ -102,7 +102,7 @@ def views(image: Image.Image, size: int, kind: Views) -> list[Pixels]:
 
 
 def view_names(kind: Views) -> list[str]:
-    """What each view is, e.g. `1.1/mirrored/top_left`: crop range, whether mirrored first, place of the crop."""
+    """Names of the views, e.g. `1.1/mirrored/top_left`: crop range, mirrored before cropping or not, crop position."""
     if kind not in CROP_RANGES:
         return ["center"] if kind == "center" else ["center", "mirrored/center"]
     return [
@@ -113,28 +113,9 @@ def view_names(kind: Views) -> list[str]:
     ]
 
 
-def pixels_to_float(pixels: Pixels, device: torch.device | str = "cpu") -> Tensor:
-    """Images (B, H, W, 3) uint8 as a tensor (B, 3, H, W) on a device, float32 in [-1, 1].
-
-    Bytes travel and become floats there: a quarter of the transfer, and no work for a CPU that has images to decode.
-    """
-    import torch  # takes seconds, and the dataset stage needs none of it
-
-    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
-
-
-def float_to_pixels(images: Tensor) -> Pixels:
-    """Images (B, 3, H, W) in [-1, 1], on any device, as (B, H, W, 3) uint8. Undoes `pixels_to_float` exactly.
-
-    Source: ADM and LlamaGen sampling: clamp(127.5 x + 128, 0, 255), cut to an integer.
-    """
-    pixels = images.float().mul(127.5).add_(128.0).clamp_(0.0, 255.0).byte()
-    return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy())
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-        # Adobe's programs store inks inverted and say so; PIL undoes that in every JPEG, marked or not.
+        # Adobe's programs store inverted inks and mark the file. PIL inverts every CMYK JPEG, marked or not.
         return ImageChops.invert(image).convert("RGB")
     if image.mode.startswith("I") or image.mode == "F":
         return _from_wide_grey(image)
@@ -146,7 +127,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_wide_grey(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey: PIL's own conversion clips it at 255, which turns nearly all of it white."""
+    """Scale 16-bit grey to 8 bits. PIL's own conversion clips at 255, which turns most pixels white."""
     grey = np.asarray(image)
     if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
         raise ValueError(f"pixels of mode {image.mode} have no known white")
@@ -154,7 +135,7 @@ def _from_wide_grey(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) when there is none; damaged EXIF is no reason to lose the picture."""
+    """EXIF orientation; 1 (upright) if it is missing or damaged, because the image itself may be whole."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OSError, ArithmeticError):
@@ -173,9 +154,9 @@ def _resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
     return image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
 
 
-def _five_crops(pixels: Pixels, size: int) -> list[Pixels]:
-    """Corners and center of a square, in the order of FIVE_CROPS."""
+def _five_crops(pixels: Pixels, size: int) -> list[Square]:
+    """Corner crops and center crop of a square, in the order of FIVE_CROPS."""
     last = pixels.shape[0] - size
-    middle = round(last / 2)  # to even, as torchvision does
+    middle = round(last / 2)  # half to even, as in torchvision
     corners = [(0, 0), (0, last), (last, 0), (last, last), (middle, middle)]
     return [pixels[top : top + size, left : left + size] for top, left in corners]

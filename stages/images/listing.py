@@ -1,4 +1,4 @@
-"""The images of a source as columns. A million images as Python objects would take half a gigabyte."""
+"""The images of a source as columns. A million images as Python objects would need half a gigabyte."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from stages.images.sources import ImageFile, find_images
 from stages.runtime.errors import InputError
 
 MAX_CLASSES = 65535  # labels are stored as uint16, and its last value marks missing ones
-_BLOCK = 4096  # images that are objects at the same time
+_BLOCK = 4096  # images that exist as Python objects at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Listing:
-    """Images (N,), sorted by path. A slice of it is a listing too."""
+    """Images (N,), sorted by path. A slice of a listing is a listing."""
 
     relpaths: NDArray[np.str_]
-    """Of numpy's StringDType, which takes a third of a list of str."""
+    """numpy's StringDType, which needs a third of the memory of a list of str."""
     offsets: NDArray[np.int64]
     """As in `ImageFile`."""
     sizes: NDArray[np.int64]
     """As in `ImageFile`."""
     labels: NDArray[np.uint16]
-    """Place of each image's class in `classes`."""
+    """Index of each image's class in `classes`."""
     classes: list[str]
-    """In the order of their names."""
+    """Sorted by name."""
 
     def __len__(self) -> int:
         return len(self.relpaths)
@@ -54,7 +54,7 @@ def list_images(config: DatasetConfig) -> Listing:
     """All images of a source.
 
     Raises:
-        InputError: What `find_images` raises; too many classes; two images of one name in a tar.
+        InputError: As in `find_images`, or there are too many classes, or two images in a tar have the same name.
     """
     found, numbers = find_images(config), dict[str, int]()
     blocks = []
@@ -75,7 +75,7 @@ def list_images(config: DatasetConfig) -> Listing:
     rank = np.empty(len(classes), np.uint16)
     rank[[numbers[name] for name in classes]] = np.arange(len(classes))
     order = np.argsort(relpaths, kind="stable")
-    if np.any(order[1:] < order[:-1]):  # as a rule classes come sorted, and a copy of the names can be spared
+    if np.any(order[1:] < order[:-1]):  # usually classes are sorted, and no copy is needed
         relpaths = relpaths[order]
     _refuse_twins(relpaths)
     return Listing(
@@ -84,7 +84,7 @@ def list_images(config: DatasetConfig) -> Listing:
 
 
 def _refuse_twins(relpaths: NDArray[np.str_]) -> None:
-    """A tar may hold two members of one name, a folder may not."""
+    """Two members of a tar may have the same name, unlike two files in a folder."""
     twins = np.flatnonzero(relpaths[1:] == relpaths[:-1])
     if len(twins):
         raise InputError(f"two images are called {relpaths[twins[0]]}: make the archive again with one of them")

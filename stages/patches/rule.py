@@ -1,11 +1,11 @@
-"""The rule of a finished patch index, as `rule.json` in its artifact holds it."""
+"""The rule of a finished patch index, stored in its artifact as `rule.json`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from models.patching import PatchRule
 from stages.runtime.artifact import read_json, write_json
@@ -16,11 +16,11 @@ RULE_FILE = "rule.json"
 
 @dataclass(frozen=True, kw_only=True)
 class IndexRule:
-    """What opens patches. Static patches have a `static_length` and nothing else."""
+    """The rule that opens patches. A static rule has a `static_length` and no other field set."""
 
     mode: Literal["entropy", "static"]
     threshold: float | None
-    """Nats, a float32 number."""
+    """Nats; representable in float32."""
     max_length: int | None
     """Longest patch, tokens; None for no limit."""
     row_boundary: bool
@@ -29,8 +29,8 @@ class IndexRule:
     """Tokens in a static patch."""
 
     @classmethod
-    def by_entropy(cls, rule: PatchRule) -> Self:
-        """The rule of patches by entropy."""
+    def by_entropy(cls, rule: PatchRule) -> IndexRule:
+        """Rule of patches by entropy."""
         return cls(
             mode="entropy",
             threshold=rule.threshold,
@@ -40,12 +40,12 @@ class IndexRule:
         )
 
     @classmethod
-    def static(cls, length: float) -> Self:
-        """The rule of patches of one length."""
+    def static(cls, length: float) -> IndexRule:
+        """Rule of patches of one length, in tokens."""
         return cls(mode="static", threshold=None, max_length=None, row_boundary=False, static_length=length)
 
     def fields(self) -> dict[str, Any]:
-        """The rule as JSON holds it. The threshold stands there in hexadecimal too, for exact comparison by people."""
+        """Fields for JSON. The threshold is also given in hexadecimal, for exact comparison by people."""
         exact = None if self.threshold is None else self.threshold.hex()
         first = {"mode": self.mode, "threshold": self.threshold, "threshold_hex": exact}
         return first | asdict(self)
@@ -53,17 +53,17 @@ class IndexRule:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRule(IndexRule):
-    """The rule of a finished patch index, with what it gave."""
+    """The rule of a finished patch index, and the mean patch length that it gave."""
 
     mean_length: float
-    """Tokens in a patch, on average over the patches of all views of the training images."""
+    """Tokens per patch, averaged over the patches of all views of the training images."""
 
     @classmethod
     def of(cls, inputs: Mapping[str, Path]) -> SavedRule:
         """Read the rule of the patch index among `inputs`.
 
         Raises:
-            ArtifactError: It is missing or damaged.
+            ArtifactError: The file is missing or damaged.
         """
         path = inputs["patch_index"] / RULE_FILE
         try:
@@ -75,14 +75,14 @@ class SavedRule(IndexRule):
 
     @classmethod
     def save(cls, artifact: Path, rule: IndexRule, mean_length: float) -> None:
-        """Write the rule of a patch index with the mean length it gave."""
+        """Write the rule of a patch index and its mean patch length."""
         write_json(artifact / RULE_FILE, cls(**asdict(rule), mean_length=mean_length).fields())
 
     def patch_rule(self, grid: int) -> PatchRule:
-        """The rule on images of `grid` x `grid` tokens.
+        """The rule for images of `grid` x `grid` tokens.
 
         Raises:
-            ValueError: Patches are static: no threshold decides.
+            ValueError: The rule is static and has no threshold.
         """
         if self.threshold is None:
             raise ValueError(f"the patch index has mode {self.mode} and no threshold, expected mode entropy")

@@ -1,1 +1,1 @@
-"""How a stage runs: its process, its files, its progress. Nothing here can change a result but `randomness`."""
+"""How a stage runs: its process, its files, its progress. Only `randomness` can change a result."""

@@ -1,11 +1,11 @@
-"""Files of an artifact: written aside and renamed, so that a file that has its name is whole.
+"""Files of an artifact. Each is written under a temporary name and renamed, so a file with its final name is whole.
 
-`record/` in an artifact says how it was made (log, metrics, checkpoints, units) and is no part of what was made: the
-content digest leaves it out.
+`record/` in an artifact describes how it was made (log, metrics, checkpoints, units). It is not part of the content and
+not part of the content digest.
 
-What a power cut leaves: a file is flushed to disk before it gets its name, so one that has its name is whole. The name
-itself may be lost until its folder is flushed, which only the commit of the artifact does: whoever resumes therefore
-looks for every file that a manifest lists, and makes again what is not there.
+After a power cut: a file is flushed to disk before it is renamed, so a file with its final name is whole. The rename
+itself may be lost until the folder is flushed, which happens only when the artifact is committed. A resumed run
+therefore checks every file that a manifest lists, and writes missing ones again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PARTIAL = "partial"
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call `write` on a temporary file beside `path`, flush it to disk, and rename it to `path`.
 
-    Any number of processes on any number of machines may write the same file: one of them wins, whole.
+    Several processes, also on several machines, may write the same file: the last rename wins, and the file is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{_PARTIAL}")
@@ -45,7 +45,7 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed processes left of `write_atomic` below a folder that nobody is writing to."""
+    """Remove temporary files of killed processes below a folder. No process may be writing to the folder."""
     for partial in folder.rglob(f"*.{_PARTIAL}"):
         partial.unlink(missing_ok=True)
 
@@ -62,11 +62,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
-    """Arrays of an `.npz` by their names; None if it is missing or damaged, with a warning if it is damaged.
+    """Arrays of an `.npz` file by name; None if the file is missing or damaged, with a warning if it is damaged.
 
-    The file holds a CRC-32 of each array. A damaged name of an array is not noticed: look for the names you need.
+    The file holds a CRC-32 of each array. A damaged array name is not detected, so callers check the names.
     """
-    import numpy as np  # commands that only look at artifacts start faster without it
+    import numpy as np  # commands that only list artifacts start faster without it
 
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
@@ -85,7 +85,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy and paths, as JSON knows them."""
+    """Convert numpy scalars and paths for JSON."""
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "item"):

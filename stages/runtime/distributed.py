@@ -1,4 +1,4 @@
-"""The process group of a stage: the only place that knows ranks. One process needs none and gets the same functions."""
+"""The process group of a stage. Only this module uses torch.distributed; with one process its functions do nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stages.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that torchrun started."""
+    """Rank and device of this process, and the number of processes that torchrun started."""
 
     rank: int
     size: int
@@ -27,13 +27,13 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that writes what is written once."""
+        """True on rank 0, which writes all files that are written once."""
         return self.rank == 0
 
 
 @contextmanager
 def process_group(runtime: RuntimeConfig) -> Iterator[World]:
-    """Join the group that torchrun's environment describes, and leave it at the end."""
+    """Context that joins the process group of torchrun's environment and leaves it at the end."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(runtime)
     torch.set_num_threads(
@@ -56,7 +56,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum of `values` over all processes, on every process. The input is left as it was."""
+    """Sum of `values` over all processes, on every process. The input is not changed."""
     total = values.clone()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -64,10 +64,10 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def return_free_memory() -> None:
-    """Give the allocator's free pages back to the system (Linux).
+    """Return the allocator's free pages to the system (Linux).
 
-    Batches of patches have another shape at every step. The heap fragments under them, and a process that lives on one
-    gigabyte would come to hold four.
+    Batches of patches change their shape at every step. This fragments the heap: without the call, a process that
+    needs one gigabyte grows to four.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,7 +1,7 @@
-"""How a stage's process is told what to do, and how it ends: `python -m stages.<name> --job job.json`.
+"""The process of a stage, `python -m stages.<name> --job job.json`: its job file, and its error report.
 
-The launcher writes the job; the stage's function does the work; an error comes back as one line in
-`record/error.json`, because the exit code of torchrun says no more than that a process failed.
+The launcher writes the job file, and the stage's function does the work. An error is reported as one line in
+`record/error.json`, because the exit code of torchrun only says that a process failed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _PR_SET_PDEATHSIG = 1
 class Job:
     """One run of one stage.
 
-    `inputs` maps a stage's name to its finished artifact, and "images" to the root of the images. `output` is the work
-    directory, which becomes the artifact when the stage ends well.
+    `inputs` maps the name of a stage to its finished artifact, and "images" to the root of the images. `output` is the
+    work directory. It becomes the artifact when the stage succeeds.
     """
 
     stage: str
@@ -52,14 +52,14 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        """Read a job that `write` wrote."""
+        """Read a job from its JSON file."""
         fields = read_json(path)
         inputs = {name: Path(value) for name, value in fields.pop("inputs").items()}
         return cls(**fields | {"inputs": inputs, "output": Path(fields["output"])})
 
 
 def main(function: StageFunction[Config], config_type: type[Config]) -> None:
-    """Run `function` as the process of a stage: the body of every stage's `__main__`."""
+    """Run `function` as the process of a stage. Every stage calls this from `__main__`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--job", type=Path, required=True)
     job = Job.read(parser.parse_args().job)
@@ -78,7 +78,7 @@ def main(function: StageFunction[Config], config_type: type[Config]) -> None:
 
 
 def _write_error(job: Job, error: Exception, code: int, rank: int) -> None:
-    """Leave the first process's error for the launcher; a full disk may leave no room for it."""
+    """Write the first error of any process for the launcher. If the disk is full, the error only goes to the log."""
     path = job.output / ERROR_FILE
     try:
         if not path.exists():
@@ -104,6 +104,6 @@ def _configure_logging(rank: int, runtime: RuntimeConfig) -> None:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to stop this process when its parent dies, so that a killed launcher leaves no orphan."""
+    """Ask Linux to stop this process when its parent dies, so that a killed launcher leaves no orphans."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

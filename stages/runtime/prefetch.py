@@ -1,4 +1,4 @@
-"""Work done ahead of need, in threads, with a bound on how far ahead."""
+"""Prefetching in threads, with a bound on the number of waiting results."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Result = TypeVar("Result")
 def prefetch(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, depth: int
 ) -> Iterator[Iterator[Result]]:
-    """Results of `function` in the order of `items`, computed in threads while earlier ones are used.
+    """Results of `function` in the order of `items`, computed in threads while earlier results are used.
 
-    At most `depth` results wait or are being computed, so memory does not grow with the number of items. An error of
-    `function` is raised where its result is asked for. Leaving the context drops what has not been started.
+    At most `depth` results are waiting or being computed, so memory does not grow with the number of items. An error of
+    `function` is raised when its result is read. Leaving the context cancels calls that have not started.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
     try:

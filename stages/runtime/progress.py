@@ -1,4 +1,4 @@
-"""Progress of a stage, for people: `record/progress.json` for the bar of the command line, plain lines for the log."""
+"""Progress of a stage: `record/progress.json` for the command line's progress bar, and lines in the log."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LINE_PERIOD_S = 15.0
 
 
 class Progress:
-    """Counts `done` of `total` units of a named thing; silent on every process but the main one.
+    """Counts `done` of `total` things of a kind. Only the main process reports.
 
-    A resumed stage starts above zero: `done` is the place, and the rate counts only what this process has done.
+    A resumed stage starts with `done` above zero. The rate only counts the work of this process.
     """
 
     def __init__(self, output: Path, what: str, total: int, *, done: int = 0, enabled: bool = True) -> None:
@@ -31,7 +31,7 @@ class Progress:
         self.update(done)
 
     def update(self, done: int, note: str = "") -> None:
-        """Say that `done` units are finished; `note` is shown beside the bar, e.g. the loss."""
+        """Set the number of finished things. `note` is shown beside the bar, e.g. the loss."""
         self.done = done
         if not self._enabled:
             return
@@ -45,7 +45,7 @@ class Progress:
             logger.info("%s %d/%d %s", self.what, done, self.total, note)
 
     def _write(self, note: str, now: float) -> None:
-        """Replace the file without a flush to disk: it is a view, lost without harm."""
+        """Replace the file without a flush to disk, because its loss does no harm."""
         rate = (self.done - self._first_done) / max(now - self._started, 1e-9)
         state = {"what": self.what, "done": self.done, "total": self.total, "per_second": rate, "note": note}
         partial = self.path.with_suffix(".partial")

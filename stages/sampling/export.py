@@ -1,4 +1,4 @@
-"""Samples as other programs read them: one .npz for ADM's evaluator, or a folder of PNG files."""
+"""Export of samples for other programs: one .npz for ADM's evaluator, or a folder of PNG files."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from zipfile import ZipFile, ZipInfo
 import numpy as np
 from PIL import Image
 
-from stages.images.decode import Pixels
+from stages.arrays import Pixels
 from stages.runtime.artifact import write_atomic
 from stages.runtime.errors import InputError
 from stages.stores.samples import SampleStore
 
 OnProgress = Callable[[int, int], None]
-"""Called with the images that are written, and all of them."""
+"""Called with the number of images written so far, and the number of all images."""
 
 
 def export_npz(store: SampleStore, path: Path, on_progress: OnProgress) -> None:
-    """Write all images as `arr_0`, uint8 (N, H, W, 3), in the order of their numbers; a file there is replaced.
+    """Write all images in order as `arr_0`, uint8 (N, height, width, 3). An existing file is replaced.
 
-    Blocks go straight from the store into the archive: memory does not depend on their number. The same samples give
-    the same bytes.
+    Blocks are copied from the store into the archive one by one, so memory does not grow with the number of images.
+    The same samples give the same bytes.
     """
     write_atomic(path, lambda file: _write_npz(store, file, on_progress))
 
 
 def export_png(store: SampleStore, folder: Path, on_progress: OnProgress) -> None:
-    """Write each image as `<number>.png`, of six digits, into a new folder, which appears when all are written.
+    """Write each image as `<number>.png`, with six digits. The folder appears once all images are written.
 
     Raises:
-        InputError: The folder is there and not empty: files of two sets would be taken for one.
+        InputError: The folder exists and is not empty. Files of two sets must not mix.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty, expected a new or an empty folder: choose another or remove it")
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
+    shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted export
     partial.mkdir(parents=True)
     done = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter lock while it compresses
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL while it compresses
         for block in store.blocks():
             paths = [partial / f"{number:06d}.png" for number in range(done, done + len(block))]
             list(pool.map(_write_png, paths, block))
@@ -55,7 +55,7 @@ def export_png(store: SampleStore, folder: Path, on_progress: OnProgress) -> Non
 def _write_npz(store: SampleStore, file: IO[bytes], on_progress: OnProgress) -> None:
     size = store.facts.image_size
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(store), size, size, 3)}
-    member = ZipInfo("arr_0.npy")  # of a fixed date
+    member = ZipInfo("arr_0.npy")  # has a fixed date, so that the bytes are reproducible
     done = 0
     with ZipFile(file, "w", allowZip64=True) as archive, archive.open(member, "w", force_zip64=True) as array:
         np.lib.format.write_array_header_1_0(array, header)

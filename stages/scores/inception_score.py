@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+from jaxtyping import Float, Float64
+from numpy.typing import NDArray
 
 from stages.runtime.randomness import Purpose, stream
 from stages.scores.statistics import finite_doubles
 
 
-def inception_score(logits: npt.NDArray[np.floating], *, splits: int, seed: int = 0) -> tuple[float, float]:
-    """Mean and standard deviation of the score over `splits` parts of the samples (N, classes).
+def inception_score(
+    logits: Float[NDArray[np.floating], "N classes"], *, splits: int, seed: int = 0
+) -> tuple[float, float]:
+    """Mean and standard deviation of the score over `splits` parts of the samples.
 
-    The samples are shuffled first: on samples sorted by class the parts would each hold few classes, and the score
-    would be far too low.
+    The samples are shuffled first. Without the shuffle, each part of samples sorted by class would hold few classes,
+    and the score would be far too low.
 
     Raises:
-        ValueError: Fewer samples than parts, or logits that are not finite floats.
+        ValueError: There are fewer samples than parts, or logits are not finite.
     """
     if not 1 <= splits <= len(logits):
         raise ValueError(f"{splits} splits of {len(logits)} samples, expected between 1 and the number of samples")
@@ -28,8 +31,8 @@ def inception_score(logits: npt.NDArray[np.floating], *, splits: int, seed: int 
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def _score(log_p: npt.NDArray[np.float64]) -> float:
-    """Exp of the mean divergence of each sample's classes from those of all samples."""
+def _score(log_p: Float64[NDArray[np.float64], "n classes"]) -> float:
+    """Exponential of the mean KL divergence between each sample's class distribution and the marginal one."""
     p = np.exp(log_p)
     marginal = p.mean(axis=0)
     log_marginal = np.log(marginal, out=np.zeros_like(marginal), where=marginal > 0)

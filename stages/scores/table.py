@@ -1,4 +1,4 @@
-"""The scores: what each is called, what it means, and which of two values is better. Nothing else names a score."""
+"""The scores: name, meaning, and which of two values is better. No other module names a score."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ExtractorName = Literal["lite0", "inception"]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreInfo:
-    """What a person must know to read a score.
+    """Description of a score.
 
     Attributes:
-        names: Its honest name by the network that the features are from. Never a bare `fid`: that name is for 50,000
-            samples, the certified weights and a published reference; the reference here is the data set's own images.
+        names: Name of the score by feature network. No name is a bare `fid`: FID means 50,000 samples, the certified
+            weights and a published reference. The reference here is the data set's own training images.
         meaning: One line.
         better: Which of two values is better.
-        source: Where it is defined.
+        source: Paper that defines the score.
     """
 
     names: Mapping[ExtractorName, str]
@@ -54,10 +54,10 @@ SCORES: dict[str, ScoreInfo] = {
     ),
 }
 RUNGS: dict[str, str] = {
-    "heldout": "real images kept from training: as close as so few images can be",
-    "reconstruction": "those images through the tokenizer: what a perfect model would reach",
-    "samples": "images sampled from the model, as many",
-    "marginals": "each token drawn by its frequency at its place: nothing learned beyond counting",
-    "random": "tokens drawn at random: nothing learned at all",
+    "heldout": "held-out real images: the lowest distance that this number of images can reach",
+    "reconstruction": "held-out images encoded and decoded by the tokenizer: the limit for a perfect model",
+    "samples": "images sampled from the model, as many as are held out",
+    "marginals": "tokens sampled from each position's marginal distribution: a unigram model",
+    "random": "tokens sampled uniformly: an untrained model",
 }
-"""The ladder of distances to the training images, from the best possible to the worst."""
+"""The ladder: image sets by their expected distance to the training images, lowest first."""

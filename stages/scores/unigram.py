@@ -1,27 +1,30 @@
-"""What tokens say by their position alone: the loss that a model must beat, and images that know no more.
+"""Per-position unigram model of tokens: its held-out loss, which is a baseline for models, and samples from it.
 
-Tokens come in blocks of images (n, T), so that a store of any size fits.
+Tokens come in blocks (n, T), so that the store may be larger than memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from jaxtyping import Int64, Integer
+from numpy.typing import NDArray
 
 from stages.runtime.randomness import Purpose, stream
 
-Tokens = npt.NDArray[np.integer]
+Block = Integer[NDArray[np.integer[Any]], "_ T"]
+"""Tokens of some images. Blocks may have different numbers of images."""
 _SMOOTHINGS = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def best_unigram_loss(
-    train: Iterable[Tokens], heldout: Iterable[Tokens], codebook_size: int, first_position: int = 0
+    train: Iterable[Block], heldout: Iterable[Block], codebook_size: int, first_position: int = 0
 ) -> float:
-    """Mean loss, nats, on held-out tokens of the best per-position unigram model of training tokens.
+    """Mean held-out loss per token, in nats, of the best per-position unigram model of the training tokens.
 
-    The additive smoothing is the one that is best on the held-out tokens themselves, so no unigram model is better.
+    The additive smoothing is chosen on the held-out tokens themselves, which makes this a lower bound over smoothings.
     Positions before `first_position` are left out.
     """
     seen, num_train = _counts(train, codebook_size)
@@ -36,20 +39,20 @@ def best_unigram_loss(
 
 
 def sample_marginals(
-    train: Iterable[Tokens], num_train: int, num_tokens: int, count: int, seed: int
-) -> npt.NDArray[np.int64]:
-    """`count` images (count, T) whose every token is that of a random one of the training images at its position."""
+    train: Iterable[Block], num_train: int, num_tokens: int, count: int, seed: int
+) -> Int64[NDArray[np.int64], "{count} {num_tokens}"]:
+    """Tokens of `count` images. Each token is copied from a random training image at the same position."""
     rows = stream(seed, Purpose.MARGINALS).integers(num_train, size=(count, num_tokens))
-    drawn, first = np.empty(rows.shape, dtype=np.int64), 0
+    sampled, first = np.empty(rows.shape, dtype=np.int64), 0
     for block in train:
         here = (rows >= first) & (rows < first + len(block))
-        drawn[here] = block[rows[here] - first, here.nonzero()[1]]
+        sampled[here] = block[rows[here] - first, here.nonzero()[1]]
         first += len(block)
-    return drawn
+    return sampled
 
 
-def _counts(blocks: Iterable[Tokens], codebook_size: int) -> tuple[npt.NDArray[np.int64], int]:
-    """How often each token stands at each position, (T, V), and the number of images."""
+def _counts(blocks: Iterable[Block], codebook_size: int) -> tuple[Int64[NDArray[np.int64], "T V"], int]:
+    """Counts of each code at each position, and the number of images."""
     counts, images = np.zeros((0, codebook_size), dtype=np.int64), 0
     for block in blocks:
         if not len(counts):

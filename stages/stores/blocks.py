@@ -1,7 +1,7 @@
-"""Reading a finished store (see `stages.stores.units`): its chunk files mapped into memory as one array of rows.
+"""Reader of a finished store (see `stages.stores.units`): its chunk files are mapped into memory as one array of rows.
 
-A chunk is compared with its CRC-32C when this process first reads from it; later reads trust it. So damaged rows are an
-error wherever they are read, and a batch of rows from known chunks costs no checksum.
+A chunk is compared with its CRC-32C when this process first reads from it; later reads skip the check. Reading damaged
+rows is therefore always an error, and a batch of rows from checked chunks costs no checksum.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import errno
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from jaxtyping import Bool
 from numpy.typing import NDArray
 
+from stages.arrays import Indices
 from stages.runtime.errors import ArtifactError, InputError
 from stages.stores.header import SpecOf, StoreHeader, reader_of
 from stages.stores.layout import CRC_BYTES, Array, ArraySpec
 from stages.stores.memory_map import SideBySide
 
-Integers = NDArray[np.integer[Any]]
 S3 = "s3://"
 
 
@@ -28,44 +29,44 @@ class BlockArray(Protocol):
     """One array of a store, read in blocks or by rows."""
 
     def block(self, unit: int, view: int = 0) -> Array:
-        """Rows of one unit, of one view where the array has views: read-only.
+        """Rows of one unit, read-only; of one view if the array has views.
 
         Raises:
-            ArtifactError: Their chunk is damaged.
+            ArtifactError: The chunk is damaged.
         """
         ...
 
-    def gather(self, rows: Integers, views: Integers) -> Array:
-        """Copy rows in the order given, each of its view.
+    def gather(self, rows: Indices, views: Indices) -> Array:
+        """Copy rows in the given order, each from its own view.
 
         Raises:
-            IndexError: A row or view that the array does not have.
-            ArtifactError: A chunk that they are in is damaged.
-            InputError: The store lies where single rows cannot be read.
+            IndexError: The array does not have a row or view.
+            ArtifactError: A chunk of the rows is damaged.
+            InputError: The store is on S3, where single rows cannot be read.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class MappedArray:
-    """One array of a store: its chunks unit by unit, in a unit view by view, the files' pitch apart in one array."""
+    """One array of a store. Chunks lie in `rows` unit by unit, in a unit view by view, `files.pitch` rows apart."""
 
     header: StoreHeader
     array: ArraySpec
     files: SideBySide
     rows: Array
-    known_good: NDArray[np.bool_]
-    """Which chunks have been compared with their checksums."""
+    known_good: Bool[NDArray[np.bool_], " chunks"]
+    """True for chunks whose checksum has been checked."""
 
     def block(self, unit: int, view: int = 0) -> Array:
-        """See `BlockArray`; straight from the file."""
+        """See `BlockArray`. The rows are a view of the mapped file."""
         chunk = unit * self.array.num_views + view
         if not self.known_good[chunk]:
             self._check(chunk)
         first = chunk * self.files.pitch
         return self.rows[first : first + self.header.spec.count_rows([unit])]
 
-    def gather(self, rows: Integers, views: Integers) -> Array:
+    def gather(self, rows: Indices, views: Indices) -> Array:
         """See `BlockArray`."""
         self._check_range("image", rows, self.array.shape[0])
         self._check_range("view", views, self.array.num_views)
@@ -89,7 +90,7 @@ class MappedArray:
             raise ArtifactError(damage)
         self.known_good[chunk] = True
 
-    def _check_range(self, what: str, numbers: Integers, count: int) -> None:
+    def _check_range(self, what: str, numbers: Indices, count: int) -> None:
         if len(numbers) and (numbers.min() < 0 or numbers.max() >= count):
             raise IndexError(f"{what}s {numbers.min()}..{numbers.max()} of {self.array.name}, expected 0..{count - 1}")
 
@@ -102,7 +103,7 @@ class BlockStore:
     arrays: Mapping[str, BlockArray]
 
     def blocks(self, name: str) -> Iterator[Array]:
-        """An array without views, unit by unit."""
+        """Rows of an array without views, unit by unit."""
         return (self.arrays[name].block(unit) for unit in range(self.header.spec.num_units))
 
 
@@ -110,11 +111,12 @@ def open_store(location: Path | str, spec_of: SpecOf) -> BlockStore:
     """Open a finished store.
 
     Args:
-        location: Its folder, or an address `s3://bucket/key` (see `stages.stores.remote`).
-        spec_of: Makes its layout from its attributes.
+        location: Folder of the store, or an address `s3://bucket/key` (see `stages.stores.remote`).
+        spec_of: Makes the layout from the store's attributes.
 
     Raises:
-        ArtifactError: No store, incomplete, of another layout, or a chunk file missing, cut or grown.
+        ArtifactError: The store is missing, incomplete or of another layout, or a chunk file is missing or has
+            another size.
         InputError: The address cannot be reached.
     """
     if isinstance(location, str) and location.startswith(S3):

@@ -1,6 +1,6 @@
 """The store of next-token entropies: `entropy` (N, A, T) float32, nats, row for row beside a token store.
 
-Entry i is H(x_i | x_<i). The first token has no prediction: its entry holds the logarithm of the codebook size.
+Entry i is H(x_i | x_<i). The first token has no prediction: its entry is the logarithm of the codebook size.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from stages.stores.blocks import BlockStore, Integers, open_store
+from stages.arrays import Indices
+from stages.stores.blocks import BlockStore, open_store
 from stages.stores.layout import ArraySpec, StoreSpec
 from stages.stores.units import UnitWriter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EntropyFacts:
-    """Metadata of an entropy store: its sizes, and what it was made from."""
+    """Metadata of an entropy store: its sizes and its origin."""
 
     num_images: int
     num_train: int
@@ -46,7 +48,7 @@ class EntropyFacts:
 
 
 def entropy_writer(path: Path, facts: EntropyFacts) -> UnitWriter:
-    """Writer of the entropy store at `path`; a unit takes `entropy` (rows, A, T), all finite."""
+    """Writer of the entropy store at `path`; each unit takes `entropy` (rows, A, T), all finite."""
     return UnitWriter(path, facts.spec(), asdict(facts))
 
 
@@ -54,7 +56,7 @@ class EntropyStore:
     """A finished entropy store, mapped into memory."""
 
     FILE: ClassVar[str] = "entropies.zarr"
-    """Its name in an artifact."""
+    """Name of the store in an artifact."""
 
     def __init__(self, store: BlockStore) -> None:
         self._store = store
@@ -77,7 +79,7 @@ class EntropyStore:
         """Open the store in the folder entropies.zarr, or read-only at an address `s3://bucket/.../entropies.zarr`.
 
         Raises:
-            ArtifactError: Missing, incomplete or damaged; see `open_store`.
+            ArtifactError: The store is missing, incomplete or damaged; see `open_store`.
         """
         return cls(open_store(location, lambda facts: EntropyFacts(**facts).spec()))
 
@@ -93,18 +95,18 @@ class EntropyStore:
         """Images of a unit."""
         return self._store.header.spec.rows(unit)
 
-    def fetch(self, images: Integers, views: Integers) -> NDArray[np.float32]:
-        """Entropies (n, T) of the given images, each in its view, as a copy.
+    def fetch(self, images: Indices, views: Indices) -> Float32[NDArray[np.float32], "n T"]:
+        """Entropies in nats of the given images, each in its view, as a copy.
 
         Raises:
-            IndexError: An image or view that the store does not have.
-            ArtifactError: A damaged chunk, found when it is first read.
+            IndexError: The store does not have an image or view.
+            ArtifactError: A chunk is damaged; found when it is first read.
         """
         entropies: NDArray[np.float32] = self._entropy.gather(images, views)
         return entropies
 
-    def read_block(self, unit: int, view: int) -> NDArray[np.float32]:
-        """Entropies (rows, T) of one view of the images of one unit: read-only, straight from the file.
+    def read_block(self, unit: int, view: int) -> Float32[NDArray[np.float32], "rows T"]:
+        """Entropies in nats of one view of one unit: read-only, a view of the mapped file.
 
         Raises:
             ArtifactError: As `fetch`.

@@ -18,7 +18,7 @@ from stages.stores.layout import ATTRIBUTES, CRC_BYTES, FORMAT, NOT_FACTS, Array
 Read = Callable[[str], bytes]
 SpecOf = Callable[[dict[str, Any]], StoreSpec]
 _WHOLE = google_crc32c.value(bytes(CRC_BYTES))
-"""CRC-32C of any data followed by their own CRC-32C. No data at all are followed by zeros."""
+"""CRC-32C of any data followed by their own CRC-32C, a constant. Zeros are the CRC-32C of empty data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class StoreHeader:
     location: Path | str
     """Folder, or address that starts with `s3://`."""
     facts: dict[str, Any]
-    """Its attributes, without those of the format."""
+    """Metadata: the store's attributes, without those of the format."""
     digest: str
     """SHA-256 over the attributes and the SHA-256 of every other file."""
     spec: StoreSpec
@@ -38,12 +38,12 @@ class StoreHeader:
         """Read the header of a store.
 
         Args:
-            location: For errors.
-            read: Gives a file of the store by its key.
-            spec_of: Makes the layout from the attributes.
+            location: Folder or address, for errors.
+            read: Reads a file of the store by its key.
+            spec_of: Makes the layout from the metadata.
 
         Raises:
-            ArtifactError: No store, incomplete, or of another format or kind.
+            ArtifactError: The store is missing or incomplete, or has another format or kind.
         """
         attributes = _parse(
             location, "zarr.json", read, lambda metadata: dict(metadata["attributes"].get(ATTRIBUTES, {}))
@@ -63,7 +63,7 @@ class StoreHeader:
         """Check the fields of an array's Zarr metadata that reading raw files relies on.
 
         Raises:
-            ArtifactError: Missing, damaged or different.
+            ArtifactError: The metadata are missing, damaged or different.
         """
         key = f"{array.name}/zarr.json"
         found = _parse(
@@ -90,12 +90,12 @@ class StoreHeader:
                 )
 
     def chunk_name(self, array: ArraySpec, key: str) -> str:
-        """Name of a chunk in messages: array, number and file."""
+        """Name of a chunk for messages: array, number and file."""
         chunk = key.removeprefix(f"{array.name}/c/")
         return f"array {array.name}, chunk {chunk} of {PurePath(self.location).name} (file {self.location}/{key})"
 
     def size_damage(self, array: ArraySpec, key: str, found: int | None) -> str | None:
-        """What is wrong with the size of a chunk's file; `found` is None where there is no file."""
+        """Description of a wrong file size, None if it is right. `found` is None if the file is missing."""
         wanted = self.spec.chunk_bytes(array)
         if found == wanted:
             return None
@@ -103,7 +103,7 @@ class StoreHeader:
         return f"{self.chunk_name(array, key)} is {state}, expected {wanted} bytes: run its stage again"
 
     def content_damage(self, array: ArraySpec, key: str, data: bytes | NDArray[np.uint8]) -> str | None:
-        """What is wrong with the bytes of a chunk's file: size and checksum."""
+        """Description of a wrong size or checksum of a chunk's file, None if both are right."""
         if what := self.size_damage(array, key, len(data)):
             return what
         if google_crc32c.value(data) != _WHOLE:
@@ -112,12 +112,12 @@ class StoreHeader:
 
 
 def reader_of(folder: Path) -> Read:
-    """A function that reads the files of a store in a folder by their keys."""
+    """Reader of the files of a store in a folder, by key."""
     return lambda key: (folder / key).read_bytes()
 
 
 def _parse(location: Path | str, key: str, read: Read, pick: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """What `pick` takes from a metadata file."""
+    """Fields of a metadata file, selected by `pick`."""
     try:
         return pick(json.loads(read(key)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

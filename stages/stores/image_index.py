@@ -1,4 +1,4 @@
-"""The index of a data set's images: one row an image, in Parquet. Training images come first, then held-out ones."""
+"""The index of a data set's images in Parquet, one row per image. Training images come first, then held-out ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INDEX_FILE = "images.parquet"
 CLASSES_FILE = "classes.json"
 DIGEST_BYTES = 16
 FACTS = np.dtype([("bytes", "<i8"), ("width", "<i4"), ("height", "<i4"), ("digest", f"V{DIGEST_BYTES}")])
-"""What is known of an image file besides its name and class: size in bytes and pixels, BLAKE2b-128 of its bytes."""
+"""Metadata of an image file besides its name and class: size in bytes and pixels, BLAKE2b-128 of its bytes."""
 
 _SCHEMA = pa.schema(
     [
@@ -35,11 +35,11 @@ _SCHEMA = pa.schema(
         pa.field("digest", pa.binary(DIGEST_BYTES), nullable=False),
     ]
 )
-_ROW_GROUP = 4096  # images that are objects while the index is written or read
+_ROW_GROUP = 4096  # images that exist as Python objects at a time
 
 
 def file_digest(data: bytes) -> bytes:
-    """BLAKE2b-128 of a file's bytes: what the index knows an image by."""
+    """BLAKE2b-128 of a file's bytes, the image's identity in the index."""
     return blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
@@ -57,10 +57,10 @@ def write_index(
     Args:
         output: Folder of the artifact.
         images: All images of the source.
-        facts: Of each of them, dtype FACTS.
-        order: Which of them are indexed, and in what order; the first `num_train` are for training.
-        num_train: Training images; those after them are held out.
-        source: Where the images came from, as in the settings.
+        facts: Metadata of all images, dtype FACTS.
+        order: Rows of the images to index, in the order of the index. The first `num_train` are for training.
+        num_train: Number of training images. The images after them are held out.
+        source: Kind of the source, as in the settings.
     """
     schema = _SCHEMA.with_metadata({"num_train": str(num_train), "source": source})
 
@@ -94,16 +94,16 @@ def _columns(images: Listing, facts: NDArray[np.void], rows: NDArray[np.intp]) -
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ImageIndex:
-    """The images of a data set, by number: 0 .. num_train - 1 are for training, the others held out."""
+    """The images of a data set. Images 0 .. num_train - 1 are for training, the others are held out."""
 
     relpaths: NDArray[np.str_]
-    """Of each image below the image root, see `stages.images.sources`; of numpy's StringDType."""
+    """Path of each image below the image root, see `stages.images.sources`; numpy's StringDType."""
     offsets: NDArray[np.int64]
-    """Where an image starts in its tar, 0 for a file of its own."""
+    """Offset of each image in its tar, bytes; 0 for a separate file."""
     sizes: NDArray[np.int64]
-    """Bytes of each image as it is stored."""
+    """Size of each image file, bytes."""
     digests: NDArray[np.uint8]
-    """BLAKE2b-128 of those bytes, (N, 16)."""
+    """BLAKE2b-128 of each image file, (N, 16)."""
     labels: NDArray[np.uint16]
     classes: list[str]
     num_train: int
@@ -143,14 +143,14 @@ class ImageIndex:
 
     @property
     def num_heldout(self) -> int:
-        """Images that are never trained on."""
+        """Number of held-out images, which are never trained on."""
         return len(self) - self.num_train
 
     def read(self, root: Path, image: int) -> bytes:
         """The bytes of an image, checked against the index.
 
         Raises:
-            StaleIndexError: Its file is gone, or does not hold what was indexed.
+            StaleIndexError: The file is missing, or differs from the indexed file.
         """
         relpath, offset, size = self.relpaths[image], int(self.offsets[image]), int(self.sizes[image])
         try:
@@ -167,7 +167,7 @@ class ImageIndex:
 
 
 def _read_columns(file: pq.ParquetFile) -> dict[str, NDArray[Any]]:
-    """Columns of an index by the names of `ImageIndex`, one row group at a time: a table would hold them twice."""
+    """Columns of an index, named as in `ImageIndex`, read by row group: a table would hold all data twice."""
     count = file.metadata.num_rows
     columns = {
         "relpaths": np.empty(count, np.dtypes.StringDType()),

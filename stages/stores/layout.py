@@ -1,4 +1,4 @@
-"""Layout of a store: its arrays, how rows are cut into units, and the names, sizes and metadata of its files."""
+"""Layout of a store: its arrays, the division of rows into units, and the names, sizes and metadata of its files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Array = NDArray[Any]
 FORMAT = 2
 ATTRIBUTES = "dpar"
 CRC_BYTES = 4
-NOT_FACTS = frozenset({"format", "complete", "digest"})  # attributes that do not describe what is stored
+NOT_FACTS = frozenset({"format", "complete", "digest"})  # attributes of the format, which do not describe the content
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,11 +32,11 @@ class ArraySpec:
     dtype: str
     """Name of a little-endian type, e.g. `uint16`."""
     missing: float | None = None
-    """Fill value of Zarr, NaN or the largest value of the type, which no finished entry has; None if there is none."""
+    """Zarr's fill value, NaN or the largest value of the type, which no written entry has; None if there is none."""
     below: int | None = None
-    """Every value is below it, if it is given. The writer checks this, so that readers need not."""
+    """Upper bound (exclusive) of all values, checked by the writer so that readers need not; None if there is none."""
     per_view: bool = False
-    """The second axis is the views, each in chunks of its own."""
+    """True if the second axis is the views, each with its own chunks."""
 
     def __post_init__(self) -> None:
         if self.missing is not None and not np.isnan(self.missing) and self.missing != np.iinfo(self.dtype).max:
@@ -46,7 +46,7 @@ class ArraySpec:
 
     @property
     def num_views(self) -> int:
-        """Chunks of one unit: one a view."""
+        """Number of chunks in a unit: one per view."""
         return self.shape[1] if self.per_view else 1
 
     @property
@@ -57,7 +57,7 @@ class ArraySpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSpec:
-    """The arrays of a store, and how their rows are cut into units."""
+    """The arrays of a store, and the number of rows in a unit."""
 
     arrays: tuple[ArraySpec, ...]
     chunk_rows: int
@@ -69,7 +69,7 @@ class StoreSpec:
 
     @property
     def num_units(self) -> int:
-        """Row-blocks of the store; the last one may be shorter."""
+        """Number of row-blocks in the store. The last one may be shorter."""
         return -(-self.num_rows // self.chunk_rows)
 
     def rows(self, unit: int) -> slice:
@@ -77,31 +77,31 @@ class StoreSpec:
         return slice(unit * self.chunk_rows, min((unit + 1) * self.chunk_rows, self.num_rows))
 
     def count_rows(self, units: Iterable[int]) -> int:
-        """Number of rows of some units together."""
+        """Total number of rows in some units."""
         return sum(self.rows(unit).stop - self.rows(unit).start for unit in units)
 
     def chunk_shape(self, array: ArraySpec) -> tuple[int, ...]:
-        """Shape of every chunk of an array, the last one included: Zarr pads it."""
+        """Shape of every chunk of an array. Zarr pads the last chunk to it."""
         return (self.chunk_rows, *((1,) if array.per_view else ()), *array.row_shape)
 
     def chunk_bytes(self, array: ArraySpec) -> int:
-        """Size of every chunk file of an array."""
+        """Size of every chunk file of an array, bytes."""
         return math.prod(self.chunk_shape(array)) * np.dtype(array.dtype).itemsize + CRC_BYTES
 
     def chunk_keys(self, array: ArraySpec, unit: int) -> list[str]:
-        """Files of a unit's chunks below the store, one a view where the array has views."""
+        """Files of a unit's chunks below the store, one per view if the array has views."""
         zeros = "/0" * len(array.row_shape)
         if not array.per_view:
             return [f"{array.name}/c/{unit}{zeros}"]
         return [f"{array.name}/c/{unit}/{view}{zeros}" for view in range(array.num_views)]
 
     def keys(self, array: ArraySpec) -> Iterator[str]:
-        """Files of all chunks of an array, unit by unit, and in a unit view by view."""
+        """Files of all chunks of an array, unit by unit, and in each unit view by view."""
         return (key for unit in range(self.num_units) for key in self.chunk_keys(array, unit))
 
 
 def value_damage(array: ArraySpec, block: Array) -> str | None:
-    """What is wrong with the values of an array's rows, as the rest of a sentence; None if nothing is."""
+    """Description of wrong values in an array's rows, as the end of a sentence; None if all are right."""
     if array.missing is not None and _holds(block, array.missing):
         return f"holds entries that were never written ({array.missing})"
     if block.dtype.kind == "f" and not np.isfinite(block).all():
@@ -112,24 +112,24 @@ def value_damage(array: ArraySpec, block: Array) -> str | None:
 
 
 def store_digest(facts: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
-    """SHA-256 over a store's metadata and the SHA-256 of every file but the group's own, by key."""
+    """SHA-256 over a store's metadata and the SHA-256 of every file except the group's metadata file."""
     return hashlib.sha256(_canonical({"facts": dict(facts), "files": dict(hashes)})).hexdigest()
 
 
 def identity(spec: StoreSpec, facts: Mapping[str, Any]) -> str:
-    """SHA-256 over a store's layout and metadata: which store a unit belongs to."""
+    """SHA-256 over a store's layout and metadata. It identifies the store that a unit belongs to."""
     arrays = [asdict(array) | {"missing": str(array.missing)} for array in spec.arrays]
     fields = {"format": FORMAT, "facts": dict(facts), "arrays": arrays, "chunk_rows": spec.chunk_rows}
     return hashlib.sha256(_canonical(fields)).hexdigest()
 
 
 def metadata_keys(spec: StoreSpec) -> list[str]:
-    """The arrays' metadata files below a store."""
+    """Keys of the arrays' metadata files."""
     return [f"{array.name}/zarr.json" for array in spec.arrays]
 
 
 def metadata_files(spec: StoreSpec, facts: Mapping[str, Any], digest: str | None = None) -> dict[str, bytes]:
-    """The metadata files of a store by their place below it, as zarr writes them; complete if it has a digest."""
+    """The metadata files of a store by key, as zarr writes them. With a digest, the store is marked as complete."""
     end = {"complete": False} if digest is None else {"digest": digest, "complete": True}
     files: dict[str, Buffer] = {}
     attributes = {ATTRIBUTES: {"format": FORMAT, **facts, **end}}
@@ -149,7 +149,7 @@ def metadata_files(spec: StoreSpec, facts: Mapping[str, Any], digest: str | None
 
 
 def _holds(block: Array, missing: float) -> bool:
-    largest = block.max()  # NaN if there is one: no array of the same size is needed to find it
+    largest = block.max()  # NaN if any value is NaN; needs no temporary array
     return bool(np.isnan(largest) if np.isnan(missing) else largest == missing)
 
 

@@ -1,7 +1,7 @@
-"""Many files of one size as one array: mapped side by side in memory, so that one index reaches any row of any file.
+"""Memory map of many files of one size as one array, so that one index reaches any row of any file.
 
-A mapping of its own for each of the thousands of files of a large store would cost a Python object and an open file
-descriptor each, and every batch a loop over the files that it touches.
+A large store has thousands of files. A separate mapping for each would cost a Python object and an open file
+descriptor per file, and a loop over files for every batch.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-_MAP_FIXED = 0x10  # of Linux and macOS alike; the module mmap does not have it
+_MAP_FIXED = 0x10  # the value on Linux and macOS; the module mmap does not define it
 _MADV_POPULATE_READ = 22
 _FAILED = ctypes.c_void_p(-1).value
 
 
 class SideBySide:
-    """Read-only rows of `num_files` files, `pitch` rows from the start of one file to the start of the next.
+    """Read-only rows of `num_files` files. File i starts at row i * `pitch`.
 
-    The pitch is at least the rows of a file: files start at a page and at a whole row. Between the rows of two files
-    lie the `tail` bytes that follow the rows of the first, then zeros.
+    Every file starts at a page boundary and at a whole row, so the pitch may exceed the number of rows in a file. The
+    rows of a file are followed by its `tail` bytes, then by zeros.
     """
 
     def __init__(
         self, num_files: int, rows: int, row_shape: tuple[int, ...], dtype: DTypeLike, *, tail: int = 0
     ) -> None:
-        """Reserve the addresses; no memory is used yet."""
+        """Reserve addresses. This uses no memory."""
         self._dtype, self._row_shape = np.dtype(dtype), row_shape
         row_bytes = math.prod(row_shape) * self._dtype.itemsize
         step = math.lcm(mmap.PAGESIZE, row_bytes)
@@ -41,15 +41,15 @@ class SideBySide:
         self._stride = -(-self._bytes // step) * step
         self.pitch = self._stride // row_bytes
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        # Freeing this one mapping frees what is laid over it, too.
+        # Freeing this mapping also frees the file mappings over it.
         self._memory = mmap.mmap(-1, num_files * self._stride, flags=flags, prot=mmap.PROT_READ)
         self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
 
     def lay(self, place: int, path: Path, wanted: int) -> int | None:
-        """Map a file's rows and tail at a place, if it has the wanted size. Returns its size, None without a file.
+        """Map file number `place` if its size is `wanted` bytes. Returns its size, or None if it does not exist.
 
         Raises:
-            OSError: It cannot be opened or mapped.
+            OSError: The file cannot be opened or mapped.
         """
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -64,18 +64,18 @@ class SideBySide:
         return found
 
     def rows(self) -> NDArray[Any]:
-        """Rows (files * pitch, *row shape), which keep the mapping alive."""
+        """All rows, (files * pitch, *row shape). The array keeps the mapping alive."""
         flat = np.frombuffer(self._memory, self._dtype)
         return flat.reshape(-1, *self._row_shape)
 
     def file(self, place: int) -> NDArray[np.uint8]:
-        """Bytes of the file at a place, its rows and its tail, now in memory. They keep the mapping alive, too.
+        """Bytes of file number `place`, rows and tail, read into memory. The array keeps the mapping alive.
 
-        On Linux 5.14 and later, other threads run while the disk is read, and a file that cannot be read is an error.
-        Elsewhere it ends the process with SIGBUS.
+        On Linux 5.14 and later, other threads run while the disk is read, and a read failure is an error. Elsewhere, a
+        read failure ends the process with SIGBUS.
 
         Raises:
-            OSError: The file was cut since it was mapped, or the disk cannot read it.
+            OSError: The file was truncated after it was mapped, or the disk cannot read it.
         """
         if sys.platform == "linux" and _LIBC.madvise(
             self._address + place * self._stride, self._bytes, _MADV_POPULATE_READ

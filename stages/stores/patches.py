@@ -1,4 +1,4 @@
-"""The patch index: which tokens open a patch, one bit a token, a Parquet row for every view of every image."""
+"""The patch index: tokens that open a patch, one bit per token, in one Parquet row per view of an image."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import IO, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int64, UInt8
 from numpy.typing import NDArray
 
 from models.patch_tables import Bytes, unpack_bits
+from stages.arrays import Indices, Starts
 from stages.runtime.artifact import write_atomic
 from stages.runtime.errors import ArtifactError
-from stages.stores.blocks import Integers
 from stages.stores.tokens import TokenStore
 
 FORMAT = "1"
@@ -25,31 +26,31 @@ FORMAT = "1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PatchFacts:
-    """What a patch index holds and was made from. Kept as text in the schema's metadata."""
+    """Metadata of a patch index: its sizes and its origin. Stored as text in the schema's metadata."""
 
     num_images: int
     num_views: int
     num_tokens: int
     entropies_digest: str
-    """Empty for static patches, which are made from no entropies."""
+    """Digest of the entropy store; empty for static patches."""
     tokens_digest: str
 
 
 def write_patches(
     path: Path, facts: PatchFacts, blocks: Iterable[Bytes], *, rule: Mapping[str, str], chunk_rows: int
 ) -> None:
-    """Write an index, with as little in memory as one block.
+    """Write an index, with one block in memory at a time.
 
     Args:
         path: File to write.
         facts: Sizes and origin.
-        blocks: Patch starts as bits (rows, bytes), view by view, in each view all images in order; each becomes a row
-            group.
-        rule: How the starts were found, for people who open the file.
-        chunk_rows: Rows of a block; the last one of each view may have fewer.
+        blocks: Patch starts as bits (rows, bytes), view by view, and in each view all images in order. Each block
+            becomes a row group.
+        rule: The rule behind the starts, for people who open the file.
+        chunk_rows: Rows in a block; the last block of each view may have fewer.
 
     Raises:
-        ValueError: The blocks are not all rows of all views.
+        ValueError: The blocks do not cover all rows of all views.
     """
     text = {"format": FORMAT, **{name: str(value) for name, value in asdict(facts).items()}, **rule}
     schema = _schema(facts.num_tokens).with_metadata(text)
@@ -57,14 +58,14 @@ def write_patches(
 
 
 class PatchIndex:
-    """Patch starts of every view of every image, in memory: T / 8 bytes a view."""
+    """Patch starts of every view of every image, in memory: T / 8 bytes per view."""
 
     FILE: ClassVar[str] = "patches.parquet"
-    """Its name in an artifact."""
+    """Name of the index in an artifact."""
 
-    def __init__(self, path: Path, facts: PatchFacts, masks: Bytes) -> None:
+    def __init__(self, path: Path, facts: PatchFacts, masks: UInt8[NDArray[np.uint8], "N A bytes"]) -> None:
         self.path, self.facts = path, facts
-        self._masks = masks  # (N, A, bytes)
+        self._masks = masks
 
     @classmethod
     def of(cls, inputs: Mapping[str, Path], tokens: TokenStore) -> PatchIndex:
@@ -77,10 +78,10 @@ class PatchIndex:
 
         Args:
             path: The file.
-            tokens_digest: Of the token store it will be used with.
+            tokens_digest: Digest of the token store that the index will be used with.
 
         Raises:
-            ArtifactError: Missing, damaged, incomplete, or made from other tokens.
+            ArtifactError: The file is missing, damaged or incomplete, or was made from other tokens.
         """
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -100,19 +101,19 @@ class PatchIndex:
         """SHA-256 of all patch starts, in hex."""
         return hashlib.sha256(self._masks.data).hexdigest()
 
-    def starts(self, images: Integers, views: Integers) -> NDArray[np.bool_]:
-        """Patch starts (n, T) of the given images, each in its view: true where a token opens a patch."""
+    def starts(self, images: Indices, views: Indices) -> Starts:
+        """Patch starts of the given images, each in its own view."""
         return unpack_bits(self._masks[images, views], self.facts.num_tokens)
 
-    def patch_counts(self) -> NDArray[np.int64]:
-        """Patches of every view of every image, (N, A)."""
+    def patch_counts(self) -> Int64[NDArray[np.int64], "N A"]:
+        """Number of patches in every view of every image."""
         return np.bitwise_count(self._masks).sum(axis=-1, dtype=np.int64)
 
     def require_entropies(self, digest: str) -> None:
         """Check that the index was made from the entropy store of this digest.
 
         Raises:
-            ArtifactError: It was made from others.
+            ArtifactError: The index was made from another store.
         """
         if self.facts.entropies_digest != digest:
             raise ArtifactError(
@@ -171,7 +172,7 @@ def _facts(path: Path, schema: pa.Schema) -> PatchFacts:
     metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
     missing = [field.name for field in fields(PatchFacts) if field.name not in metadata]
     if missing or metadata.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is no patch index of format {FORMAT}: run the patch_index stage again")
+        raise ArtifactError(f"{path} is not a patch index of format {FORMAT}: run the patch_index stage again")
     facts = PatchFacts(
         num_images=int(metadata["num_images"]),
         num_views=int(metadata["num_views"]),
@@ -184,8 +185,8 @@ def _facts(path: Path, schema: pa.Schema) -> PatchFacts:
     return facts
 
 
-def _read_masks(path: Path, file: pq.ParquetFile, facts: PatchFacts) -> Bytes:
-    """All masks (N, A, bytes), each row checked to be where its image and view belong."""
+def _read_masks(path: Path, file: pq.ParquetFile, facts: PatchFacts) -> UInt8[NDArray[np.uint8], "N A bytes"]:
+    """Packed patch starts of all images and views. The order of the rows is checked."""
     num_rows = facts.num_images * facts.num_views
     if file.metadata.num_rows != num_rows:
         raise ArtifactError(f"{path} has {file.metadata.num_rows} rows, expected {num_rows}: run patch_index again")
@@ -197,7 +198,10 @@ def _read_masks(path: Path, file: pq.ParquetFile, facts: PatchFacts) -> Bytes:
         ordered = np.array_equal(table["image_id"], images) and np.array_equal(table["view"], views)
         starts = np.frombuffer(table["starts"].chunk(0).buffers()[1], np.uint8).reshape(table.num_rows, -1)
         if not ordered or not np.array_equal(np.bitwise_count(starts).sum(axis=-1), table["n_patches"]):
-            raise ArtifactError(f"{path}, row group {group}: rows out of order or bits that do not fit their count")
+            raise ArtifactError(
+                f"{path}, row group {group}: rows are out of order, or starts do not match n_patches: "
+                "run the patch_index stage again"
+            )
         masks[images, views] = starts
         first += table.num_rows
     return masks

@@ -1,6 +1,6 @@
-"""A finished store on S3, read in whole blocks: a batch of single rows would fetch megabytes for each row.
+"""Reader of a finished store on S3. It reads whole blocks only: single rows would cost megabytes of transfer per row.
 
-Address, region and keys are those of the environment (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID` ...).
+Endpoint, region and credentials come from the environment (`AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_ACCESS_KEY_ID` ...).
 """
 
 from __future__ import annotations
@@ -21,18 +21,22 @@ BLOCKS_KEPT = 4
 
 
 class RemoteArray:
-    """One array of a store on S3; the few blocks read last stay in memory."""
+    """One array of a store on S3. The most recently read blocks are cached in memory."""
 
     def __init__(self, header: StoreHeader, array: ArraySpec, read: Read) -> None:
         self._header, self._array, self._read = header, array, read
         self._blocks = lru_cache(BLOCKS_KEPT)(self._fetch)
 
     def block(self, unit: int, view: int = 0) -> Array:
-        """See `BlockArray`; its checksum is checked whenever it is fetched."""
+        """See `BlockArray`. The checksum is checked at every fetch."""
         return self._blocks(unit, view)
 
     def gather(self, rows: object, views: object) -> Array:
-        """Refuse to; see `BlockArray`."""
+        """Always an error, see `BlockArray`.
+
+        Raises:
+            InputError: Single rows of a remote store cannot be read.
+        """
         raise InputError(
             f"single rows of {self._header.location} cannot be read, only whole blocks: copy the store to a local disk"
         )
@@ -52,10 +56,10 @@ class RemoteArray:
 
 
 def open_remote(address: str, spec_of: SpecOf) -> tuple[StoreHeader, Mapping[str, RemoteArray]]:
-    """Open the store at `s3://bucket/key`: header and arrays. One listing tells the size of every chunk.
+    """Open the store at `s3://bucket/key`. One listing gives the sizes of all chunks.
 
     Raises:
-        ArtifactError: No store, incomplete, of another layout, or a chunk missing, cut or grown.
+        ArtifactError: The store is missing, incomplete or of another layout, or a chunk is missing or has another size.
         InputError: S3 cannot be reached.
     """
     try:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from jaxtyping import Bool, UInt16
 from numpy.typing import NDArray
 
+from stages.arrays import Indices, PixelBatch
 from stages.stores.blocks import BlockStore, open_store
 from stages.stores.layout import Array, ArraySpec, StoreSpec
 from stages.stores.tokens import MISSING
@@ -54,16 +56,16 @@ class SampleStore:
     """A finished sample store. Images stay on disk and are read in blocks; the other arrays are in memory."""
 
     FILE: ClassVar[str] = "samples.zarr"
-    """Its name in an artifact."""
+    """Name of the store in an artifact."""
 
     def __init__(self, store: BlockStore) -> None:
         self._store = store
         self.location = store.header.location
         self.facts = SampleFacts(**store.header.facts)
         self.digest = store.header.digest
-        self.labels: NDArray[np.uint16] = self._whole("labels")
-        self.tokens: NDArray[np.uint16] = self._whole("tokens")
-        self.patch_starts: NDArray[np.bool_] = self._whole("patch_starts")
+        self.labels: UInt16[NDArray[np.uint16], " N"] = self._whole("labels")
+        self.tokens: UInt16[NDArray[np.uint16], "N T"] = self._whole("tokens")
+        self.patch_starts: Bool[NDArray[np.bool_], "N T"] = self._whole("patch_starts")
 
     @classmethod
     def of(cls, inputs: Mapping[str, Path]) -> SampleStore:
@@ -75,27 +77,27 @@ class SampleStore:
         """Open the store in the folder samples.zarr, or read-only at an address `s3://bucket/.../samples.zarr`.
 
         Raises:
-            ArtifactError: Missing, incomplete or damaged; see `open_store`.
+            ArtifactError: The store is missing, incomplete or damaged; see `open_store`.
         """
         return cls(open_store(location, lambda facts: SampleFacts(**facts).spec()))
 
     def __len__(self) -> int:
         return self.facts.num_samples
 
-    def images(self, rows: NDArray[np.integer]) -> NDArray[np.uint8]:
-        """Images (n, H, W, 3) of the given rows, as a copy.
+    def images(self, rows: Indices) -> PixelBatch:
+        """Images of the given rows, as a copy.
 
         Raises:
-            IndexError: A row that the store does not have.
-            ArtifactError: A damaged chunk, found when it is first read.
+            IndexError: The store does not have a row.
+            ArtifactError: A chunk is damaged; found when it is first read.
         """
         return self._store.arrays["images"].gather(rows, np.zeros_like(rows))
 
-    def blocks(self) -> Iterator[NDArray[np.uint8]]:
-        """All images in order, (rows, H, W, 3) at a time: read-only, straight from the files.
+    def blocks(self) -> Iterator[PixelBatch]:
+        """All images in order, one row-block at a time: read-only views of the mapped files.
 
         Raises:
-            ArtifactError: A damaged chunk.
+            ArtifactError: A chunk is damaged.
         """
         yield from self._store.blocks("images")
 

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from jaxtyping import UInt16
 from numpy.typing import NDArray
 
-from stages.stores.blocks import BlockStore, Integers, open_store
+from stages.arrays import Indices
+from stages.stores.blocks import BlockStore, open_store
 from stages.stores.layout import ArraySpec, StoreSpec
 from stages.stores.units import UnitWriter
 
-MISSING = 65535  # never a code: a codebook has at most 65,535
+MISSING = 65535  # not a code: a codebook has at most 65,535 entries
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenFacts:
-    """Metadata of a token store: its sizes, and what it was made from."""
+    """Metadata of a token store: its sizes and its origin."""
 
     num_images: int
     num_train: int
@@ -61,7 +63,7 @@ class TokenFacts:
 
 
 def token_writer(path: Path, facts: TokenFacts) -> UnitWriter:
-    """Writer of the token store at `path`; a unit takes `tokens` (rows, A, T) and `labels` (rows,)."""
+    """Writer of the token store at `path`; each unit takes `tokens` (rows, A, T) and `labels` (rows,)."""
     return UnitWriter(path, facts.spec(), asdict(facts))
 
 
@@ -69,7 +71,7 @@ class TokenStore:
     """A finished token store, mapped into memory."""
 
     FILE: ClassVar[str] = "tokens.zarr"
-    """Its name in an artifact."""
+    """Name of the store in an artifact."""
 
     def __init__(self, store: BlockStore) -> None:
         self._store = store
@@ -77,7 +79,7 @@ class TokenStore:
         self.location = store.header.location
         self.facts = TokenFacts(**store.header.facts)
         self.digest = store.header.digest
-        self.labels: NDArray[np.uint16] = np.concatenate(list(store.blocks("labels")))
+        self.labels: UInt16[NDArray[np.uint16], " N"] = np.concatenate(list(store.blocks("labels")))
         self.num_images, self.num_views = self.facts.num_images, self.facts.num_views
         self.num_tokens, self.grid = self.facts.num_tokens, self.facts.grid
         self.num_train, self.num_classes = self.facts.num_train, self.facts.num_classes
@@ -93,25 +95,25 @@ class TokenStore:
         """Open the store in the folder tokens.zarr, or read-only at an address `s3://bucket/.../tokens.zarr`.
 
         Raises:
-            ArtifactError: Missing, incomplete or damaged; see `open_store`.
+            ArtifactError: The store is missing, incomplete or damaged; see `open_store`.
         """
         return cls(open_store(location, lambda facts: TokenFacts(**facts).spec()))
 
     def __len__(self) -> int:
         return self.num_images
 
-    def fetch(self, images: Integers, views: Integers) -> NDArray[np.uint16]:
-        """Tokens (n, T) of the given images, each in its view, as a copy.
+    def fetch(self, images: Indices, views: Indices) -> UInt16[NDArray[np.uint16], "n T"]:
+        """Tokens of the given images, each in its view, as a copy.
 
         Raises:
-            IndexError: An image or view that the store does not have.
-            ArtifactError: A damaged chunk, found when it is first read.
+            IndexError: The store does not have an image or view.
+            ArtifactError: A chunk is damaged; found when it is first read.
         """
         tokens: NDArray[np.uint16] = self._tokens.gather(images, views)
         return tokens
 
-    def read_block(self, unit: int, view: int) -> NDArray[np.uint16]:
-        """Tokens (rows, T) of one view of the images of one unit: read-only, straight from the file.
+    def read_block(self, unit: int, view: int) -> UInt16[NDArray[np.uint16], "rows T"]:
+        """Tokens of one view of one unit: read-only, a view of the mapped file.
 
         Raises:
             ArtifactError: As `fetch`.
@@ -119,15 +121,15 @@ class TokenStore:
         block: NDArray[np.uint16] = self._tokens.block(unit, view)
         return block
 
-    def training_blocks(self) -> Iterator[NDArray[np.uint16]]:
-        """Tokens (n, T) of the first view of all training images in order, block by block."""
+    def training_blocks(self) -> Iterator[UInt16[NDArray[np.uint16], "n T"]]:
+        """Tokens of the first view of all training images, in order, one row-block at a time."""
         return self._first_view(0, self.num_train)
 
-    def heldout_blocks(self) -> Iterator[NDArray[np.uint16]]:
-        """Tokens (n, T) of the first view of all held-out images in order, block by block."""
+    def heldout_blocks(self) -> Iterator[UInt16[NDArray[np.uint16], "n T"]]:
+        """Tokens of the first view of all held-out images, in order, one row-block at a time."""
         return self._first_view(self.num_train, self.num_images)
 
-    def _first_view(self, first: int, last: int) -> Iterator[NDArray[np.uint16]]:
+    def _first_view(self, first: int, last: int) -> Iterator[UInt16[NDArray[np.uint16], "n T"]]:
         for unit in range(self.num_units):
             rows = self.rows(unit)
             if rows.start < last and rows.stop > first:

@@ -1,12 +1,11 @@
-"""Zarr stores that many processes write once: row-blocks as units of work, each chunk written whole by one process.
+"""Writer of Zarr stores that several processes write once. The unit of work is a row-block; a chunk has one writer.
 
-A unit is one block of rows of every array of the store. Chunks are neither compressed nor sharded, so that a chunk file
-is the raw rows plus a CRC-32C, can be mapped into memory, and stays standard Zarr v3. A unit counts as done when its
-manifest stands in `record/units` and its files have the bytes that the manifest records; that a file exists says
-nothing, for Zarr shows missing chunks as fill values. The store counts as done when `complete` stands in its
-attributes, which are written last.
+A unit is one block of rows of every array in the store. Chunks are neither compressed nor sharded: a chunk file holds
+the raw rows and a CRC-32C. It can be mapped into memory, and it is standard Zarr v3. A unit is done when its manifest
+is in `record/units` and its files match the manifest. Reading a chunk proves nothing, because Zarr reads missing chunks
+as fill values. The store is complete when its attributes, which are written last, contain `complete`.
 
-What a killed attempt left may be damaged. Whatever does not match is written again, with a warning.
+Files of a killed run may be damaged. A file that does not match its manifest is written again, with a warning.
 """
 
 from __future__ import annotations
@@ -44,23 +43,23 @@ Chunk = dict[str, int | str]
 
 
 class _RefusedError(Exception):
-    """Why a unit that has a manifest does not count as done."""
+    """A unit has a manifest and is not done. The message is the reason."""
 
 
 class UnitWriter:
     """Writes the units of one store, in any order, from any number of processes.
 
-    Every process makes one with the same arguments; making it again continues what a killed attempt left. The
-    manifests lie in `record/units` beside the store.
+    Every process creates a writer with the same arguments. A new writer continues the work of a killed run. The
+    manifests are in `record/units` beside the store.
     """
 
     def __init__(self, path: Path, spec: StoreSpec, facts: Mapping[str, Any]) -> None:
-        """Write the store's metadata where they are missing, damaged, or those of another store.
+        """Write the store's metadata files that are missing, damaged, or belong to another store.
 
         Args:
             path: Folder of the store, e.g. output/tokens.zarr.
-            spec: Its arrays.
-            facts: Its metadata, as plain JSON: what it was made from. They become its attributes.
+            spec: Layout of the store.
+            facts: Metadata of the store as plain JSON, saved as its attributes.
         """
         self.path, self.spec = path, spec
         self._facts = dict(facts)
@@ -70,9 +69,9 @@ class UnitWriter:
         self._write_metadata()
 
     def pending(self, rank: int = 0, size: int = 1) -> list[int]:
-        """Units of one process of `size` that are not written yet: every `size`-th one, from `rank`.
+        """Units of process `rank` that are not written yet, among every `size`-th unit starting at `rank`.
 
-        The files of units that a killed attempt wrote are read here, once, and compared with their manifests.
+        Files of units that a killed run wrote are read here, once, and compared with their manifests.
         """
         return [unit for unit in range(rank, self.spec.num_units, size) if self._written(unit) is None]
 
@@ -84,9 +83,9 @@ class UnitWriter:
             blocks: The unit's rows of each array, by its name.
 
         Raises:
-            ValueError: A unit that the store does not have or that is written already; a block that is not all rows of
-                the unit, of another type, or holds a value that the array must not hold.
-            ArtifactError: The disk gave back other bytes than were written.
+            ValueError: The unit does not exist or is already written, or a block has another shape or type than the
+                unit's rows, or holds a value that the array must not hold.
+            ArtifactError: The disk returns other bytes than were written.
         """
         if not 0 <= unit < self.spec.num_units:
             raise ValueError(f"unit {unit} of {self.path.name}, expected 0..{self.spec.num_units - 1}")
@@ -105,9 +104,9 @@ class UnitWriter:
         self._done[unit] = chunks
 
     def finish(self) -> str:
-        """Declare the store complete and return its digest. One process, after all have written their units.
+        """Mark the store as complete and return its digest. One process calls this after all units are written.
 
-        Units of other processes count by their manifests and sizes: those processes wrote or read them.
+        For units of other processes, only manifests and file sizes are checked: those processes checked the content.
 
         Raises:
             ArtifactError: A unit is missing.
@@ -150,11 +149,11 @@ class UnitWriter:
         return self.path.parent / RECORD / "units" / f"{self.path.stem}-{unit:06d}.json"
 
     def _written(self, unit: int, *, compare: bool = True) -> dict[str, Chunk] | None:
-        """Chunks of a unit that is done. The manifest of a unit that does not count as done is removed.
+        """Chunks of a unit if it is done, else None. The manifest of a unit that is not done is removed.
 
         Args:
-            unit: Its number.
-            compare: Read its files, once per process, and compare them with the manifest; else only their sizes.
+            unit: Number of the row-block.
+            compare: Read the files, once per process, and compare them with the manifest. Otherwise compare sizes only.
         """
         if unit in self._done:
             return self._done[unit]
@@ -172,11 +171,11 @@ class UnitWriter:
         return chunks
 
     def _manifest(self, unit: int) -> dict[str, Chunk]:
-        """Chunks of a unit by its manifest.
+        """Chunks in a unit's manifest.
 
         Raises:
-            FileNotFoundError: It has none.
-            _RefusedError: It cannot be read, is of another store, or a file of the unit does not have its size.
+            FileNotFoundError: The unit has no manifest.
+            _RefusedError: The manifest is damaged or belongs to another store, or a file of the unit has another size.
         """
         path = self._manifest_path(unit)
         try:
@@ -204,9 +203,9 @@ class UnitWriter:
                 raise _RefusedError(f"{self.path / key} is not the file that its manifest records")
 
     def _write_metadata(self) -> None:
-        """Write the metadata files that differ. Processes that start together write the same bytes: no barrier.
+        """Write the metadata files that differ. Concurrent processes write the same bytes, so no barrier is needed.
 
-        The group's file comes last. It may also stand complete: then it was finished before, and stays.
+        The group's file comes last. If it is already marked as complete, the store is finished and the file is kept.
         """
         for key in sorted(self._files, key=GROUP.__eq__):
             found = _read_bytes(self.path / key)
@@ -217,7 +216,7 @@ class UnitWriter:
             _write_bytes(self.path / key, self._files[key])
 
     def _complete(self, found: bytes) -> bytes | None:
-        """The group's file of this store, complete, with the digest in `found`."""
+        """The group's metadata file of the complete store, with the digest in `found`; None if there is no digest."""
         try:
             digest = str(json.loads(found)["attributes"][ATTRIBUTES]["digest"])
         except (ValueError, KeyError, TypeError):
@@ -225,22 +224,22 @@ class UnitWriter:
         return metadata_files(self.spec, self._facts, digest)[GROUP]
 
     def _remove_others(self, keys: set[str]) -> None:
-        """Remove the files that are no part of the store: of killed processes, and of another store before it."""
+        """Remove files that are not part of the store: those of killed processes, and of an earlier store."""
         remove_partials(self.path)
         for path in self.path.rglob("[!.]*"):
             if path.is_file() and path.relative_to(self.path).as_posix() not in keys:
-                logger.warning("%s is no part of the store: removed", path)
+                logger.warning("%s is not part of the store: removed", path)
                 path.unlink()
 
 
 def _describe(data: bytes) -> Chunk:
-    """What a manifest records of a chunk file."""
+    """Manifest entry of a chunk file."""
     checksum = int.from_bytes(data[-CRC_BYTES:], "little")
     return {"bytes": len(data), "crc32c": checksum, "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _file_size(path: Path) -> int | None:
-    """Size of a file in bytes; None if there is none."""
+    """Size of a file in bytes; None if it does not exist."""
     try:
         return path.stat().st_size
     except OSError:

@@ -1,7 +1,7 @@
-"""All damage of an artifact's stores and tables, by array, chunk and file: every file is read.
+"""Full check of an artifact's stores and tables. Every file is read; damage is reported by array, chunk and file.
 
-Opening a store checks sizes and metadata, reading it checks each chunk that is read. Only this pass reads all chunks,
-checks their values, and finds chunks that changed places.
+Opening a store checks sizes and metadata, and reading a chunk checks that chunk. Only this check reads all chunks,
+checks their values, and finds chunks that were swapped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stages.stores.tokens import TokenFacts, TokenStore
 
 
 class Damage(NamedTuple):
-    """A damaged file, and what is wrong with it."""
+    """A damaged file, and a description of the damage."""
 
     file: Path
     what: str
@@ -38,16 +38,15 @@ STORES: dict[str, SpecOf] = {
 }
 PATCHES = PatchIndex.FILE
 ORIGINS = {"entropies_digest": EntropyStore.FILE, "tokens_digest": TokenStore.FILE}
-"""Metadata fields that hold the digest of the store that something was made from."""
+"""Metadata fields with the digest of a source store, and the name of that store."""
 
 
 def artifact_damage(artifact: Path, sources: Iterable[Path]) -> Iterator[Damage]:
     """All damage of the stores and tables of an artifact.
 
     Args:
-        artifact: Its folder.
-        sources: Folders of the artifacts it was made from, those that still exist. The stores in them must be the ones
-            that it names.
+        artifact: Folder of the artifact.
+        sources: Folders of the source artifacts that still exist. Their digests must match the artifact's metadata.
     """
     claims: dict[Path, Mapping[str, Any]] = {}
     for name, spec_of in STORES.items():
@@ -62,7 +61,7 @@ def artifact_damage(artifact: Path, sources: Iterable[Path]) -> Iterator[Damage]
         for fact in sorted(facts.keys() & origins.keys()):
             if facts[fact] != origins[fact]:
                 what = (
-                    f"{path} was made from {fact} {facts[fact]}, but the store that it was made from is {origins[fact]}"
+                    f"{path} was made from {fact} {facts[fact]}, but the digest of the source store is {origins[fact]}"
                 )
                 yield Damage(path, what)
 
@@ -77,12 +76,12 @@ def store_damage(path: Path, spec_of: SpecOf) -> Iterator[Damage]:
     found = list(chunk_damage(path, header))
     yield from found
     if not found and _digest(path, header) != header.digest:
-        what = f"{path} does not have the digest {header.digest}: files changed places or differ; run its stage again"
+        what = f"{path} does not have the digest {header.digest}: files were swapped or differ; run its stage again"
         yield Damage(path / "zarr.json", what)
 
 
 def chunk_damage(path: Path, header: StoreHeader) -> Iterator[Damage]:
-    """Damage of the single files of a store."""
+    """Damage of single files in a store."""
     for array in header.spec.arrays:
         try:
             header.check_layout(array, reader_of(path))
@@ -96,7 +95,7 @@ def chunk_damage(path: Path, header: StoreHeader) -> Iterator[Damage]:
 
 
 def parquet_damage(path: Path) -> Iterator[Damage]:
-    """Damage of a Parquet file, by row group and column. The rows of the patch index must also fit together."""
+    """Damage of a Parquet file, by row group and column. For the patch index, the order of its rows is checked too."""
     found = False
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -139,7 +138,7 @@ def _digest(path: Path, header: StoreHeader) -> str:
 
 
 def _digests(sources: Iterable[Path]) -> dict[str, str]:
-    """Digests of the stores in some artifacts and of those that these name, by the keys of ORIGINS."""
+    """Digests of the stores in some artifacts, and of the source stores in their metadata, by the keys of ORIGINS."""
     found: dict[str, str] = {}
     for source in sources:
         for fact, name in ORIGINS.items():
@@ -149,7 +148,7 @@ def _digests(sources: Iterable[Path]) -> dict[str, str]:
 
 
 def _facts(path: Path, spec_of: SpecOf) -> Mapping[str, Any]:
-    """Attributes and digest of a store; empty if it is missing or cannot be read."""
+    """Metadata and digest of a store; empty if it is missing or cannot be read."""
     try:
         header = StoreHeader.read(path, reader_of(path), spec_of)
     except ArtifactError:

@@ -1,4 +1,4 @@
-"""How a stage writes a store together: each process its share of the units, the main process the end."""
+"""Loop that writes a store: each process writes its share of the units, the main process completes the store."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def write_units(
     world: World,
     per_row: int = 1,
 ) -> None:
-    """Write this process's units, wait for the others, and declare the store complete.
+    """Write this process's units, wait for the other processes, and mark the store as complete.
 
     Args:
-        writer: Of the store.
-        make: Gives the blocks of a unit by array, and counts its work as progress.
+        writer: Writer of the store.
+        make: Computes the blocks of a unit by array, and updates the progress.
         pending: Units of this process that are not written yet, from `writer.pending`.
         output: Folder of the artifact, where progress is written.
-        what: Things that progress counts.
-        world: This process among the others; progress is that of the main one's share.
-        per_row: Things in one row of the store.
+        what: Name of the things that progress counts.
+        world: The process group. Progress covers the main process's share only.
+        per_row: Number of counted things in one row of the store.
     """
     pending, spec = list(pending), writer.spec
     total = per_row * spec.count_rows(range(world.rank, spec.num_units, world.size))

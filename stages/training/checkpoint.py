@@ -1,4 +1,4 @@
-"""Training checkpoints, each with its SHA-256 beside it. A killed run resumes from the newest one that is undamaged."""
+"""Training checkpoints, each with a SHA-256 file. A killed run resumes from the newest undamaged checkpoint."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ _NAME = re.compile(r"(step-\d{9})\.(pt|sha256)")
 
 
 class _HashedFile:
-    """A file that computes the SHA-256 of what is written to it, so that it need not be read again."""
+    """A file that computes the SHA-256 of the written bytes, so that they need not be read again."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest = file, sha256()
 
     def write(self, data: bytes) -> int:
-        """Write, as any file does."""
+        """Write bytes and update the digest."""
         self.digest.update(data)
         return self._file.write(data)
 
     def flush(self) -> None:
-        """Flush, as any file does."""
+        """Flush the file."""
         self._file.flush()
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> None:
     """Write the state after `step` optimiser steps, then remove all but the newest `keep` checkpoints.
 
-    The digest is written after the state: a checkpoint without one is not whole.
+    The digest is written after the state. A checkpoint without a digest is incomplete.
     """
     path = folder / f"step-{step:09d}.pt"
     digests: list[str] = []
 
     def write(file: IO[bytes]) -> None:
         hashed = _HashedFile(file)
-        torch.save(state, cast("IO[bytes]", hashed))  # it only writes and flushes
+        torch.save(state, cast("IO[bytes]", hashed))  # torch.save only calls write and flush
         digests.append(hashed.digest.hexdigest())
 
     write_atomic(path, write)
@@ -54,7 +54,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
 
 
 def load_latest(folder: Path, map_location: torch.device) -> dict[str, Any] | None:
-    """State of the newest undamaged checkpoint, or None when there is none. A warning names each damaged one."""
+    """State of the newest undamaged checkpoint, or None if there is none. Each damaged checkpoint gives a warning."""
     for path in _newest_first(folder):
         if damage := _damage(path):
             logger.warning("checkpoint %s %s: resuming from the one before", path, damage)
@@ -65,7 +65,7 @@ def load_latest(folder: Path, map_location: torch.device) -> dict[str, Any] | No
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's bytes, as the rest of a sentence."""
+    """Description of a checkpoint's damage, as the end of a sentence; None if it is whole."""
     try:
         digest = _digest_path(path).read_bytes()
     except FileNotFoundError:
@@ -84,7 +84,7 @@ def _digest_path(path: Path) -> Path:
 
 
 def _line(path: Path, digest: str) -> bytes:
-    """A digest as `sha256sum --check` reads it."""
+    """A digest in the format of `sha256sum --check`."""
     return f"{digest}  {path.name}\n".encode()
 
 

@@ -1,4 +1,4 @@
-"""Transformer blocks compiled by torch.compile, one by one."""
+"""Compilation of transformer blocks with torch.compile."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from models.layers import Block
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile every transformer block of `model` in place, for shapes that change; names of weights stay.
+    """Compile every transformer block of `model` in place, for dynamic shapes. Names of weights do not change.
 
-    Only the blocks: they are nearly all of the work, and one compiled block serves all layers of a stack. What lies
-    around them depends on how a batch is cut into patches, and would be compiled anew for each batch.
+    Only blocks are compiled: they do nearly all of the work, and one compiled block serves all layers of a stack. The
+    code around them depends on the patches of a batch and would be recompiled for each batch.
     """
-    # Rotary products of complex numbers stay torch's own kernels, which is fast: nothing to warn of.
+    # Complex rotary products run on torch's own kernels, which are fast: the warning is of no use.
     warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex operators")
     for block in model.modules():
         if isinstance(block, Block):

@@ -1,4 +1,4 @@
-"""An exponential moving average of weights: steadier than the weights of any one step."""
+"""Exponential moving average of weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage:
-    """Averages of a model's trained weights, float32 as they are: a <- decay * a + (1 - decay) * weight at each step.
+    """Averages of a model's trained weights, float32 like the weights: a <- decay * a + (1 - decay) * weight per step.
 
-    They start at the model's first weights, as LlamaGen's do. Buffers are not averaged.
+    Averages start at the model's initial weights, as in LlamaGen. Buffers are not averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -22,12 +22,12 @@ class WeightAverage:
         self._blend = get_ema_multi_avg_fn(decay)
 
     def update(self) -> None:
-        """Take in the weights of a finished step."""
+        """Add the weights of a finished step."""
         self._blend(list(self._averages.values()), [weight.detach() for weight in self._weights.values()], 0)
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Put the averages into the model and keep its weights here; a second call undoes the first, bit for bit."""
+        """Swap the averages with the model's weights. A second call restores both, bit for bit."""
         for name, weight in self._weights.items():
             kept = weight.detach().clone()
             weight.copy_(self._averages[name])
@@ -35,7 +35,7 @@ class WeightAverage:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """The model holds the averages inside."""
+        """Context in which the model holds the averages."""
         self.exchange()
         try:
             yield
@@ -48,6 +48,6 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from saved averages."""
+        """Restore saved averages."""
         for name, average in self._averages.items():
             average.copy_(state[name])

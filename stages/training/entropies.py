@@ -1,10 +1,10 @@
-"""Batches of tokens with their entropies, and the loss of a head that reads these off a model's encoder."""
+"""Token batches with entropies, and losses of an entropy head on the states of a model's encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead
+from stages.arrays import Indices
 from stages.stores.entropies import EntropyStore
+from stages.training.data import LossAndScalars
 from stages.training.patched import PatchedBatch, PatchedData
-from stages.training.stream import Integers
+
+Batch = TypeVar("Batch", bound="EntropyBatch")
 
 
 @dataclass(frozen=True)
@@ -24,23 +27,23 @@ class EntropyBatch(PatchedBatch):
 
     entropies: Float[Tensor, "B T"]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same batch with each tensor changed."""
+    def map(self: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `change` applied to each tensor."""
         return replace(super().map(change), entropies=change(self.entropies))
 
 
 @dataclass(frozen=True)
 class EntropyData(PatchedData):
-    """Tokens beside a patch index and the entropies of the same store."""
+    """Batches from tokens, and the patch index and entropies of the same tokens."""
 
     entropies: EntropyStore
 
     @property
     def digests(self) -> dict[str, str]:
-        """Digest of each thing that batches are made from."""
+        """Digests of the data that batches are made from, by name."""
         return super().digests | {"entropies": self.entropies.digest}
 
-    def batch(self, images: Integers, views: Integers) -> EntropyBatch:
+    def batch(self, images: Indices, views: Indices) -> EntropyBatch:
         """Tokens, labels, patches and entropies of the given images and views."""
         plain = super().batch(images, views)
         entropies = torch.from_numpy(self.entropies.fetch(images, views))
@@ -48,20 +51,20 @@ class EntropyData(PatchedData):
 
 
 class HeadObjective(nn.Module):
-    """Mean squared error of a head on the states of a model that stays as it is, nats squared."""
+    """Mean squared error of a head on the states of a frozen model, nats squared."""
 
     def __init__(self, model: DPAR, head: EntropyHead) -> None:
         super().__init__()
         self.model, self.head = model.requires_grad_(requires_grad=False), head
 
-    def train(self, mode: bool = True) -> Self:
-        """Only the head learns: the model drops nothing out, now or when it is asked afterwards."""
+    def train(self, mode: bool = True) -> HeadObjective:
+        """Switch only the head to training mode: the frozen model never applies dropout."""
         super().train(mode)
         self.model.eval()
         return self
 
-    def forward(self, batch: EntropyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss, and nothing else to log."""
+    def forward(self, batch: EntropyBatch) -> LossAndScalars:
+        """The loss. There are no other scalars to log."""
         here = batch.to(next(self.head.parameters()).device)
         with torch.no_grad():
             states = self.model.token_states(here.tokens[:, :-1])
@@ -69,18 +72,18 @@ class HeadObjective(nn.Module):
 
 
 class JointObjective(nn.Module):
-    """Cross-entropy of a batch, and a head's weighted mean squared error on the states of the same pass.
+    """Cross-entropy of a batch plus the weighted mean squared error of a head on the states of the same forward pass.
 
-    With `stop_gradient` the head learns from the encoder and the encoder not from the head. In evaluation it is the
-    cross-entropy alone: held-out losses are those of a model without a head.
+    With `stop_gradient`, the head's error has no gradient in the encoder. In evaluation mode the loss is the
+    cross-entropy alone, so held-out losses compare with those of a model without a head.
     """
 
     def __init__(self, model: DPAR, head: EntropyHead, weight: float, *, stop_gradient: bool) -> None:
         super().__init__()
         self.model, self.head, self.weight, self.stop_gradient = model, head, weight, stop_gradient
 
-    def forward(self, batch: EntropyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss, and both parts of it."""
+    def forward(self, batch: EntropyBatch) -> LossAndScalars:
+        """The loss and its two parts."""
         here = batch.to(next(self.model.parameters()).device)
         token_loss, states = self.model.loss_and_states(here.tokens, here.labels, here.patches)
         found = self.head(states.detach() if self.stop_gradient else states)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -20,7 +19,9 @@ from conf.tokenizer import TokenizerConfig
 from models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss, judge_frozen
 from models.lpips import LPIPS
 from models.vq import VQModel
-from stages.images.decode import Pixels, center_crop, decode, pixels_to_float, random_crop
+from stages.arrays import Indices, PixelBatch, Pixels
+from stages.images.decode import center_crop, decode, random_crop
+from stages.images.tensors import pixels_to_float
 from stages.runtime import randomness
 from stages.runtime.distributed import World
 from stages.runtime.randomness import Purpose
@@ -32,22 +33,22 @@ from stages.training.stream import SampleStream
 class ImageBatch:
     """One process's share of a step."""
 
-    pixels: Float[Tensor, "B 3 H W"]
-    """In [-1, 1]."""
+    pixels: Float[Tensor, "B 3 height width"]
+    """Values in [-1, 1]."""
     adversarial: bool
     """Whether the discriminator has started."""
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The images of an index, as pixels. Decoding is spread over threads: Pillow lets go of the interpreter lock."""
+    """The images of an index as pixels. Threads decode in parallel, because Pillow releases the GIL."""
 
     index: ImageIndex
     root: Path
     size: int
 
-    def training_pixels(self, stream: SampleStream, step: int, world: World) -> Float[Tensor, "B 3 H W"]:
-        """Random crops and mirror images of this process's share of a step."""
+    def training_pixels(self, stream: SampleStream, step: int, world: World) -> Float[Tensor, "B 3 height width"]:
+        """Random crops, randomly mirrored, of this process's share of a step."""
         images, epochs = stream.rank_slice(step, world)
 
         def crop(image: np.int64, epoch: np.int64) -> Pixels:
@@ -57,8 +58,8 @@ class ImageFiles:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return pixels_to_float(np.stack(list(pool.map(crop, images, epochs))))
 
-    def center_batches(self, rows: npt.NDArray[np.int64], batch_size: int) -> Iterator[Pixels]:
-        """Center crops of the given rows, (B, H, W, 3) uint8."""
+    def center_batches(self, rows: Indices, batch_size: int) -> Iterator[PixelBatch]:
+        """Center crops of the given images."""
         for first in range(0, len(rows), batch_size):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 yield np.stack(list(pool.map(self._center, rows[first : first + batch_size])))
@@ -71,10 +72,10 @@ class ImageFiles:
 
 
 class VQObjective(nn.Module):
-    """Loss of the tokenizer, and of its discriminator once it has started.
+    """Loss of the tokenizer, plus that of its discriminator once it has started.
 
-    Before the start LlamaGen runs the discriminator with weight 0. Here it is not run: weight 0 teaches it nothing,
-    and the statistics that its BatchNorm would gather are never used.
+    Before the start, LlamaGen runs the discriminator with weight 0. Here it is not run: weight 0 gives no gradient, and
+    the statistics of its BatchNorm are never used.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class VQObjective(nn.Module):
         super().__init__()
         self.model, self.lpips, self.discriminator, self.config = model, lpips, discriminator, config
 
-    def forward(self, batch: ImageBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total loss and its parts, each before its weight."""
+    def forward(self, batch: ImageBatch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Total loss, and its parts without their weights."""
         pixels = batch.pixels.to(next(self.model.parameters()).device)
         reconstruction, quantized = self.model(pixels)
         parts = {
@@ -110,6 +111,6 @@ class VQObjective(nn.Module):
         return loss, {name: scalar.detach() for name, scalar in scalars.items()}
 
 
-def _no_gradient(module: nn.Module) -> Tensor:
-    """Zero, with a gradient of zero for every parameter: data parallelism waits for one of each."""
+def _no_gradient(module: nn.Module) -> Float[Tensor, ""]:
+    """Zero, with a zero gradient for every parameter: DistributedDataParallel waits for a gradient of each."""
     return torch.stack([parameter.sum() for parameter in module.parameters()]).sum() * 0.0

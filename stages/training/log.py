@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, `step` in each. The file is the truth; trackers follow it."""
+"""metrics.jsonl: one JSON object per line, each with a `step`. Trackers copy this file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Appends metrics; lines after `step` are cut off at the start, because a resumed run makes them again."""
+    """Appends metrics. Lines after `step` are removed at the start: a resumed run writes them again."""
 
     def __init__(self, output: Path, step: int, *, enabled: bool) -> None:
         self.path = output / RECORD / "metrics.jsonl"
@@ -22,7 +22,7 @@ class MetricLog:
             self._truncate(step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line; it is whole on disk for any reader that waits for the newline."""
+        """Append one line. A line that ends with a newline is whole."""
         if self._enabled:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -32,7 +32,7 @@ class MetricLog:
             return
         lines = self.path.read_bytes().splitlines(keepends=True)
         steps = [_step(line) for line in lines]
-        # A torn last line, without a newline, is no damage: its writer was killed.
+        # A last line without a newline is not damage: its writer was killed.
         damaged = sum(found is None and line.endswith(b"\n") for line, found in zip(lines, steps, strict=True))
         if damaged:
             logger.warning("%s is damaged, lines dropped: %d", self.path, damaged)
@@ -41,7 +41,7 @@ class MetricLog:
 
 
 def _step(line: bytes) -> int | None:
-    """Step of a line; None if it is damaged or torn."""
+    """Step of a line; None if the line is damaged or incomplete."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):

@@ -1,12 +1,12 @@
 """The training loop of every model: forward, backward, step, log, checkpoint.
 
-Randomness of step s on rank r is seeded from (seed, s, r), so weights, optimisers and step number are the whole state:
-a run that was killed goes on from its last checkpoint to the same weights, bit for bit on CPU.
+The random state of step s on rank r is seeded from (seed, s, r). Weights, optimisers and the step number are therefore
+the whole state: a killed run resumes from its last checkpoint and ends with the same weights, bit for bit on CPU.
 
-A companion learns in the same step as the model: a discriminator, or a head that must not change how the model is
-trained. The objective adds all losses, so that one backward pass gives every gradient, and then each optimiser takes
-its step. A discriminator's loss and the model's are cut off from each other's weights; as it judges what the model made
-before its step, this equals training them in turn, as GANs usually are.
+Auxiliary modules, e.g. a discriminator or an entropy head, are trained in the same step as the model. The objective
+adds all losses, so one backward pass gives every gradient; then each optimiser takes its step. The discriminator's loss
+has no gradient in the model, and the model's adversarial loss has none in the discriminator. The discriminator sees the
+model's output from before the model's step, so this equals the usual alternating training of GANs.
 """
 
 from __future__ import annotations
@@ -42,20 +42,21 @@ CHECKPOINTS = Path(RECORD) / "checkpoints"
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Generic[Batch]):
-    """What differs between the models that the loop trains.
+    """A training run: everything that differs between models.
 
     Attributes:
-        model: The weights that are trained and kept.
-        objective: Module around all that is trained: `objective(batch)` gives the loss and named scalars to log.
-        batch: This process's batch of a step, made ahead in a thread.
-        data_state: What `batch` stands for after so many steps: seed, samples seen, digests of the data. It goes into
-            checkpoints, and a checkpoint of another state is refused.
+        model: The trained model, whose weights are kept.
+        objective: Module that contains all trained weights. `objective(batch)` gives the loss and named scalars to log.
+        batch: This process's batch of a step. It is prepared in a thread.
+        data_state: State of the data after a number of steps: seed, samples seen, digests. It is saved in checkpoints,
+            and a checkpoint with another state is an error.
         validate: Held-out metrics, computed at every checkpoint.
-        config: Steps, batch, optimiser.
-        seed: Seed of dropout and of everything else that is random in the forward pass.
-        restarts: Steps at which the learning rate's schedule begins anew.
-        companions: Weights in `objective` beside those of `model`, by name, each with an optimiser and a gradient norm
-            of its own. Each weight needs a gradient in every step, a zero one if need be. They are not averaged.
+        config: Steps, batch size, optimiser.
+        seed: Seed of dropout and of all other randomness in the forward pass.
+        restarts: Steps at which the learning rate schedule starts again.
+        auxiliary: Modules in `objective` that are trained besides `model`, by name. Each has its own optimiser and
+            gradient norm. Every parameter needs a gradient at every step, even if it is zero. No average is kept of
+            them.
     """
 
     model: nn.Module
@@ -66,16 +67,21 @@ class Training(Generic[Batch]):
     config: TrainingConfig
     seed: int
     restarts: tuple[int, ...] = ()
-    companions: Mapping[str, nn.Module] = field(default_factory=dict)
+    auxiliary: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def train_model(run: Training[Any], output: Path, world: World) -> dict[str, float]:
     """Train to the last step, from the last checkpoint if there is one, and return the final held-out metrics.
 
-    With an `ema_decay`, held-out metrics are of the averaged weights, and `run.model` holds these in the end.
+    With an `ema_decay`, held-out metrics use the averaged weights, and `run.model` holds the averaged weights at the
+    end.
+
+    Raises:
+        ArtifactError: The last checkpoint belongs to other data.
+        RuntimeError: The loss is not finite.
     """
     run.objective.to(world.device)
-    state = TrainingState(run.model, run.companions, run.config)
+    state = TrainingState(run.model, run.auxiliary, run.config)
     first = _resume(run, state, output, world)
     objective = DistributedDataParallel(run.objective) if world.size > 1 else run.objective
     log = MetricLog(output, first, enabled=world.is_main)
@@ -104,7 +110,7 @@ def train_model(run: Training[Any], output: Path, world: World) -> dict[str, flo
 def train_step(
     run: Training[Any], objective: nn.Module, state: TrainingState, batch: Any, step: int, world: World
 ) -> dict[str, Tensor]:
-    """One step of every optimiser. The named scalars stay on the device: reading them would make the host wait."""
+    """One step of every optimiser. The named scalars stay on the device, because reading them would force a sync."""
     seed_torch(run.seed, Purpose.TRAINING_STEP, step, world.rank)
     bfloat16 = run.config.precision == "bfloat16"
     with torch.autocast(world.device.type, torch.bfloat16, enabled=bfloat16):
@@ -115,17 +121,17 @@ def train_step(
 
 
 def _resume(run: Training[Any], state: TrainingState, output: Path, world: World) -> int:
-    """Load the newest checkpoint; the number of steps done.
+    """Load the newest checkpoint, if any, and return the number of finished steps.
 
     Raises:
-        ArtifactError: It was trained on other data, or in another order.
+        ArtifactError: The checkpoint was trained on other data, or in another order.
     """
     saved = load_latest(output / CHECKPOINTS, world.device)
     if saved is None:
         return 0
     _check_data(saved.get("data", {}), run.data_state(saved["step"]), output / CHECKPOINTS)
     state.load_state_dict(saved)
-    logger.info("going on from step %d", saved["step"])
+    logger.info("resuming from step %d", saved["step"])
     return int(saved["step"])
 
 
@@ -141,7 +147,7 @@ def _check_data(found: dict[str, int | str], wanted: dict[str, int | str], folde
 def _save(run: Training[Any], state: TrainingState, output: Path, done: int, world: World) -> None:
     if world.is_main:
         saved = state.state_dict() | {"step": done, "data": run.data_state(done)}
-        # The last one is kept with the artifact as its training state; before that, one spare.
+        # The last checkpoint stays in the artifact as its training state. Earlier, one spare is kept.
         save_checkpoint(output / CHECKPOINTS, done, saved, keep=1 if done == run.config.steps else 2)
     barrier()
 

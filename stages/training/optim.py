@@ -1,4 +1,4 @@
-"""AdamW and its learning rate, as the paper trains (supplement, table S9)."""
+"""AdamW and its learning rate schedule. Source: paper, supplement, table S9."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
 def learning_rate(step: int, config: TrainingConfig, restarts: Sequence[int] = ()) -> float:
     """Learning rate of optimiser step `step`, counted from 0: linear warm-up, then `config.decay`.
 
-    Constant, a cosine to zero, or NPP's linear tail: constant, and over the last fifth down to a tenth. All of it
-    begins anew at each step in `restarts`.
+    The decay is constant, a cosine to zero, or NPP's linear tail (constant, then linear to a tenth over the last
+    fifth). The schedule starts again at each step in `restarts`.
     """
     first = max((start for start in restarts if start <= step), default=0)
     steps = min((start for start in restarts if start > step), default=config.steps) - first

@@ -1,19 +1,21 @@
-"""Batches of tokens with their patches, and the loss of a DPAR on them."""
+"""Token batches with patches, and the loss of a DPAR model on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from models.dpar import DPAR
 from models.packed_patches import PackedPatches, pack_patches
+from stages.arrays import Indices
 from stages.stores.patches import PatchIndex
-from stages.training.data import TokenBatch, TokenData
-from stages.training.stream import Integers
+from stages.training.data import LossAndScalars, TokenBatch, TokenData
+
+Batch = TypeVar("Batch", bound="PatchedBatch")
 
 
 @dataclass(frozen=True)
@@ -22,24 +24,24 @@ class PatchedBatch(TokenBatch):
 
     patches: PackedPatches
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same batch with each tensor changed."""
+    def map(self: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `change` applied to each tensor."""
         return replace(super().map(change), patches=self.patches.map(change))
 
 
 @dataclass(frozen=True)
 class PatchedData(TokenData):
-    """Tokens beside a patch index of the same store."""
+    """Batches from tokens and the patch index of the same tokens."""
 
     index: PatchIndex
 
     @property
     def digests(self) -> dict[str, str]:
-        """Digest of each thing that batches are made from."""
+        """Digests of the data that batches are made from, by name."""
         return super().digests | {"patches": self.index.digest}
 
-    def batch(self, images: Integers, views: Integers) -> PatchedBatch:
-        """Tokens, labels and patches of the given images and views. The patches are laid out here, on the CPU."""
+    def batch(self, images: Indices, views: Indices) -> PatchedBatch:
+        """Tokens, labels and patches of the given images and views. Patches are packed here, on the CPU."""
         plain = super().batch(images, views)
         patches = pack_patches(torch.from_numpy(self.index.starts(images, views)))
         return PatchedBatch(plain.tokens, plain.labels, patches)
@@ -52,7 +54,7 @@ class DPARObjective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: PatchedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss, and nothing else to log."""
+    def forward(self, batch: PatchedBatch) -> LossAndScalars:
+        """The loss. There are no other scalars to log."""
         batch = batch.to(next(self.model.parameters()).device)
         return self.model.loss(batch.tokens, batch.labels, batch.patches), {}

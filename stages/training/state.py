@@ -1,4 +1,4 @@
-"""All that a training step changes: weights, their optimisers, and the running average of weights."""
+"""The state that a training step changes: weights, optimisers, and the running average of weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from stages.training.ema import WeightAverage
 from stages.training.optim import make_optimizer
 
 
-class Learner:
-    """Weights with an optimiser of their own."""
+class ModuleOptimizer:
+    """A module with its optimiser."""
 
     def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
         self._module, self._grad_clip = module, config.grad_clip
         self._optimizer = make_optimizer(module, config)
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
+        """Set the gradients to None."""
         self._optimizer.zero_grad(set_to_none=True)
 
     def step(self, rate: float) -> Tensor:
-        """Clip the gradients and take a step of learning rate `rate`. The norm before clipping."""
+        """Clip the gradients and take a step with learning rate `rate`. Returns the norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         norm = clip_grad_norm_(self._module.parameters(), self._grad_clip)
@@ -34,53 +34,53 @@ class Learner:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, buffers and optimiser."""
+        """Weights, buffers and the optimiser's state."""
         return {"weights": self._module.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         self._module.load_state_dict(state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
 
 
 class TrainingState:
-    """The model, its companions by name, and the model's average where the settings ask for it."""
+    """The model, the auxiliary modules by name, and the model's weight average if `ema_decay` is set."""
 
-    def __init__(self, model: nn.Module, companions: Mapping[str, nn.Module], config: TrainingConfig) -> None:
-        self._model = Learner(model, config)
-        self._companions = {name: Learner(companion, config) for name, companion in companions.items()}
+    def __init__(self, model: nn.Module, auxiliary: Mapping[str, nn.Module], config: TrainingConfig) -> None:
+        self._model = ModuleOptimizer(model, config)
+        self._auxiliary = {name: ModuleOptimizer(module, config) for name, module in auxiliary.items()}
         self._average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
 
     def step(self, loss: Tensor, rate: float) -> dict[str, Tensor]:
-        """Go down the gradient of `loss` with learning rate `rate`. The gradient norms, by name."""
-        learners = {"grad_norm": self._model}
-        learners |= {f"{name}_grad_norm": companion for name, companion in self._companions.items()}
-        for learner in learners.values():
-            learner.zero_grad()
+        """Take one step of every optimiser with learning rate `rate`. Returns the gradient norms by name."""
+        optimizers = {"grad_norm": self._model}
+        optimizers |= {f"{name}_grad_norm": optimizer for name, optimizer in self._auxiliary.items()}
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
         loss.backward()
-        norms = {name: learner.step(rate) for name, learner in learners.items()}
+        norms = {name: optimizer.step(rate) for name, optimizer in optimizers.items()}
         if self._average is not None:
             self._average.update()
         return norms
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The model holds its average inside, where there is one."""
+        """Context in which the model holds its weight average, if there is one."""
         return nullcontext() if self._average is None else self._average.in_model()
 
     def keep_average(self) -> None:
-        """Leave the average in the model, where there is one. Nothing is trained afterwards."""
+        """Put the weight average into the model, if there is one. Call it after the last step."""
         if self._average is not None:
             self._average.exchange()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, for a checkpoint."""
+        """State of all parts by name, for a checkpoint."""
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 
-    def _parts(self) -> dict[str, Learner | WeightAverage]:
-        parts: dict[str, Learner | WeightAverage] = {"model": self._model, **self._companions}
+    def _parts(self) -> dict[str, ModuleOptimizer | WeightAverage]:
+        parts: dict[str, ModuleOptimizer | WeightAverage] = {"model": self._model, **self._auxiliary}
         return parts if self._average is None else parts | {"average": self._average}

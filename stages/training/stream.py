@@ -1,7 +1,8 @@
-"""Which sample is trained on when: a pure function of (seed, step), whatever the number of processes.
+"""The order of training samples: a pure function of (seed, step), independent of the number of processes.
 
-Global step s takes samples s*G .. (s+1)*G of an endless stream of epochs, each a permutation of the training images.
-Nothing is padded or repeated at the epoch's edge, and the step number is all of the loader's state that ever changes.
+Global step s takes samples s * G to (s + 1) * G - 1 of an endless stream of epochs, with G the global batch size. Each
+epoch is a permutation of the training images. No sample is padded or repeated at the end of an epoch. The step number
+is the only state of the loader that changes.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
+from jaxtyping import Int64, UInt32
+from numpy.typing import NDArray
 
 from stages.runtime.distributed import World
 from stages.runtime.errors import InputError
 from stages.runtime.randomness import Purpose, choices, stream
 
-Integers = npt.NDArray[np.int64]
+Numbers = Int64[NDArray[np.int64], " n"]
+"""Image or epoch of each sample."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,14 @@ class SampleStream:
     seed: int
 
     def state(self, steps: int) -> dict[str, int | str]:
-        """Where the stream stands after so many steps; the number of processes is no part of it."""
+        """State of the stream after a number of steps. It does not depend on the number of processes."""
         return {"seed": self.seed, "num_images": self.num_images, "samples_seen": steps * self.global_batch_size}
 
-    def rank_slice(self, step: int, world: World) -> tuple[Integers, Integers]:
+    def rank_slice(self, step: int, world: World) -> tuple[Numbers, Numbers]:
         """Images that this process trains on in `step`, and the epoch of each.
 
         Raises:
-            InputError: The global batch cannot be shared equally.
+            InputError: The global batch is not a multiple of the number of processes.
         """
         if self.global_batch_size % world.size:
             raise InputError(
@@ -52,13 +55,13 @@ class SampleStream:
             images[chosen] = _epoch_order(self.num_images, self.seed, int(epoch))[places[chosen] % self.num_images]
         return images, epochs
 
-    def views(self, images: Integers, epochs: Integers, num_views: int) -> Integers:
-        """A random view of each image in its epoch."""
+    def views(self, images: Numbers, epochs: Numbers, num_views: int) -> Numbers:
+        """A random view of each image, a function of its epoch."""
         return choices(self.seed, Purpose.VIEWS, epochs * self.num_images + images, num_views)
 
 
-@lru_cache(maxsize=2)  # at the edge of an epoch a batch takes from two
-def _epoch_order(num_images: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
+@lru_cache(maxsize=2)  # a batch at the end of an epoch needs two
+def _epoch_order(num_images: int, seed: int, epoch: int) -> UInt32[NDArray[np.uint32], " {num_images}"]:
     order = np.arange(num_images, dtype=np.uint32)
     stream(seed, Purpose.EPOCHS, epoch).shuffle(order)
     return order

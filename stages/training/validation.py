@@ -1,4 +1,4 @@
-"""Held-out numbers of a model while it is trained. They go to metrics.jsonl, and no weight depends on them."""
+"""Held-out metrics of a model during training. They are written to metrics.jsonl; no weight depends on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models.vq import VQModel
-from stages.images.decode import float_to_pixels, pixels_to_float
+from stages.images.tensors import float_to_pixels, pixels_to_float
 from stages.runtime.distributed import World, all_reduce_sum
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _VALIDATION_IMAGES = 512
 
 
 def heldout_loss(data: TokenData, objective: nn.Module, world: World, batch_size: int = 128) -> dict[str, float]:
-    """Mean loss on the first view of the held-out images, float32, nats; empty when none are held out."""
+    """Mean loss on the first view of the held-out images, float32, nats. Empty if no images are held out."""
     rows = np.arange(data.store.num_train, len(data.store))
     if not len(rows):
         return {}
@@ -34,7 +34,7 @@ def heldout_loss(data: TokenData, objective: nn.Module, world: World, batch_size
 
 
 def reconstruction_scores(model: VQModel, images: ImageFiles, world: World) -> dict[str, float]:
-    """PSNR in dB and codebook usage on held-out images (on training images when none are held out)."""
+    """PSNR in dB and codebook usage on held-out images, or on training images if none are held out."""
     rows = np.arange(images.index.num_train, len(images.index))
     if not len(rows):
         rows = np.arange(len(images.index))

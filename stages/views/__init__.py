@@ -1,1 +1,1 @@
-"""Pictures and numbers for people. They are drawn from finished artifacts, and no key or digest depends on them."""
+"""Pictures and metrics for people, made from finished artifacts. Views are in no cache key and in no digest."""

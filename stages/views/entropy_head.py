@@ -1,4 +1,4 @@
-"""View of stage `entropy_head`: how near each source of boundaries comes to the entropy model."""
+"""View of stage `entropy_head`: agreement of each boundary source with the entropy model."""
 
 from __future__ import annotations
 
@@ -8,33 +8,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from conf.boundary_sources import BOUNDARY_SOURCES
 from conf.entropy_head import EntropyHeadConfig
 from conf.schema import RuntimeConfig
 from models.patch_tables import PatchTables, unpack_bits
 from models.patching import PatchRule
-from stages.images.decode import float_to_pixels
+from stages.arrays import Entropies, Indices, Starts
+from stages.images.tensors import float_to_pixels
 from stages.patches.calibration import HELDOUT_FILE, SourceEntropies, Thresholds
 from stages.patches.rule import SavedRule
 from stages.patches.thresholds import EntropySample
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
-from stages.stores.blocks import Integers
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
 from stages.views.pictures import captioned_grid, patches_outlined, save_png
 from stages.weights.own import load_vq
 
-Entropies = NDArray[np.float32]
-Starts = NDArray[np.bool_]
 _SHOWN = 6  # images in the picture
 
 
 def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `metrics.json`, and `sources.png` with the same images as each source cuts them."""
+    """Write `metrics.json`, and `sources.png` with the same images cut into patches by each source."""
     thresholds = Thresholds.of(inputs).by_source
     if not thresholds:
         write_json(output / "metrics.json", {})
@@ -50,7 +47,7 @@ def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtim
 
 @dataclass(frozen=True)
 class Found:
-    """What the sources said, beside what the entropy model says of the same images."""
+    """Entropies of the sources, and the entropy model's entropies of the same images."""
 
     store: TokenStore
     index: PatchIndex
@@ -63,7 +60,7 @@ class Found:
 
     @classmethod
     def of(cls, inputs: Inputs) -> Found:
-        """Open the finished artifacts."""
+        """Read the finished artifacts."""
         store = TokenStore.of(inputs)
         return cls(
             store=store,
@@ -75,58 +72,59 @@ class Found:
         )
 
     def numbers(self, source: str, threshold: float) -> dict[str, float]:
-        """Threshold and mean length on training views; on held-out images, nearness to the entropy model.
+        """Metrics of a source: threshold and mean length on training views; on held-out images, two more.
 
-        `correlation` is that of the entropies, `agreement` the share of tokens with the same answer.
+        They compare the source with the entropy model. `correlation` is the Pearson correlation of the entropies.
+        `agreement` is the share of tokens on which both open a patch or both do not.
         """
         sample = EntropySample.of_array(self.calibrated[source], self.store.codebook_size)
         mean_length = sample.mean_length(replace(self.rule, threshold=threshold))
         numbers = {"threshold": threshold, "mean_length": mean_length}
-        said = self.heldout[source]
-        if not len(said):
+        predicted = self.heldout[source]
+        if not len(predicted):
             return numbers
-        images, views = self._heldout_images(len(said))
+        images, views = self._heldout_images(len(predicted))
         wanted = self.entropies.fetch(images, views)
-        same = self.starts(said, threshold) == self.index.starts(images, views)
-        correlation = np.corrcoef(said[:, 1:].ravel(), wanted[:, 1:].ravel())[0, 1]
+        same = self.starts(predicted, threshold) == self.index.starts(images, views)
+        correlation = np.corrcoef(predicted[:, 1:].ravel(), wanted[:, 1:].ravel())[0, 1]
         return numbers | {"correlation": float(correlation), "agreement": float(same.mean())}
 
     def starts(self, entropies: Entropies, threshold: float) -> Starts:
-        """Where the rule opens patches at a threshold."""
+        """Patch starts by the rule at a threshold."""
         tables = PatchTables.of(replace(self.rule, threshold=threshold), self.store.num_tokens)
         return unpack_bits(tables.packed_starts(entropies), self.store.num_tokens)
 
-    def shown(self) -> tuple[Integers, Integers, dict[str, Entropies]]:
-        """A few evenly spread images with their views, and what each source said of them.
+    def shown(self) -> tuple[Indices, Indices, dict[str, Entropies]]:
+        """A few evenly spread images with their views, and each source's entropies of them.
 
-        Held-out images where there are any, training images else; only images that every source was asked about.
+        They are held-out images, or training images if none are held out. Every source has entropies of them.
         """
         count = min(map(len, self.heldout.values()))
         if count:
             rows = np.unique(np.linspace(0, count - 1, _SHOWN).astype(np.int64))
             images, views = self._heldout_images(count)
-            return images[rows], views[rows], {source: said[rows] for source, said in self.heldout.items()}
-        # Sources are asked about evenly spread training views, of which all ask about the first and the last.
+            return images[rows], views[rows], {source: values[rows] for source, values in self.heldout.items()}
+        # Sources are evaluated on evenly spread training views, which always include the first and the last one.
         total = self.store.num_train * self.store.num_views
         ends = np.unique([0, total - 1])
-        said = {source: values[[0, -1][: len(ends)]] for source, values in self.calibrated.items()}
-        return ends % self.store.num_train, ends // self.store.num_train, said
+        entropies = {source: values[[0, -1][: len(ends)]] for source, values in self.calibrated.items()}
+        return ends % self.store.num_train, ends // self.store.num_train, entropies
 
-    def _heldout_images(self, count: int) -> tuple[Integers, Integers]:
+    def _heldout_images(self, count: int) -> tuple[Indices, Indices]:
         images = np.arange(self.store.num_train, self.store.num_train + count)
         return images, np.zeros_like(images)
 
 
 def _picture(inputs: Inputs, found: Found, thresholds: Mapping[str, float], path: Path) -> None:
-    """A row of the same images for each source, cut as it cuts them; the entropy model's comes first."""
-    images, views, said = found.shown()
+    """One row per source with the same images, cut into its patches. The entropy model's row comes first."""
+    images, views, entropies = found.shown()
     tokens = torch.from_numpy(found.store.fetch(images, views).astype(np.int64))
     with torch.inference_mode():
         decoded = float_to_pixels(load_vq(inputs["tokenizer"]).decode(tokens))
     rows = {BOUNDARY_SOURCES["entropy_model"].label: found.index.starts(images, views)}
     for source, info in BOUNDARY_SOURCES.items():
-        if source in said:
-            rows[info.label] = found.starts(said[source], thresholds[source])
+        if source in entropies:
+            rows[info.label] = found.starts(entropies[source], thresholds[source])
     pictures, captions = [], []
     for label, starts in rows.items():
         for image, here in zip(decoded, starts, strict=True):

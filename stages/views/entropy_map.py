@@ -19,7 +19,7 @@ def entropy_map(config: EntropyMapConfig, inputs: Inputs, output: Path, runtime:
 
 
 def mean_entropies(store: EntropyStore) -> dict[str, float]:
-    """Mean entropy in nats of training and held-out images; the first token has none and is left out."""
+    """Mean entropy in nats of training and held-out images, without the first token, which has no prediction."""
     sums = {"mean_entropy": 0.0, "heldout_mean_entropy": 0.0}
     for unit in range(store.num_units):
         first = store.rows(unit).start

@@ -1,4 +1,4 @@
-"""View of stage `entropy_model`: what its model has learned."""
+"""View of stage `entropy_model`: held-out loss of the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stages.views.token_losses import write_losses
 
 
 def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `metrics.json`: held-out loss in nats a token, and that of the best unigram model."""
+    """Write `metrics.json`: held-out loss in nats per token, and that of the best unigram model."""
     store = TokenStore.of(inputs)
     write_losses(output, inputs["entropy_model"], store, first_position=1)
 

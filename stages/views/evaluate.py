@@ -8,9 +8,10 @@ from pathlib import Path
 
 from conf.evaluate import EvaluateConfig
 from conf.schema import RuntimeConfig
+from stages.arrays import Features
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
-from stages.scores.feature_sets import Features, FeatureSets
+from stages.scores.feature_sets import FeatureSets
 from stages.scores.frechet import frechet_distance
 from stages.scores.inception_score import inception_score
 from stages.scores.precision_recall import precision_recall
@@ -29,11 +30,11 @@ class Found:
 
     @property
     def splits(self) -> int:
-        """Parts that the samples are split into for the Inception score."""
+        """Number of splits of the Inception score."""
         return min(_SPLITS, len(self.sets.samples_logits))
 
     def distance(self, features: Features) -> float:
-        """Fréchet distance of some images to the training images."""
+        """Fréchet distance between some images and the training images."""
         return frechet_distance(self.sets.reference, FeatureStats.of(features))
 
 
@@ -54,14 +55,14 @@ COMPUTED: dict[tuple[str, ...], Callable[[Found], dict[str, float]]] = {
     ("inception_score",): _inception_score,
     ("precision", "recall"): _precision_recall,
 }
-"""How scores are computed, those together that share their work."""
+"""Functions that compute the scores. Scores that share work are computed together."""
 assert sorted(name for names in COMPUTED for name in names) == sorted(SCORES), (
     "a score without an entry, or without code"
 )
 
 
 def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `metrics.json` (flat) and `scores.json` (how they were made)."""
+    """Write `metrics.json` with the scores, and `scores.json` with their settings."""
     sets = FeatureSets.open(inputs["evaluate"])
     found, extractor = Found(sets, config), sets.extractor
     scores: dict[str, float] = {}
@@ -87,7 +88,7 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: Runt
 
 
 def _ladder(found: Found, name: str) -> dict[str, float]:
-    """Distance of each set to the reference; on the ladder the samples are as many as the held-out images."""
+    """Distance of each rung to the reference. All rungs have as many images as are held out."""
     if "heldout" not in found.sets.features:
         return {}
     count = len(found.sets.features["heldout"])

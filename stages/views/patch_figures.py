@@ -1,4 +1,4 @@
-"""Figures about patches: how long they are, how uncertain tokens are, how patches follow an image's complexity.
+"""Figures about patches: patch lengths, token entropies, and number of patches against image complexity.
 
 The same numbers give the same bytes.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from stages.arrays import Entropies, Starts
 from stages.runtime.artifact import write_atomic
 from stages.runtime.randomness import Purpose, stream
 
@@ -20,19 +22,19 @@ ENTROPY_BINS = 100
 
 
 class PatchHistograms:
-    """How often each patch length and each entropy occurs."""
+    """Histograms of patch lengths and token entropies."""
 
     def __init__(self, num_tokens: int, max_entropy: float) -> None:
         self.max_entropy = max_entropy
-        """Entropy of a uniform guess in nats: the end of the scale."""
+        """Entropy of the uniform distribution, nats: the end of the scale."""
         self.lengths: NDArray[np.int64] = np.zeros(num_tokens + 1, dtype=np.int64)
-        """Patches of each length; place 0 stays empty."""
+        """Number of patches of each length; entry 0 stays zero."""
         self.entropies: NDArray[np.int64] = np.zeros(ENTROPY_BINS, dtype=np.int64)
-        """Tokens by entropy, in bins of equal width; the first of an image has no prediction and is left out."""
+        """Number of tokens in entropy bins of equal width, without first tokens, which have no prediction."""
 
-    def add(self, starts: NDArray[np.bool_], entropies: NDArray[np.float32] | None) -> None:
-        """Count images: where patches start (n, T), and entropies (n, T) in nats, if there are any."""
-        places = np.flatnonzero(starts)  # every image opens with a patch, so no length spans two images
+    def add(self, starts: Starts, entropies: Entropies | None) -> None:
+        """Count the patches and entropies (nats) of some images."""
+        places = np.flatnonzero(starts)  # every image starts with a patch, so no length spans two images
         self.lengths += np.bincount(np.diff(places, append=starts.size), minlength=len(self.lengths))
         if entropies is None:
             return
@@ -41,11 +43,11 @@ class PatchHistograms:
 
     @property
     def mean_length(self) -> float:
-        """Tokens in a patch, on average over the patches."""
+        """Tokens per patch, averaged over the patches."""
         return float(self.lengths @ np.arange(len(self.lengths)) / self.lengths.sum())
 
     def draw(self, threshold: float | None, path: Path) -> None:
-        """Write both histograms as a PNG; a line marks the threshold, in nats, unless patches are static."""
+        """Write both histograms as a PNG. A line marks the threshold (nats), if there is one."""
         figure = Figure(figsize=(10, 3.6), layout="constrained")
         axes = figure.subplots(1, 2 if self.entropies.any() else 1, squeeze=False)[0]
         self._draw_lengths(axes[0])
@@ -69,15 +71,18 @@ class PatchHistograms:
 
 
 def draw_scatter(
-    png_bytes: NDArray[np.int64], num_patches: NDArray[np.int64], correlation: float | None, path: Path
+    png_bytes: Int64[NDArray[np.int64], " n"],
+    num_patches: Int64[NDArray[np.int64], " n"],
+    correlation: float | None,
+    path: Path,
 ) -> None:
-    """Write a PNG of the patches of n images against the sizes of their PNG files in bytes."""
+    """Write a scatter plot as a PNG: number of patches of each image against the size of its PNG file in bytes."""
     figure = Figure(figsize=(6.4, 5), layout="constrained")
     axes = figure.subplots()
-    # Counts are whole numbers and their points would hide each other: they are moved by up to half a patch.
+    # Patch counts are integers, so points would overlap: jitter moves them by less than half a patch.
     shift = stream(0, Purpose.SCATTER).uniform(-0.4, 0.4, len(num_patches))
     axes.scatter(png_bytes / 1000, num_patches + shift, s=8, alpha=0.35, linewidths=0, color="tab:blue")
-    found = "no correlation: one does not vary" if correlation is None else f"correlation {correlation:.2f}"
+    found = "correlation undefined: constant values" if correlation is None else f"correlation {correlation:.2f}"
     axes.set(xlabel="size as PNG, kB", ylabel="patches", title=f"{found}, {len(num_patches)} images")
     _save(figure, path)
 

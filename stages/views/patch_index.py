@@ -1,4 +1,4 @@
-"""View of stage `patch_index`: how long patches are, how uncertain tokens are, and how real images are cut."""
+"""View of stage `patch_index`: patch lengths, token entropies, and real images cut into patches."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from stages.stores.tokens import TokenStore
 from stages.views.patch_figures import PatchHistograms
 from stages.views.pictures import patch_picture, save_png
 
-_SAMPLED = 65_536  # views in the histograms, at most
-_BLOCK = 4096  # of them at a time
+_SAMPLED = 65_536  # largest number of views in the histograms
+_BLOCK = 4096  # views read at a time
 _ROWS = 8  # images in the picture
 
 
@@ -40,7 +40,7 @@ def patch_index(config: PatchIndexConfig, inputs: Inputs, output: Path, runtime:
 
 
 def patch_numbers(store: TokenStore, index: PatchIndex) -> dict[str, float]:
-    """Mean patch length of training and held-out images, over all views, and patches an image."""
+    """Mean patch length of training and held-out images over all views, and patches per training image."""
     counts = index.patch_counts()  # (N, A)
     training, heldout = counts[: store.num_train], counts[store.num_train :]
     numbers = {
@@ -53,7 +53,7 @@ def patch_numbers(store: TokenStore, index: PatchIndex) -> dict[str, float]:
 
 
 def _histograms(store: TokenStore, index: PatchIndex, entropies: EntropyStore | None) -> PatchHistograms:
-    """Histograms of the training images in all views, or of evenly spread ones if there are more than _SAMPLED."""
+    """Histograms of all training views, or of _SAMPLED evenly spread ones."""
     total = store.num_train * store.num_views
     rows = np.linspace(0, total - 1, min(total, _SAMPLED)).astype(np.int64)
     histograms = PatchHistograms(store.num_tokens, math.log(store.codebook_size))
@@ -64,7 +64,7 @@ def _histograms(store: TokenStore, index: PatchIndex, entropies: EntropyStore | 
 
 
 def _picture(inputs: Inputs, store: TokenStore, index: PatchIndex, entropies: EntropyStore | None, path: Path) -> None:
-    """Real images, at most one a class and held-out ones first, with their patches and entropies."""
+    """Picture of real images with their patches and entropies: at most one per class, held-out images first."""
     rows = _spread_rows(store)
     views = np.zeros_like(rows)
     files = ImageIndex.of(inputs)

@@ -1,7 +1,7 @@
-"""What a patch index did to real images: how long patches are, what opened them, and whether complexity drives them.
+"""Report on a patch index: patch lengths, causes of patch starts, and correlation with image complexity.
 
-The paper holds the number of patches against the size of an image's PNG file, a rough measure of its complexity, and
-finds a correlation of 0.54 on ImageNet.
+The paper compares the number of patches with the size of an image's PNG file, a rough measure of complexity. It reports
+a correlation of 0.54 on ImageNet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.images.decode import Pixels, Views, decode, views
+from stages.arrays import Pixels
+from stages.images.decode import Views, decode, views
 from stages.patches.rule import SavedRule
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs
@@ -29,34 +30,34 @@ from stages.stores.tokens import TokenStore
 from stages.views.patch_figures import PatchHistograms, draw_scatter
 from stages.views.pictures import patch_picture, save_png
 
-MAX_IMAGES = 4000  # the correlation of so many is known to about 0.015
-EXTREMES = 3  # images with the fewest patches in the picture, and as many with the most
+MAX_IMAGES = 4000  # gives the correlation a standard error of about 0.015
+EXTREMES = 3  # images in the picture with the fewest patches; as many have the most
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchReport:
-    """Numbers of the first view of some images; a number that the rule gives no sense to is None."""
+    """Numbers over the first view of some images. A number that is undefined for the rule is None."""
 
     images: int
     mean_length: float
-    """Tokens in a patch, on average over patches."""
+    """Tokens per patch, averaged over the patches."""
     share_at_limit: float | None
-    """Patches as long as the rule allows, of all patches."""
+    """Share of the patches that have the maximal length."""
     share_by_row: float | None
-    """Patches that a row of the grid begins with although their first token was not uncertain, of all patches."""
+    """Share of the patches that open at the start of a grid row although the entropy is not above the threshold."""
     png_correlation: float | None
-    """Pearson correlation of the number of patches with the size of the PNG file; None if either does not vary."""
+    """Pearson correlation of the number of patches and the PNG size; None if either is constant."""
 
 
 def patch_report(inputs: Inputs, output: Path) -> PatchReport:
     """Write `histograms.png`, `png_size.png`, `extremes.png` and `report.json`, and return the numbers.
 
-    At most MAX_IMAGES evenly spread images are looked at. Reads the artifacts of dataset, tokenize, entropy_map
-    and patch_index, and the images.
+    At most MAX_IMAGES evenly spread images are evaluated. Reads the artifacts of dataset, tokenize, entropy_map and
+    patch_index, and the images.
 
     Raises:
-        ArtifactError: An artifact is damaged, or they do not belong together.
-        InputError: An image is gone or is another one now.
+        ArtifactError: An artifact is damaged, or the artifacts do not belong together.
+        InputError: An image is missing, or differs from the indexed file.
     """
     tokens = TokenStore.of(inputs)
     entropies = EntropyStore.of(inputs)
@@ -90,19 +91,19 @@ def patch_report(inputs: Inputs, output: Path) -> PatchReport:
 
 @dataclass(frozen=True)
 class Crops:
-    """The first view of each image, as it was tokenised."""
+    """Reads the first tokenised view of each image."""
 
     index: ImageIndex
     root: Path
     tokens: TokenStore
 
     def pixels(self, image: np.int64) -> Pixels:
-        """One image, (H, W, 3)."""
+        """First view of one image."""
         kind = cast(Views, self.tokens.facts.views)
         return views(decode(self.index.read(self.root, int(image))), self.tokens.facts.image_size, kind)[0]
 
     def png_bytes(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Size of each image as a PNG file. Pillow lets go of the interpreter lock, so threads help."""
+        """Size of each image as a PNG file, bytes. Threads help, because Pillow releases the GIL."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return np.array(list(pool.map(self._png_bytes, images)))
 
@@ -119,7 +120,7 @@ def _correlation(first: NDArray[np.int64], second: NDArray[np.int64]) -> float |
 
 
 def _extremes(num_patches: NDArray[np.int64]) -> NDArray[np.intp]:
-    """Places of the images with the fewest and with the most patches, fewest first."""
+    """Positions of the images with the fewest and with the most patches, fewest first."""
     order = np.argsort(num_patches, kind="stable")
     return order if len(order) <= 2 * EXTREMES else np.concatenate([order[:EXTREMES], order[-EXTREMES:]])
 

@@ -1,4 +1,4 @@
-"""The pictures that a person looks at: a grid of samples, and real images with their patches and entropies."""
+"""Pictures for people: a grid of samples, and real images with their patches and entropies."""
 
 from __future__ import annotations
 
@@ -7,33 +7,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
+from jaxtyping import Bool, Float, Float32, UInt8
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from stages.arrays import PixelBatch, Pixels
 from stages.runtime.artifact import write_atomic
 
-Pixels = npt.NDArray[np.uint8]
 _MARGIN = 6
 _BACKGROUND = (255, 255, 255)
 _INK = (40, 40, 40)
 _FRAME = (200, 200, 200)
 _OUTLINE = (214, 39, 40)
-_SCALE = 3  # of small samples, so that 64 px can be seen
-_VISIBLE = 192  # side that a single picture has at least
-_SMALL = 128  # images below this side are enlarged
+_SCALE = 3  # enlargement of small samples
+_VISIBLE = 192  # smallest side of a single picture
+_SMALL = 128  # samples below this side are enlarged
 _CAPTION = 13  # height of the text below a picture
-_TOKEN_PIXELS = 24  # side of a token in the patch picture, at least
-# Dark blue over green to yellow: as light as it is surprising, and readable without colour vision.
+_TOKEN_PIXELS = 24  # smallest side of a token in the patch picture
+# Viridis, dark blue to yellow: lightness rises with entropy, so the map is readable without colour vision.
 _HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
 
 
-def sample_grid(rows: Mapping[str, Pixels], image_size: int, columns: int) -> Image.Image:
-    """One row a class, its name on the left, at most `columns` of its images (n, H, W, 3) beside it.
+def sample_grid(
+    rows: Mapping[str, UInt8[NDArray[np.uint8], "_ height width 3"]], image_size: int, columns: int
+) -> Image.Image:
+    """One row per class: its name on the left, then at most `columns` of its images.
 
     Args:
-        rows: Images of each class; a class may have none.
-        image_size: H and W.
-        columns: Places in a row.
+        rows: Images of each class, maybe none.
+        image_size: Height and width, pixels.
+        columns: Largest number of images in a row.
     """
     side = image_size * (_SCALE if image_size < _SMALL else 1)
     font = ImageFont.load_default(size=max(14, side // 9))
@@ -50,14 +53,17 @@ def sample_grid(rows: Mapping[str, Pixels], image_size: int, columns: int) -> Im
 
 
 def patch_picture(
-    images: Pixels, starts: npt.NDArray[np.bool_], entropies: npt.NDArray[np.float32] | None, grid: int
+    images: PixelBatch,
+    starts: Bool[NDArray[np.bool_], "B T"],
+    entropies: Float32[NDArray[np.float32], "B T"] | None,
+    grid: int,
 ) -> Image.Image:
-    """A row for each image: itself, its patches outlined, and the entropy of each token on a scale in nats if known.
+    """One row per image: the image, its outlined patches, and a heat map of its entropies if they are given.
 
     Args:
-        images: (n, H, W, 3).
-        starts: Where patches start, (n, T) in raster order.
-        entropies: (n, T), nats; the first of an image is no prediction and is drawn grey.
+        images: Images.
+        starts: True where a patch starts; tokens in raster order.
+        entropies: Nats. The first token of an image has no prediction and is drawn grey.
         grid: Tokens along one side.
     """
     token = max(_TOKEN_PIXELS, -(-images.shape[1] // grid))
@@ -95,7 +101,7 @@ def save_png(picture: Image.Image, path: Path) -> None:
 
 
 def captioned_grid(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
-    """Pictures of one size row by row, `columns` of them beside each other, each with a line of text below."""
+    """Pictures of one size in a grid with `columns` columns, each with a line of text below."""
     width, height = pictures[0].size
     step, row_step = width + _MARGIN, height + _CAPTION + 2 * _MARGIN
     rows = -(-len(pictures) // columns)
@@ -108,18 +114,12 @@ def captioned_grid(pictures: Sequence[Image.Image], captions: Sequence[str], col
 
 
 def enlarged(image: Pixels) -> Image.Image:
-    """An image (H, W, 3) large enough to be looked at; its pixels stay squares."""
+    """An image enlarged by a whole factor to a visible size, without smoothing."""
     return _enlarged(image, image.shape[0] * -(-_VISIBLE // image.shape[0]))
 
 
-def patches_outlined(image: Pixels, starts: npt.NDArray[np.bool_], grid: int) -> Image.Image:
-    """An image, enlarged and faded, with its patches outlined.
-
-    Args:
-        image: (H, W, 3), as many pixels high as wide.
-        starts: Where patches start, (T,) in raster order.
-        grid: Tokens along one side.
-    """
+def patches_outlined(image: Pixels, starts: Bool[NDArray[np.bool_], " T"], grid: int) -> Image.Image:
+    """An enlarged image of `grid` x `grid` tokens with its patches outlined. `starts` is true where a patch starts."""
     large = enlarged(image)
     outlined = _faded(large)
     _outline(outlined, starts, grid, large.width / grid)
@@ -127,24 +127,24 @@ def patches_outlined(image: Pixels, starts: npt.NDArray[np.bool_], grid: int) ->
 
 
 def _framed(canvas: Image.Image, picture: Image.Image, place: tuple[int, int]) -> None:
-    """Paste a picture with a thin line around it, because it may end as white as the page."""
+    """Paste a picture with a thin frame, because its edges may be as white as the page."""
     canvas.paste(picture, place)
     left, top = place
     ImageDraw.Draw(canvas).rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=_FRAME)
 
 
 def _enlarged(image: Pixels, side: int) -> Image.Image:
-    """Pixels stay squares: smoothing would hide what the tokenizer does."""
+    """Enlarge without smoothing, which would hide the tokenizer's artefacts."""
     return Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
 
 
 def _faded(image: Image.Image) -> Image.Image:
-    """Half white, so that outlines stand out."""
+    """Blend with white, so that outlines are visible."""
     return Image.blend(image, Image.new("RGB", image.size, _BACKGROUND), 0.35)
 
 
-def _outline(picture: Image.Image, starts: npt.NDArray[np.bool_], grid: int, token: float) -> None:
-    """A line between neighbouring tokens of different patches, and a frame around everything."""
+def _outline(picture: Image.Image, starts: Bool[NDArray[np.bool_], " T"], grid: int, token: float) -> None:
+    """Draw a line between neighbouring tokens of different patches, and a frame around the picture."""
     pen = ImageDraw.Draw(picture)
     width = max(2, int(token) // 10)
     patch = np.cumsum(starts).reshape(grid, grid)
@@ -155,14 +155,14 @@ def _outline(picture: Image.Image, starts: npt.NDArray[np.bool_], grid: int, tok
     pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline=_OUTLINE, width=width)
 
 
-def _heat_map(entropy: npt.NDArray[np.float32], grid: int, low: float, high: float) -> Image.Image:
+def _heat_map(entropy: Float32[NDArray[np.float32], " T"], grid: int, low: float, high: float) -> Image.Image:
     colours = _colours((entropy - low) / max(high - low, 1e-9))
     colours[0] = 200  # the first token has no prediction
     return Image.fromarray(colours.reshape(grid, grid, 3))
 
 
 def _colour_bar(canvas: Image.Image, place: tuple[int, int], size: tuple[int, int], low: float, high: float) -> None:
-    """The scale of the entropies, high at the top, with as many decimals as tell its ends apart, up to three."""
+    """Draw the scale of the entropies, high at the top, with one to three decimals depending on its range."""
     width, height = size
     ramp = _colours(np.linspace(1, 0, height))[:, None].repeat(width // 3, axis=1)
     canvas.paste(Image.fromarray(ramp), place)
@@ -183,8 +183,8 @@ def _caption(canvas: Image.Image, place: tuple[int, int], text: str, width: int)
     ImageDraw.Draw(canvas).text(place, text, fill=_INK, font=ImageFont.load_default(size=size))
 
 
-def _colours(values: npt.NDArray[np.floating]) -> Pixels:
-    """Colours (..., 3) of values in [0, 1]."""
+def _colours(values: Float[NDArray[np.floating], "*shape"]) -> UInt8[NDArray[np.uint8], "*shape 3"]:
+    """RGB colours of values in [0, 1]."""
     knots = np.linspace(0, 1, len(_HEAT))
     channels = [np.interp(np.clip(values, 0, 1), knots, _HEAT[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What the record of an artifact says: the last numbers that its training measured."""
+"""Metrics in the record of an artifact."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stages.runtime.artifact import RECORD
 
 
 def last_metrics(artifact: Path, *names: str) -> dict[str, float]:
-    """The last value of each of `names` in an artifact's metrics.jsonl, of those that it has."""
+    """Last value of each of `names` in an artifact's metrics.jsonl. Missing names are left out."""
     found: dict[str, float] = {}
     path = artifact / RECORD / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:

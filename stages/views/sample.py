@@ -1,4 +1,4 @@
-"""View of stage `sample`: a grid of samples, and how they were cut into patches."""
+"""View of stage `sample`: a grid of samples, and the mean patch length."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from stages.stores.samples import SampleStore
 from stages.views.pictures import sample_grid, save_png
 
 logger = logging.getLogger(__name__)
-_GRID_CLASSES = 20  # rows of the grid: a thousand of them would be no picture
+_GRID_CLASSES = 20  # largest number of rows in the grid
 
 
 def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `metrics.json`, and `grid.png` with a row of samples for each class, or for evenly spread ones."""
+    """Write `metrics.json`, and `grid.png` with a row of samples for each class, or for some evenly spread classes."""
     samples = SampleStore.of(inputs)
     numbers = {
         "num_samples": len(samples),
@@ -38,20 +38,20 @@ def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeC
 
 
 def shown_classes(num_classes: int) -> npt.NDArray[np.int64]:
-    """Classes that have a row in the grid: all, or evenly spread ones."""
+    """Classes shown in the grid: all, or _GRID_CLASSES evenly spread ones."""
     return np.linspace(0, num_classes - 1, min(num_classes, _GRID_CLASSES)).astype(np.int64)
 
 
 def _threshold(inputs: Inputs) -> dict[str, float]:
-    """The threshold of boundaries by entropy, and the share of the training images' entropies that exceed it.
+    """Threshold of the boundary source, if it has one, and the share of the training images' entropies above it.
 
-    A threshold that no entropy or every entropy exceeds is allowed, at the ends of an ablation, and said.
+    A threshold below or above all entropies is allowed for ablations, and gives a warning.
     """
     rule = read_json(inputs["sample"] / "boundaries.json")
     if "threshold" not in rule:
         return {}
     source = SOURCES[rule["source"]]
-    assert isinstance(source, EntropySource)  # no other has a threshold
+    assert isinstance(source, EntropySource)  # no other source has a threshold
     share = source.entropies(inputs).share_above(rule["threshold"])
     if share in (0.0, 1.0):
         logger.warning(

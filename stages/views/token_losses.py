@@ -1,4 +1,4 @@
-"""Held-out loss of a model of tokens, beside that of a model that knows positions alone."""
+"""Held-out loss of a token model, and of a per-position unigram model as a baseline."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from stages.views.record import last_metrics
 
 
 def write_losses(output: Path, artifact: Path, store: TokenStore, first_position: int) -> None:
-    """Write `metrics.json`: the held-out loss and, with held-out images, the best per-position unigram loss on them.
+    """Write `metrics.json` with the model's held-out loss and, if images are held out, the best unigram loss on them.
 
     Args:
         output: Folder of the view.
-        artifact: Of the model, whose training has measured its held-out loss.
-        store: Tokens that it was trained on.
-        first_position: First position that the model predicts, so that both losses are over the same tokens.
+        artifact: The model's artifact, whose record holds the held-out loss.
+        store: Tokens that the model was trained on.
+        first_position: First position that the model predicts, so that both losses cover the same tokens.
     """
     metrics = last_metrics(artifact, "heldout_loss")
     if store.num_train < len(store):

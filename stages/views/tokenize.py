@@ -1,4 +1,4 @@
-"""View of stage `tokenize`: how the codebook is used."""
+"""View of stage `tokenize`: codebook usage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: Runt
 
 
 def codebook_usage(store: TokenStore) -> dict[str, float]:
-    """Share of the codes that occur, and the entropy of their frequencies in nats: what knowing nothing else leaves."""
+    """Sizes of the store, share of the codes that occur, and entropy of the code frequencies in nats."""
     counts = np.zeros(store.codebook_size, dtype=np.int64)
     for unit in range(store.num_units):
         for view in range(store.num_views):

@@ -1,4 +1,4 @@
-"""View of stage `tokenizer`: how well the tokenizer reconstructs images."""
+"""View of stage `tokenizer`: quality of its reconstructions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stages.views.record import last_metrics
 
 
 def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `metrics.json`: PSNR in dB and codebook usage on held-out images, as the stage measured them at its end."""
+    """Write `metrics.json`: final PSNR in dB and codebook usage on held-out images."""
     metrics = last_metrics(inputs["tokenizer"], "psnr", "heldout_codebook_usage", "num_images")
     write_json(output / "metrics.json", metrics)
 

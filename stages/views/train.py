@@ -1,4 +1,4 @@
-"""View of stage `train`: what its model has learned."""
+"""View of stage `train`: held-out loss of the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stages.views.token_losses import write_losses
 
 
 def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `metrics.json`: held-out loss in nats a token, and that of the best unigram model."""
+    """Write `metrics.json`: held-out loss in nats per token, and that of the best unigram model."""
     store = TokenStore.of(inputs)
     write_losses(output, inputs["train"], store, first_position=0)
 

@@ -1,1 +1,1 @@
-"""Weights of our own artifacts, and weights made elsewhere."""
+"""Weights in artifacts, and pretrained weights from other projects."""

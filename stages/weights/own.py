@@ -1,11 +1,11 @@
-"""Weights of our own artifacts: safetensors in float32, with the model's config as JSON beside them."""
+"""Weights in artifacts: safetensors in float32, and the model's config as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -23,26 +23,27 @@ VQ_FILE = "vq.safetensors"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 HEAD_FILE, HEAD_CONFIG_FILE = "entropy_head.safetensors", "entropy_head.json"
-GPT_FAMILY = "gpt"  # of the unconditional entropy model, beside the families of stage `train`
+GPT_FAMILY = "gpt"  # family of the unconditional entropy model; the other families are those of stage `train`
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@runtime_checkable  # the test suite checks arguments at run time
 class ModelConfig(Protocol):
-    """What the configs of all models of tokens have: dataclasses that are saved beside the weights."""
+    """Config of a token model: a dataclass, saved beside the weights."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an image."""
+        """Tokens per image."""
 
     @property
     def codebook_size(self) -> int:
-        """Codes that a token can be."""
+        """Number of codes."""
 
     @property
     def num_classes(self) -> int | None:
-        """None for an unconditional model."""
+        """Number of classes; None for an unconditional model."""
 
 
 def save_vq(artifact: Path, model: VQModel) -> None:
@@ -68,7 +69,7 @@ def saved_config(artifact: Path, families: Iterable[str]) -> tuple[str, dict[str
     """Family and config of a finished model.
 
     Raises:
-        ArtifactError: It is of another family than one of `families`.
+        ArtifactError: The model's family is not among `families`.
     """
     saved = read_json(artifact / CONFIG_FILE)
     if saved["family"] not in families:
@@ -83,7 +84,7 @@ def load_gpt(artifact: Path, device: torch.device | str = "cpu") -> GPT:
     """The entropy model of a finished `entropy_model` artifact, in evaluation mode.
 
     Raises:
-        ArtifactError: It holds another kind of model, or is damaged.
+        ArtifactError: The artifact holds another kind of model, or is damaged.
     """
     _, config = saved_config(artifact, [GPT_FAMILY])
     return load_weights(GPT(GPTConfig(**config)), artifact / MODEL_FILE).to(device).eval()
@@ -99,14 +100,14 @@ def load_head(artifact: Path, device: torch.device | str = "cpu") -> EntropyHead
     """The entropy head of a finished artifact, in evaluation mode.
 
     Raises:
-        ArtifactError: It is damaged.
+        ArtifactError: The weights are damaged, or do not match the config.
     """
     head = EntropyHead(EntropyHeadConfig(**read_json(artifact / HEAD_CONFIG_FILE)))
     return load_weights(head, artifact / HEAD_FILE).to(device).eval()
 
 
 def state_dict_mismatch(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
-    """The first difference between the names and shapes of two sets of weights, and how many more there are."""
+    """First mismatch between the names and shapes of two state dicts, and the number of further ones; None if equal."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is not part of it" for name in found if name not in wanted]
     problems += [
@@ -119,10 +120,10 @@ def state_dict_mismatch(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor
 
 
 def load_weights(model: Module, path: Path) -> Module:
-    """`model` with the weights in a safetensors file of ours.
+    """Load the weights in a safetensors file of an artifact into `model`, and return it.
 
     Raises:
-        ArtifactError: The file is damaged, or its weights are of another model.
+        ArtifactError: The file is damaged, or its state dict does not match the model.
     """
     try:
         state = load_file(path)

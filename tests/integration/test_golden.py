@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from conf.load import CONF_DIR, load_settings
 from conf.schema import RuntimeConfig, Settings
 from stages.entropy_model import entropy_model
-from stages.images.decode import pixels_to_float
+from stages.images.tensors import pixels_to_float
 from stages.patch_index import patch_index
 from stages.runtime.artifact import RECORD, read_json
 from stages.runtime.randomness import Purpose, choices, stream, torch_seed

@@ -21,7 +21,8 @@ from conf.tokenize import TokenizeConfig
 from models.config import VQConfig
 from models.vq import VQModel
 from stages.dataset import dataset
-from stages.images.decode import decode, pixels_to_float, view_names, views
+from stages.images.decode import decode, view_names, views
+from stages.images.tensors import pixels_to_float
 from stages.runtime.artifact import read_json
 from stages.runtime.errors import InputError
 from stages.runtime.job import Job

@@ -11,16 +11,8 @@ from PIL import Image, ImageFile
 from torchvision.transforms import functional as torchvision
 
 from stages.images import decode as images
-from stages.images.decode import (
-    DecodeError,
-    center_crop,
-    decode,
-    float_to_pixels,
-    pixels_to_float,
-    random_crop,
-    view_names,
-    views,
-)
+from stages.images.decode import DecodeError, center_crop, decode, random_crop, view_names, views
+from stages.images.tensors import float_to_pixels, pixels_to_float
 
 RED, BLUE = (200, 30, 10), (20, 40, 220)
 
@@ -248,7 +240,9 @@ def test_crop_ranges_are_cut_to_whole_pixels(
     size: int, ranges: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(images, "center_crop", lambda image, wide: asked.append(wide) or np.zeros((wide, wide, 3)))
+    monkeypatch.setattr(
+        images, "center_crop", lambda image, wide: asked.append(wide) or np.zeros((wide, wide, 3), np.uint8)
+    )
     views(noise(8, 8), size, "ten_crop_x2")
     assert tuple(asked) == ranges
 
@@ -289,19 +283,20 @@ def test_random_crops_depend_on_the_generator_alone() -> None:
     assert len({crop.tobytes() for crop in crops}) > 10
 
 
-class Recorded:
+class Recorded(np.random.Generator):
     """A generator whose draws are known: of every range first the lowest, then the highest number."""
 
     def __init__(self, draws: list[int]) -> None:
+        super().__init__(np.random.PCG64(0))
         self.draws, self.ranges = draws, list[tuple[int, int]]()
 
-    def integers(self, low: int, high: int | None = None, *, endpoint: bool) -> int:
+    def integers(self, low: int, high: int | None = None, *, endpoint: bool) -> int:  # type: ignore[override]
         low, high = (0, low) if high is None else (low, high)
         assert endpoint
         self.ranges.append((low, high))
         return min(self.draws.pop(0), high)
 
-    def random(self) -> float:
+    def random(self) -> float:  # type: ignore[override]
         return 0.9
 
 
@@ -309,7 +304,7 @@ class Recorded:
 def test_the_shorter_side_of_training_crops_is_as_published(size: int) -> None:
     source, side = noise(500, 400), math.ceil(size / 0.8)
     recorded = Recorded([side, 3, 5])
-    crop = random_crop(source, size, recorded)  # type: ignore[arg-type]
+    crop = random_crop(source, size, recorded)
     assert recorded.ranges[0] == (math.ceil(size / 1.0), side)
     resized = source
     while min(resized.size) >= 2 * side:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from conf.schema import RuntimeConfig, Settings
-from stages.images.decode import center_crop, pixels_to_float
+from stages.images.decode import center_crop
+from stages.images.tensors import pixels_to_float
 from stages.runtime.errors import InputError
 from stages.sampling.preview import Prefix, PreviewReport, Request, chosen_classes, continue_image, preview, spread
 from stages.sampling.sampler import Sampler

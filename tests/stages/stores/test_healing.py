@@ -188,5 +188,5 @@ def test_what_another_store_left_beyond_this_one_is_removed(
         write(writer, [0, 1])
         writer.finish()
     assert content(after.path) == content(alone.path)
-    assert f"{work}/tokens.zarr/labels/c/2 is no part of the store: removed" in caplog.text
+    assert f"{work}/tokens.zarr/labels/c/2 is not part of the store: removed" in caplog.text
     assert np.array_equal(TokenStore.open(after.path).labels, LABELS[: 2 * ROWS])

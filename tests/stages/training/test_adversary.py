@@ -67,7 +67,7 @@ def training(make_batch: Callable[[int], Batch] = batch, **changes: Any) -> tupl
         validate=dict[str, float],
         config=config,
         seed=5,
-        companions={"judge": game.judge},
+        auxiliary={"judge": game.judge},
     )
 
 
