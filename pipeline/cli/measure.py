@@ -31,7 +31,7 @@ def bench(
     """Hold measured numbers against their bounds.
 
     demo: what the models of a finished demo learned. cli: how long one waits for it. The others are scripts of
-    tests/benchmarks, minutes long. Exit code 1 when a bound is missed.
+    tests/benchmarks, most of them minutes long. Exit code 1 when a bound is missed.
     """
     figures: gates.Figures = {}
     if name in gates.SCRIPTS:
