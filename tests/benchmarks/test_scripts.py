@@ -28,7 +28,7 @@ TOY: dict[str, tuple[str, ...]] = {
         *("--size", "tiny", "--loop-batch", "1", "--linear-batches", "1", "--rivals", "tiny"),
         *TINY_SAMPLERS,
     ),
-    "stage_memory.py": ("--few", "20", "--until", "tokenize"),
+    "stage_memory.py": ("--few", "20", "--until", "dataset"),
     "structure.py": (),
     "train_step.py": ("--sizes", "tiny", "--images", "1", "--rounds", "1"),
 }
