@@ -107,7 +107,7 @@ class Code:
             yield (submodule if self.module(submodule) else module_name), EVERYTHING
 
     def outside(self, module_name: str, name: str | None) -> Iterator[str]:
-        """What `name` of a module stands for in other packages, as "module:name": the module passes an import on."""
+        """Names of other packages, as "module:name", that `name` of a module is imported from."""
         module = self.module(module_name)
         for target in module.imports.get(name, []) if module and name else []:
             if target[0].partition(".")[0] not in self.packages:

@@ -1,6 +1,6 @@
-"""Sizes of the models that are measured: those of the papers, and `tiny`, which is for trying a script out.
+"""Model sizes of the benchmarks: those of the papers, and `tiny` for tests.
 
-The codebook of `tiny` is small too, so models of this size go together with no others.
+The codebook of `tiny` is small too: combine `tiny` models only with each other.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ _TINY = DPARSize(dim=64, num_heads=2, encoder_layers=1, global_layers=1, decoder
 DPARS = DPAR_SIZES | {"tiny": _TINY}
 GPTS = GPT_SIZES | {"tiny": _TINY.as_gpt()}
 BOTH = sorted(DPARS.keys() & GPTS.keys())
-"""Sizes at which DPAR has a LlamaGen to be compared with."""
+"""Sizes that both DPAR and LlamaGen have."""
 
 
 def codebook_size(size: str) -> int:
-    """Codes that a model of this size knows."""
+    """Number of codes of a model of this size."""
     return 64 if size == "tiny" else 16384

@@ -1,6 +1,6 @@
 """How the code is built: rooms, levels and arrows of each package, and how long files and functions are.
 
-The gates keep the packages as simple as they are: a change may take arrows away, and adds none unseen.
+Gates bound the levels and arrows of `pipeline` and `stages` by their present numbers.
 
 A room is a module at a package's top level, or a folder with all it holds. An arrow leads from a room to one that it
 imports from; levels are the rooms on the longest chain of arrows.

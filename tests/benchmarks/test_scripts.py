@@ -1,4 +1,4 @@
-"""Every benchmark runs at toy size and prints what `dpar bench` reads; missed bounds say nothing there."""
+"""Every benchmark script runs at toy size and prints what `dpar bench` reads. Toy sizes may miss the bounds."""
 
 from __future__ import annotations
 

@@ -44,27 +44,27 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: models of a size, on batches of so many images."""
+    """Size of the models, and images in a batch."""
 
     size: str
     images: int
 
     @property
     def codes(self) -> int:
-        """Entries of the codebook."""
+        """Size of the codebook."""
         return codebook_size(self.size)
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What both families are given beside their size."""
+        """Settings of both families beside the size."""
         return {"codebook_size": self.codes, "num_tokens": TOKENS, "num_classes": CLASSES}
 
     def dpar(self) -> DPARConfig:
-        """DPAR."""
+        """Config of DPAR."""
         return DPARConfig(**asdict(DPARS[self.size]), **self.shape)
 
     def gpt(self) -> GPTConfig:
-        """LlamaGen."""
+        """Config of LlamaGen."""
         return GPTConfig(**asdict(GPTS[self.size]), **self.shape)
 
 

@@ -1,4 +1,4 @@
-"""Remembered fingerprints: used as long as no file has changed, and never longer."""
+"""Remembered fingerprints are used while no file has changed, and recomputed afterwards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that were parsed since the test began, whatever was parsed before."""
+    """Names of the files that the test has parsed so far."""
     module_code._parse.cache_clear()
     names: list[str] = []
 
@@ -54,12 +54,12 @@ class Parser:
 
 
 def fresh(root: Path) -> CodeMemory:
-    """The memory as another process finds it."""
+    """The memory as a new process opens it."""
     return CodeMemory(Code(root), root.parent / "code.json")
 
 
 def parsed_anew(root: Path, parsed: list[str]) -> tuple[list[str], list[str]]:
-    """The digests that another process is given, and the files that it parses for them."""
+    """Digests that a new process gets, and the files it parses for them."""
     module_code._parse.cache_clear()
     parsed.clear()
     digests = fresh(root).fingerprint(ENTRY).digests

@@ -1,4 +1,4 @@
-"""Properties of the code fingerprint over small generated programs, whose meaning is known without reading them."""
+"""Properties of the code fingerprint over small generated programs with known dependencies."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from pipeline.cache.module_code import EVERYTHING, load_module
 KINDS = ("function", "nested", "class", "constant", "outside", "fallback")
 OUTSIDE = ("tau", "pi", "e", "inf", "nan", "sin", "cos", "tan", "exp")
 RUN = 0
-"""Number of the definition that a stage starts at."""
+"""Index of the entry function."""
 
 
 @dataclass(frozen=True)
 class Definition:
-    """Something that the top level of a module binds."""
+    """A definition at the top level of a module."""
 
     name: str
     kind: str
     number: int
-    """A literal in its text: another one is another definition."""
+    """A literal in its text; another literal makes another definition."""
     uses: tuple[int, ...]
-    """Places in the program of the definitions that it names."""
+    """Indices of the definitions that it uses."""
 
     def text(self, documented: bool, named: Sequence[str]) -> str:
-        """Its source, given what it calls the definitions that it uses."""
+        """Source text; `named` has the names of the definitions it uses."""
         name, value = self.name, " + ".join([str(self.number), *named])
         doc = f'    """All about {name}."""\n' if documented else ""
         comment = "    # no comment\n" if documented else ""
@@ -56,7 +56,7 @@ Program = tuple[Definition, ...]
 
 @st.composite
 def programs(draw: st.DrawFn) -> Program:
-    """A function `run` and up to seven more definitions, which use each other in any way, in circles too."""
+    """A function `run` and up to seven more definitions, with arbitrary uses, cycles included."""
     count = draw(st.integers(1, 8))
     made = []
     for place in range(count):
@@ -114,7 +114,7 @@ def reference(name: str, target: str, room: str, style: str) -> tuple[str, str]:
 
 
 def digests(program: Program, **shape: object) -> list[str]:
-    """What a key would hold."""
+    """Digests of a program written in this shape."""
     start = shape.get("rooms", {}).get(RUN, "main")  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         root = written(Path(folder), program, **shape)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def digests(program: Program, **shape: object) -> list[str]:
 
 
 def reached(program: Program) -> set[int]:
-    """Places that run when `run` does or when its module is imported, found in the program itself."""
+    """Indices of the definitions that `run` or an import-time statement reaches, from the program itself."""
     waiting = [RUN, *(place for place, each in enumerate(program) if each.kind == "fallback")]
     found: set[int] = set()
     while waiting:
