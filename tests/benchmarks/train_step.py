@@ -104,7 +104,7 @@ def training_step(family: str, task: Task) -> Step:
         config=config,
         seed=0,
     )
-    state = TrainingState(model, run.companions, config)
+    state = TrainingState(model, {}, config)
     objective.train()
     return lambda: train_step(run, objective, state, data, 0, CPU)
 
