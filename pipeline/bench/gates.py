@@ -29,6 +29,7 @@ SCRIPTS = {
     "train-step": ("train_step.py",),
     "sample": ("sample_speed.py", "sample_parts.py"),
     "data": ("data_stores.py", "data_loader.py", "image_stages.py", "stage_memory.py"),
+    "structure": ("structure.py",),
 }
 NAMES = ("demo", "cli", *SCRIPTS)
 Relation = Literal["<", ">"]

@@ -30,14 +30,23 @@ class CodeMemory:
         """Fingerprint of the function `entry`; see `Code.fingerprint`."""
         name = f"{self._rules}:{':'.join(entry)}"
         entries = self._read()
-        known = entries.get(name)
-        if known is not None and all(self._metadata(module) == was for module, was in known["modules"].items()):
-            return Fingerprint(known["digests"], known["definitions"])
+        known = self._known(entries.get(name))
+        if known is not None:
+            return known
         fresh = self._code.fingerprint(entry)
         modules = {module: self._metadata(module) for module in self._code.looked_up}
         entries[name] = {"modules": modules, **asdict(fresh)}
         write_json(self._path, entries)
         return fresh
+
+    def _known(self, entry: Any) -> Fingerprint | None:
+        """The fingerprint in an entry; None when it is not there or damaged, or when a file has changed."""
+        try:
+            modules, known = entry["modules"], Fingerprint(entry["digests"], entry["definitions"])
+            unchanged = all(self._metadata(module) == was for module, was in modules.items())
+        except (TypeError, KeyError, AttributeError):
+            return None
+        return known if unchanged else None
 
     def _read(self) -> dict[str, Any]:
         if self._entries is None:

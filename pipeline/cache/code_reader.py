@@ -122,6 +122,7 @@ class Reader:
         if through:
             label = name or "*"
         self._found.places.update((label, place) for place in self._code.resolve(module, name))
+        self._found.outside.update((label, other) for other in self._code.outside(module, name))
         return ".".join([label, *rest])
 
     def _computed_import(self, node: ast.Call) -> None:

@@ -107,6 +107,15 @@ class Code:
             submodule = f"{module_name}.{name}"
             yield (submodule if self.module(submodule) else module_name), EVERYTHING
 
+    def outside(self, module_name: str, name: str | None) -> Iterator[str]:
+        """Names of other packages, as "module:name", that `name` of a module is imported from."""
+        module = self.module(module_name)
+        for target in module.imports.get(name, []) if module and name else []:
+            if target[0].partition(".")[0] not in self.packages:
+                yield f"{target[0]}:{target[1]}"
+            elif target != (module_name, name):
+                yield from self.outside(*target)
+
     def importing(self, names: set[str]) -> Iterator[Place]:
         """Import-time code of these modules and of the packages that contain them."""
         for name in names:
@@ -141,7 +150,8 @@ class Code:
         passed_on = [(name, target) for name, targets in module.imports.items() for target in targets]
         for name, target in [*passed_on, *(("*", (star, None)) for star in module.stars)]:
             found |= {(name, place) for place in self.resolve(*target)}
-        return Uses("", frozenset(found))
+        outside = {(name, other) for name in module.imports for other in self.outside(module.name, name)}
+        return Uses("", frozenset(found), frozenset(outside))
 
     def _refined_digests(self, places: set[Place]) -> dict[Place, str]:
         """Digest of each place that covers its text and, transitively, everything it uses.

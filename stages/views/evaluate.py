@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,9 +56,26 @@ COMPUTED: dict[tuple[str, ...], Callable[[Found], dict[str, float]]] = {
     ("precision", "recall"): _precision_recall,
 }
 """Functions that compute the scores. Scores that share work are computed together."""
-assert sorted(name for names in COMPUTED for name in names) == sorted(SCORES), (
-    "a score without an entry, or without code"
-)
+
+
+def check_entries(computed: Iterable[tuple[str, ...]], described: Collection[str]) -> None:
+    """Make sure that every score has code and an entry in the table.
+
+    Raises:
+        ValueError: One lacks the one or the other, or is computed twice.
+    """
+    names = [name for together in computed for name in together]
+    problems = {
+        "is computed and has no entry in stages/scores/table.py": set(names) - set(described),
+        "has an entry and is not computed in stages/views/evaluate.py": set(described) - set(names),
+        "is computed twice in stages/views/evaluate.py": {name for name in names if names.count(name) > 1},
+    }
+    if any(problems.values()):
+        told = [f"{name} {problem}" for problem, found in problems.items() for name in sorted(found)]
+        raise ValueError(f"scores: {', '.join(told)}")
+
+
+check_entries(COMPUTED, SCORES)
 
 
 def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:

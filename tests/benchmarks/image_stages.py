@@ -41,7 +41,7 @@ from stages.weights.own import save_vq
 
 THROUGHPUT_BOUND = 0.9
 BYTES_BOUND = 200.0
-FEW, FACTOR, CLASS_SIZE = 5000, 10, 1300  # more than what any block of work holds
+FACTOR, CLASS_SIZE = 10, 1300  # images of a class in ImageNet
 TINY = VQConfig(channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, z_channels=32, codebook_size=64)
 STAGES = ("dataset", "tokenize")
 Rows = dict[str, float]
@@ -83,15 +83,15 @@ def throughput(model: VQModel, index: ImageIndex, root: Path, config: TokenizeCo
     }
 
 
-def vq16(folder: Path, rounds: int, images: int, batch_size: int) -> Rows:
-    """VQ-16 at 256 px on JPEGs of 500 x 375."""
+def vq16(folder: Path, rounds: int, images: int, batch_size: int, pixels: int) -> Rows:
+    """VQ-16 on JPEGs of 500 x 375."""
     (folder / "jpegs" / "class").mkdir(parents=True)
     for number in range(images):
         picture(number).save(folder / "jpegs" / "class" / f"{number:04d}.JPEG", quality=92)
     config = DatasetConfig(root=folder / "jpegs")
     dataset(config, {"images": image_root(config)}, folder / "jpeg_index", RuntimeConfig())
     torch.manual_seed(0)
-    settings = TokenizeConfig(image_size=256, views="center", batch_size=batch_size)
+    settings = TokenizeConfig(image_size=pixels, views="center", batch_size=batch_size)
     index = ImageIndex.open(folder / "jpeg_index")
     return throughput(VQModel(VQConfig()), index, folder / "jpegs", settings, rounds)
 
@@ -119,19 +119,19 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def bytes_per_image(folder: Path, stage: str) -> Rows:
-    """How much the peak memory of a stage grows from FEW to FACTOR * FEW images."""
+def bytes_per_image(folder: Path, stage: str, few: int) -> Rows:
+    """How much the peak memory of a stage grows from `few` to FACTOR * few images."""
     # glibc adapts its thresholds to what was freed, and threads share arenas by chance: peaks would jump by megabytes.
     steady = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
     peaks = {}
-    for count in (FEW, FACTOR * FEW):
+    for count in (few, FACTOR * few):
         command = [sys.executable, __file__, "--peak", stage, "--images", str(count), "--folder", str(folder)]
         peaks[count] = int(subprocess.run(command, env=steady, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    few, many = peaks.values()
+    first, last = peaks.values()
     return {
-        f"peak memory at {FEW} images, MB": few / 1e6,
-        f"peak memory at {FACTOR * FEW} images, MB": many / 1e6,
-        "bytes an added image": (many - few) / ((FACTOR - 1) * FEW),
+        f"peak memory at {few} images, MB": first / 1e6,
+        f"peak memory at {FACTOR * few} images, MB": last / 1e6,
+        "bytes an added image": (last - first) / ((FACTOR - 1) * few),
     }
 
 
@@ -170,13 +170,13 @@ def print_peak(stage: str, count: int, folder: Path) -> None:
     print(1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
 
 
-def memory(folder: Path) -> dict[str, Rows]:
+def memory(folder: Path, few: int) -> dict[str, Rows]:
     """Growth of both stages, by stage."""
-    for count in (FEW, FACTOR * FEW):
+    for count in (few, FACTOR * few):
         tiny_images(folder / f"{count}.tar", count)
     torch.manual_seed(0)
     save_vq(folder / "vq", VQModel(TINY))
-    return {stage: bytes_per_image(folder, stage) for stage in STAGES}
+    return {stage: bytes_per_image(folder, stage, few) for stage in STAGES}
 
 
 def main() -> None:
@@ -185,6 +185,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=12, help="images that VQ-16 sees; more on a GPU")
     parser.add_argument("--batch-size", type=int, default=4, help="of VQ-16; larger on a GPU")
+    parser.add_argument("--pixels", type=int, default=256, help="side of the images that VQ-16 sees")
+    parser.add_argument("--demo-images", type=int, default=192, help="images that the demo's tokenizer sees")
+    # The default is more than what any block of work holds.
+    parser.add_argument("--few", type=int, default=5000, help="images of the smaller data set of the two for memory")
     parser.add_argument("--only", choices=["vq16", "demo", "memory"])
     parser.add_argument("--peak", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -197,14 +201,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.only in (None, "demo"):
-            figures["demo, 64 px"] = demo(folder, options.rounds, 192)
+            figures["demo, 64 px"] = demo(folder, options.rounds, options.demo_images)
         if options.only in (None, "vq16"):
-            figures["VQ-16, 256 px"] = found = vq16(folder, options.rounds, options.images, options.batch_size)
-            gates.append(
-                gate("VQ-16 at 256 px: tokenize / encoder", found["tokenize / encoder"], ">", THROUGHPUT_BOUND)
-            )
+            pixels = options.pixels
+            found = vq16(folder, options.rounds, options.images, options.batch_size, pixels)
+            figures[f"VQ-16, {pixels} px"], ratio = found, found["tokenize / encoder"]
+            gates.append(gate(f"VQ-16 at {pixels} px: tokenize / encoder", ratio, ">", THROUGHPUT_BOUND))
         if options.only in (None, "memory"):
-            for stage, found in memory(folder).items():
+            for stage, found in memory(folder, options.few).items():
                 figures[stage] = found
                 gates.append(gate(f"{stage}: bytes an added image", found["bytes an added image"], "<", BYTES_BOUND))
     report(gates, figures)

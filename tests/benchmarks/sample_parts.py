@@ -6,12 +6,13 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from model_sizes import BOTH, GPTS
 from report import report
 from samplers import (
     GRIDS,
@@ -31,10 +32,6 @@ from samplers import (
 from torch import nn
 
 from models.dpar import DPAR
-
-SIZES, ENTROPY_MODELS = ("B", "L", "XL"), ("B", "T")
-BATCH = 16
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Stopwatch:
@@ -67,14 +64,14 @@ def watched(model: DPAR) -> Stopwatch:
     return watch
 
 
-def parts(size: str, pixels: int) -> dict[str, float]:
+def parts(size: str, pixels: int, batch: int, entropy_models: Sequence[str]) -> dict[str, float]:
     """Seconds an image of DPAR by part, and of LlamaGen as a whole beside it, in turns."""
     grid = GRIDS[pixels]
-    model, starts = packed(dpar(size, grid)), ragged_starts(BATCH, grid)
+    model, starts = packed(dpar(size, grid)), ragged_starts(batch, grid)
     watch = watched(model)
-    models = {f"entropy model {name}": entropy_model(name, grid) for name in ENTROPY_MODELS}
+    models = {f"entropy model {name}": entropy_model(name, grid) for name in entropy_models}
     sources = Watched(starts, {"entropy head": entropy_head(model), **models})
-    decoder, rival = dpar_decoder(model, sources), llamagen_decoder(packed(gpt(size, grid)), BATCH)
+    decoder, rival = dpar_decoder(model, sources), llamagen_decoder(packed(gpt(size, grid)), batch)
 
     def readings() -> Counter[str]:
         return Counter({**watch.seconds, "sampling": decoder.draw_seconds, **sources.seconds})
@@ -87,7 +84,7 @@ def parts(size: str, pixels: int) -> dict[str, float]:
         before = readings()
         spent["whole"] += seconds_of(decoder.step)
         spent.update({name: seconds - before[name] for name, seconds in readings().items()})
-    return totals({name: grid.num_tokens * seconds / timed / BATCH for name, seconds in spent.items()})
+    return totals({name: grid.num_tokens * seconds / timed / batch for name, seconds in spent.items()})
 
 
 def totals(spent: dict[str, float]) -> dict[str, float]:
@@ -100,33 +97,33 @@ def totals(spent: dict[str, float]) -> dict[str, float]:
     return spent | {"the rest": rest, "in all, boundaries given": without, **sums, "LlamaGen": rival}
 
 
-def by_batch(size: str) -> dict[str, dict[str, float]]:
+def by_batch(size: str, batches: Sequence[int], entropies: str) -> dict[str, dict[str, float]]:
     """Seconds an image of LlamaGen and DPAR at each batch."""
-    llamagen, model, entropies = packed(gpt(size)), packed(dpar(size)), entropy_model("B")
-    head = entropy_head(model)
+    llamagen, model = packed(gpt(size)), packed(dpar(size))
+    head, deciding = entropy_head(model), entropy_model(entropies)
     found: dict[str, dict[str, float]] = {}
-    for batch in BATCHES:
+    for batch in batches:
         starts = ragged_starts(batch)
         decoders = {
             f"LlamaGen-{size}": llamagen_decoder(llamagen, batch),
             f"DPAR-{size}, boundaries given": dpar_decoder(model, Watched(starts)),
             f"DPAR-{size}, entropy head": dpar_decoder(model, Watched(starts, {"head": head})),
-            f"DPAR-{size}, entropy model B": dpar_decoder(model, Watched(starts, {"entropies": entropies})),
+            f"DPAR-{size}, entropy model {entropies}": dpar_decoder(model, Watched(starts, {"entropies": deciding})),
         }
         for name, seconds in seconds_an_image(decoders, GRIDS[256].num_tokens).items():
             found.setdefault(name, {})[f"batch {batch}"] = seconds
     return found
 
 
-def draw_curve(found: dict[str, dict[str, float]], path: Path) -> None:
+def draw_curve(found: dict[str, dict[str, float]], batches: Sequence[int], path: Path) -> None:
     """Write a PNG of seconds an image over the images drawn together."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, column in found.items():
-        axes.plot(BATCHES, list(column.values()), marker="o", label=name)
+        axes.plot(batches, list(column.values()), marker="o", label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+    axes.set_xticks(batches, [str(batch) for batch in batches])
     for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis("{x:g}")
     axes.set(xlabel="images drawn together", ylabel="seconds an image", title="Sampling at 256 px, guided, bfloat16")
@@ -140,15 +137,23 @@ def draw_curve(found: dict[str, dict[str, float]], path: Path) -> None:
 def main() -> None:
     """Measure and print what was found; no gates."""
     parser = argparse.ArgumentParser(description="Where the time of drawing an image goes.")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=BOTH, default=["B", "L", "XL"], help="Split by part.")
+    parser.add_argument("--pixels", nargs="+", type=int, choices=GRIDS, default=list(GRIDS))
+    parser.add_argument("--batch", type=int, default=16, help="Of what is split by part.")
+    parser.add_argument("--curve-size", choices=BOTH, default="B")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="Of the curve.")
+    parser.add_argument(
+        "--entropy-models", nargs="+", choices=GPTS, default=["B", "T"], help="The curve has the first alone."
+    )
     parser.add_argument("--curve", type=Path, default=Path("artifacts/bench/sampling.png"), metavar="PNG")
     options = parser.parse_args()
-    columns = by_batch("B")
-    draw_curve(columns, options.curve)
+    columns = by_batch(options.curve_size, options.batches, options.entropy_models[0])
+    draw_curve(columns, options.batches, options.curve)
     print(f"curve in {options.curve}", file=sys.stderr)
     for size in options.sizes:
-        for pixels in GRIDS:
-            columns[f"DPAR-{size}, {pixels} px, batch {BATCH}"] = parts(size, pixels)
+        for pixels in options.pixels:
+            column = parts(size, pixels, options.batch, options.entropy_models)
+            columns[f"DPAR-{size}, {pixels} px, batch {options.batch}"] = column
     report([], {f"{name}, s an image": column for name, column in columns.items()})
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import pairwise, product
 from typing import Any
 
 import torch
+from model_sizes import BOTH, GPTS
 from report import report
 from samplers import (
     GRIDS,
@@ -36,7 +37,6 @@ from models.token_sampling import SamplingOptions
 from pipeline.bench.gates import Figures, Gate, gate
 
 TOKENS = GRIDS[256].num_tokens
-BATCHES = (1, 4, 16)
 EXACT_BOUND, LOOP_BOUND, LINEAR_BOUND, CACHE_BOUND = 1e-4, 25.0, 1.4, 0.05
 RIVAL_BOUNDS = {  # of images a second, DPAR over LlamaGen, by size, batch and source of boundaries
     ("L", 64): {"entropy model B": 1.1, "entropy model T": 1.25, "entropy head": 1.25},
@@ -46,9 +46,9 @@ RIVAL_BOUNDS = {  # of images a second, DPAR over LlamaGen, by size, batch and s
 EVERY = 16  # prefix lengths of the published loop that are timed
 
 
-def exactness() -> float:
-    """Largest difference of cached logits from those of the full forward: DPAR-B, float32, a ragged batch of 8."""
-    model, starts = dpar("B").float(), ragged_starts(8)
+def exactness(size: str) -> float:
+    """Largest difference of cached logits from those of the full forward: DPAR, float32, a ragged batch of 8."""
+    model, starts = dpar(size).float(), ragged_starts(8)
     tokens = torch.randint(model.config.codebook_size, (8, TOKENS), generator=torch.Generator().manual_seed(1))
     labels, worst = torch.arange(8), 0.0
     expected = model(tokens, labels, pack_patches(starts))
@@ -59,11 +59,11 @@ def exactness() -> float:
     return worst
 
 
-def loop_over_cached(batch: int) -> float:
-    """Time of the published loop over ours, DPAR-B with the B entropy model, by the trapezoidal rule."""
+def loop_over_cached(size: str, entropies_size: str, batch: int) -> float:
+    """Time of the published loop over ours, DPAR with an entropy model, by the trapezoidal rule."""
     starts = ragged_starts(batch)
-    model, entropies = dpar("B"), gpt("B", conditional=False)
-    ours = dpar_decoder(packed(dpar("B")), Watched(starts, {"B": entropy_model("B")}))
+    model, entropies = dpar(size), gpt(entropies_size, conditional=False)
+    ours = dpar_decoder(packed(dpar(size)), Watched(starts, {"entropies": entropy_model(entropies_size)}))
     tokens = torch.randint(model.config.codebook_size, (batch, TOKENS))
     lengths = [1, *range(EVERY, TOKENS, EVERY), TOKENS - 1]
     cached, loop = 0.0, []
@@ -127,7 +127,7 @@ def over_linear_layers(make: Callable[[Any], Decoder], plain: nn.Module, fast: n
     return {"ms a token": 1000 * whole / TOKENS, **{name: whole / total for name, total in seconds.items()}}
 
 
-def against_llamagen(size: str, batch: int) -> dict[str, float]:
+def against_llamagen(size: str, batch: int, entropy_models: Sequence[str]) -> dict[str, float]:
     """Seconds an image of LlamaGen and of DPAR with each source of boundaries, in turns."""
     model, starts = packed(dpar(size)), ragged_starts(batch)
     rivals = {
@@ -135,31 +135,31 @@ def against_llamagen(size: str, batch: int) -> dict[str, float]:
         "boundaries given": dpar_decoder(model, Watched(starts)),
         "entropy head": dpar_decoder(model, Watched(starts, {"head": entropy_head(model)})),
     }
-    for name in ("B", "T"):
+    for name in entropy_models:
         rivals[f"entropy model {name}"] = dpar_decoder(model, Watched(starts, {name: entropy_model(name)}))
     return seconds_an_image(rivals, TOKENS)
 
 
-def cache_misfit() -> float:
+def cache_misfit(size: str) -> float:
     """Share by which the bytes of a filled cache differ from 2 L T D of bfloat16 a sequence."""
-    model = gpt("T")
+    model = gpt(size)
     cache, config = model.new_cache(), model.config
     for position in range(TOKENS):
         model.step(torch.zeros(2, config.dim, dtype=torch.bfloat16), position, cache)
     return abs(cache.num_bytes / (2 * 2 * config.num_layers * TOKENS * config.dim * 2) - 1)
 
 
-def linear_gates(figures: Figures) -> list[Gate]:
-    """Both families of size B against their linear layers, at each batch."""
+def linear_gates(figures: Figures, size: str, batches: Sequence[int]) -> list[Gate]:
+    """Both families against their linear layers, at each batch."""
     gates = []
-    for batch in BATCHES:
+    for batch in batches:
         starts = ragged_starts(batch)
         found = {
-            "LlamaGen-B": over_linear_layers(
-                lambda model, batch=batch: llamagen_decoder(model, batch), gpt("B"), packed(gpt("B"))
+            f"LlamaGen-{size}": over_linear_layers(
+                lambda model, batch=batch: llamagen_decoder(model, batch), gpt(size), packed(gpt(size))
             ),
-            "DPAR-B": over_linear_layers(
-                lambda model, starts=starts: dpar_decoder(model, Watched(starts)), dpar("B"), packed(dpar("B"))
+            f"DPAR-{size}": over_linear_layers(
+                lambda model, starts=starts: dpar_decoder(model, Watched(starts)), dpar(size), packed(dpar(size))
             ),
         }
         for name, numbers in found.items():
@@ -169,11 +169,13 @@ def linear_gates(figures: Figures) -> list[Gate]:
     return gates
 
 
-def rival_gates(figures: Figures) -> list[Gate]:
+def rival_gates(
+    figures: Figures, sizes: Sequence[str], batches: Sequence[int], entropy_models: Sequence[str]
+) -> list[Gate]:
     """DPAR against LlamaGen of the same size: gates at some batches, figures at all."""
     gates = []
-    for size, batch in [(size, batch) for size in ("B", "L") for batch in (*BATCHES, 64)]:
-        found = against_llamagen(size, batch)
+    for size, batch in product(sizes, batches):
+        found = against_llamagen(size, batch, entropy_models)
         figures[f"{size}, batch {batch}, s an image"] = found
         gates += [
             gate(
@@ -183,6 +185,7 @@ def rival_gates(figures: Figures) -> list[Gate]:
                 bound,
             )
             for source, bound in RIVAL_BOUNDS.get((size, batch), {}).items()
+            if source in found
         ]
     return gates
 
@@ -190,18 +193,36 @@ def rival_gates(figures: Figures) -> list[Gate]:
 @torch.inference_mode()
 def main() -> None:
     """Measure what is asked for and print what was found."""
+    options = parsed()
+    size, sources = options.size, options.entropy_models
+    loop = f"published loop / cached, DPAR-{size}, batch {options.loop_batch}"
     parts: dict[str, Callable[[Figures], list[Gate]]] = {
-        "exact": lambda _: [gate("cached logits - full forward's, largest", exactness(), "<", EXACT_BOUND)],
-        "loop": lambda _: [gate("published loop / cached, DPAR-B, batch 4", loop_over_cached(4), ">", LOOP_BOUND)],
-        "cache": lambda _: [gate("bytes of a cache off the formula, share", cache_misfit(), "<", CACHE_BOUND)],
-        "linear": linear_gates,
-        "rivals": rival_gates,
+        "exact": lambda _: [gate("cached logits - full forward's, largest", exactness(size), "<", EXACT_BOUND)],
+        "loop": lambda _: [gate(loop, loop_over_cached(size, sources[0], options.loop_batch), ">", LOOP_BOUND)],
+        "cache": lambda _: [
+            gate("bytes of a cache off the formula, share", cache_misfit(sources[-1]), "<", CACHE_BOUND)
+        ],
+        "linear": lambda figures: linear_gates(figures, size, options.linear_batches),
+        "rivals": lambda figures: rival_gates(figures, options.rivals, options.batches, sources),
     }
-    parser = argparse.ArgumentParser(description="Sampling with caches.")
-    parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
     figures: Figures = {}
-    gates = [found for name in parser.parse_args().only for found in parts[name](figures)]
+    gates = [found for name in options.only or parts for found in parts[name](figures)]
     report(gates, figures)
+
+
+def parsed() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description="Sampling with caches.")
+    parser.add_argument("--only", nargs="+", choices=["exact", "loop", "cache", "linear", "rivals"])
+    parser.add_argument("--size", choices=BOTH, default="B", help="Of all parts but the rivals.")
+    parser.add_argument("--loop-batch", type=int, default=4)
+    parser.add_argument("--linear-batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--rivals", nargs="+", choices=BOTH, default=["B", "L"], metavar="SIZE")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64], help="Of the rivals.")
+    parser.add_argument(
+        "--entropy-models", nargs="+", choices=GPTS, default=["B", "T"], help="The published loop has the first."
+    )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

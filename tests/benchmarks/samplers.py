@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import torch
+from model_sizes import DPARS, GPTS, codebook_size
 from torch import Tensor, nn
 
 from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, HeadBoundaries, NextToken
-from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, EntropyHeadConfig, GPTConfig
+from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead
 from models.gpt import GPT
@@ -24,7 +25,7 @@ from models.patching import PatchRule, patch_starts
 from models.sampling import DPARDecoding, GPTDecoding
 from models.token_sampling import SamplingOptions, sample_token
 
-CODES, CLASSES = 16384, 1000
+CLASSES = 1000
 GUIDED = SamplingOptions(cfg_scale=2.0)
 _STRETCH, _WINDOW = 32, 8
 Model = TypeVar("Model", GPT, DPAR)
@@ -51,7 +52,7 @@ def gpt(size: str, grid: Grid = GRIDS[256], *, conditional: bool = True) -> GPT:
     torch.manual_seed(0)
     num_classes = CLASSES if conditional else None
     config = GPTConfig(
-        **asdict(GPT_SIZES[size]), codebook_size=CODES, num_tokens=grid.num_tokens, num_classes=num_classes
+        **asdict(GPTS[size]), codebook_size=codebook_size(size), num_tokens=grid.num_tokens, num_classes=num_classes
     )
     model = GPT(config)
     nn.init.normal_(model.output.weight, std=0.02)
@@ -62,7 +63,7 @@ def dpar(size: str, grid: Grid = GRIDS[256]) -> DPAR:
     """The same for DPAR."""
     torch.manual_seed(0)
     config = DPARConfig(
-        **asdict(DPAR_SIZES[size]), codebook_size=CODES, num_tokens=grid.num_tokens, num_classes=CLASSES
+        **asdict(DPARS[size]), codebook_size=codebook_size(size), num_tokens=grid.num_tokens, num_classes=CLASSES
     )
     model = DPAR(config)
     nn.init.normal_(model.output.weight, std=0.02)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from image_stages import tiny_images
@@ -18,7 +19,7 @@ from conf.schema import RuntimeConfig
 from pipeline.bench.gates import Gate, gate
 from pipeline.graph import STAGES
 
-FEW, FACTOR = 1000, 10
+FACTOR = 10
 GROWTH_BOUND = 1.1
 SETTINGS = (
     "dataset.source=imagenet_tar",
@@ -46,12 +47,12 @@ def run_stage(name: str, images: Path, home: Path) -> None:
     print(1024 * int(status.split("VmHWM:")[1].split()[0]))
 
 
-def peaks(count: int, folder: Path) -> dict[str, int]:
-    """Largest memory of each stage over a data set of `count` images."""
+def peaks(stages: Sequence[str], count: int, folder: Path) -> dict[str, int]:
+    """Largest memory of each of the stages over a data set of `count` images."""
     images = folder / f"{count}.tar"
     tiny_images(images, count)
     found = {}
-    for name in STAGES:
+    for name in stages:
         options = {"--stage": name, "--images": images, "--home": folder / str(count)}
         command = [sys.executable, __file__, *(str(word) for option in options.items() for word in option)]
         done = subprocess.run(command, env=os.environ | STEADY, stdout=subprocess.PIPE, text=True, check=True)
@@ -62,6 +63,8 @@ def peaks(count: int, folder: Path) -> dict[str, int]:
 def main() -> None:
     """Measure all stages and print what was found."""
     parser = argparse.ArgumentParser(description="Memory of every stage as the data set grows tenfold.")
+    parser.add_argument("--few", type=int, default=1000, help="images of the smaller data set; the other has ten times")
+    parser.add_argument("--until", choices=list(STAGES), default=list(STAGES)[-1], help="last stage to measure")
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     parser.add_argument("--images", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
@@ -69,15 +72,17 @@ def main() -> None:
     if options.stage:
         run_stage(options.stage, options.images, options.home)
         return
+    stages = list(STAGES)[: list(STAGES).index(options.until) + 1]
+    counts = (options.few, FACTOR * options.few)
     with tempfile.TemporaryDirectory() as folder:
-        few, many = (peaks(count, Path(folder)) for count in (FEW, FACTOR * FEW))
+        few, many = (peaks(stages, count, Path(folder)) for count in counts)
     columns = {
-        f"peak memory, MB: {FEW:,} images": {name: peak / 1e6 for name, peak in few.items()},
-        f"{FACTOR * FEW:,} images": {name: peak / 1e6 for name, peak in many.items()},
+        f"peak memory, MB: {counts[0]:,} images": {name: peak / 1e6 for name, peak in few.items()},
+        f"{counts[1]:,} images": {name: peak / 1e6 for name, peak in many.items()},
     }
     gates: list[Gate] = [
         gate(f"{name}: peak memory at {FACTOR} times the images", many[name] / few[name], "<", GROWTH_BOUND)
-        for name in STAGES
+        for name in stages
     ]
     report(gates, columns)
 

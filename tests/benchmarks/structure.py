@@ -1,5 +1,7 @@
 """How the code is built: rooms, levels and arrows of each package, and how long files and functions are.
 
+Gates bound the levels and arrows of `pipeline` and `stages` by their present numbers.
+
 A room is a module at a package's top level, or a folder with all it holds. An arrow leads from a room to one that it
 imports from; levels are the rooms on the longest chain of arrows.
 """
@@ -13,8 +15,13 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from report import report
+
+from pipeline.bench.gates import Figures, Gate, gate
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("pipeline", "stages", "conf", "models")
+MOST = {"pipeline": {"levels": 9, "arrows": 56}, "stages": {"levels": 7, "arrows": 69}}
 
 
 def rooms(package: Path) -> dict[str, list[Path]]:
@@ -81,20 +88,30 @@ def lengths(root: Path) -> tuple[list[int], list[int]]:
     return [length for length in files if length > 1], functions
 
 
+def measure(root: Path) -> tuple[list[Gate], Figures]:
+    """Gates of the packages that have bounds, and figures of all."""
+    gates: list[Gate] = []
+    figures: Figures = {}
+    for name in PACKAGES:
+        targets = arrows(root / name)
+        found = {"levels": levels(targets), "arrows": sum(map(len, targets.values()))}
+        figures[name] = {"rooms": len(targets), **found}
+        gates += [gate(f"{name}, {what}", found[what], "<", most + 1) for what, most in MOST.get(name, {}).items()]
+    for what, values in zip(("files", "functions"), lengths(root), strict=True):
+        figures[what] = {
+            "count": len(values),
+            "lines, median": statistics.median(values),
+            "lines, 90th percentile": statistics.quantiles(values, n=10)[8],
+            "lines, longest": max(values),
+        }
+    return gates, figures
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description="Rooms, arrows and lengths of the code.")
     parser.add_argument("--root", type=Path, default=ROOT, help="A checkout of the project.")
-    root = parser.parse_args().root
-    for name in PACKAGES:
-        targets = arrows(root / name)
-        count = sum(map(len, targets.values()))
-        print(f"{name:<9} {len(targets):3} rooms  {levels(targets):2} levels  {count:3} arrows")
-    for what, values in zip(("files", "functions"), lengths(root), strict=True):
-        spread = statistics.quantiles(values, n=10)
-        print(
-            f"{what:<9} {len(values):4}  median {statistics.median(values):.0f}  p90 {spread[8]:.0f}  max {max(values)}"
-        )
+    report(*measure(parser.parse_args().root))
 
 
 if __name__ == "__main__":

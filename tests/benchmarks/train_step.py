@@ -10,16 +10,18 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from model_sizes import BOTH, DPARS, GPTS, codebook_size
 from report import report
 from timing import interleaved
+from torch import nn
 
 from conf.section import TrainingConfig
-from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig
+from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.macs import dpar_cost, gpt_cost
@@ -32,8 +34,7 @@ from stages.training.loop import Training, train_step
 from stages.training.patched import DPARObjective, PatchedBatch
 from stages.training.state import TrainingState
 
-BATCH, TOKENS, CODES, CLASSES, MEAN_LENGTH = 8, 256, 16384, 1000, 1.81
-SHAPE: dict[str, Any] = {"codebook_size": CODES, "num_tokens": TOKENS, "num_classes": CLASSES}
+TOKENS, CLASSES, MEAN_LENGTH = 256, 1000, 1.81
 FAMILIES = ("llamagen", "dpar")
 CPU = World(rank=0, size=1, device=torch.device("cpu"))
 TIME_BOUND, MEMORY_BOUND = 1.05, 1.1
@@ -41,29 +42,58 @@ TIME_BOUND, MEMORY_BOUND = 1.05, 1.1
 Step = Callable[[], object]
 
 
-def batch() -> PatchedBatch:
+@dataclass(frozen=True)
+class Task:
+    """Size of the models, and images in a batch."""
+
+    size: str
+    images: int
+
+    @property
+    def codes(self) -> int:
+        """Size of the codebook."""
+        return codebook_size(self.size)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Settings of both families beside the size."""
+        return {"codebook_size": self.codes, "num_tokens": TOKENS, "num_classes": CLASSES}
+
+    def dpar(self) -> DPARConfig:
+        """Config of DPAR."""
+        return DPARConfig(**asdict(DPARS[self.size]), **self.shape)
+
+    def gpt(self) -> GPTConfig:
+        """Config of LlamaGen."""
+        return GPTConfig(**asdict(GPTS[self.size]), **self.shape)
+
+
+def batch(task: Task) -> PatchedBatch:
     """Random tokens, cut where random entropies exceed the threshold that gives the mean patch length."""
     generator = torch.Generator().manual_seed(0)
-    entropies = torch.rand(BATCH, TOKENS, generator=generator)
+    entropies = torch.rand(task.images, TOKENS, generator=generator)
     candidates = (patch_starts(PatchRule(th / 1000, 4, True, 16), entropies) for th in range(1000))
-    wanted = BATCH * (TOKENS - 1) / MEAN_LENGTH
+    wanted = task.images * (TOKENS - 1) / MEAN_LENGTH
     starts = min(candidates, key=lambda starts: abs(int(starts[:, :-1].sum()) - wanted))
-    tokens = torch.randint(CODES, (BATCH, TOKENS), generator=generator)
-    return PatchedBatch(tokens, torch.randint(CLASSES, (BATCH,), generator=generator), pack_patches(starts))
+    tokens = torch.randint(task.codes, (task.images, TOKENS), generator=generator)
+    labels = torch.randint(CLASSES, (task.images,), generator=generator)
+    return PatchedBatch(tokens, labels, pack_patches(starts))
 
 
-def training_step(family: str, size: str) -> Step:
+def training_step(family: str, task: Task) -> Step:
     """One optimiser step of a fresh model."""
     torch.manual_seed(0)
-    patched = batch()
-    data: TokenBatch = patched if family == "dpar" else TokenBatch(patched.tokens, patched.labels)
-    objective: torch.nn.Module
+    patched = batch(task)
+    model: nn.Module
+    objective: nn.Module
     if family == "dpar":
-        model: DPAR | GPT = DPAR(DPARConfig(**asdict(DPAR_SIZES[size]), **SHAPE))
-        objective = DPARObjective(model)
+        data: TokenBatch = patched
+        model = dpar = DPAR(task.dpar())
+        objective = DPARObjective(dpar)
     else:
-        model = GPT(GPTConfig(**asdict(GPT_SIZES[size]), **SHAPE))
-        objective = GPTObjective(model)
+        data = TokenBatch(patched.tokens, patched.labels)
+        model = gpt = GPT(task.gpt())
+        objective = GPTObjective(gpt)
     config = TrainingConfig(steps=1_000_000)
     run = Training(
         model=model,
@@ -74,16 +104,16 @@ def training_step(family: str, size: str) -> Step:
         config=config,
         seed=0,
     )
-    state = TrainingState(model, None, config)
+    state = TrainingState(model, {}, config)
     objective.train()
     return lambda: train_step(run, objective, state, data, 0, CPU)
 
 
-def linear_macs(family: str, size: str) -> float:
+def linear_macs(family: str, task: Task) -> float:
     """Multiply-accumulates of the linear layers of one image's forward pass."""
     if family == "dpar":
-        return dpar_cost(DPARConfig(**asdict(DPAR_SIZES[size]), **SHAPE), MEAN_LENGTH).forward.linear
-    return gpt_cost(GPTConfig(**asdict(GPT_SIZES[size]), **SHAPE)).forward.linear
+        return dpar_cost(task.dpar(), MEAN_LENGTH).forward.linear
+    return gpt_cost(task.gpt()).forward.linear
 
 
 def shares(step: Step) -> dict[str, float]:
@@ -115,16 +145,17 @@ def kind_of(event: Any) -> str:
     return "norms, dropout, casts, rotary"
 
 
-def peak_bytes(family: str, size: str) -> int:
+def peak_bytes(family: str, task: Task) -> int:
     """Largest memory of a process that trains three steps, beyond what it held before the model was made."""
-    command = [sys.executable, __file__, "--peak", family, "--sizes", size]
+    options = {"--peak": family, "--sizes": task.size, "--images": task.images}
+    command = [sys.executable, __file__, *(str(word) for option in options.items() for word in option)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def print_peak(family: str, size: str) -> None:
+def print_peak(family: str, task: Task) -> None:
     """What `peak_bytes` asks for, in a process of its own."""
     before = resident_peak()
-    step = training_step(family, size)
+    step = training_step(family, task)
     for _ in range(3):
         step()
     print(resident_peak() - before)
@@ -136,24 +167,24 @@ def resident_peak() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def measure(size: str, rounds: int) -> tuple[list[Gate], dict[str, dict[str, float]]]:
+def measure(task: Task, rounds: int) -> tuple[list[Gate], dict[str, dict[str, float]]]:
     """Gates and figures of one size; a column a model."""
-    peaks = {family: peak_bytes(family, size) for family in FAMILIES}
-    made = {family: training_step(family, size) for family in FAMILIES}
+    peaks = {family: peak_bytes(family, task) for family in FAMILIES}
+    made = {family: training_step(family, task) for family in FAMILIES}
     for step in made.values():
         step()  # the first step allocates, and is several times slower
     seconds = interleaved(made, rounds)
-    macs = {family: linear_macs(family, size) for family in FAMILIES}
+    macs = {family: linear_macs(family, task) for family in FAMILIES}
     columns = {}
     for family, step in made.items():
-        columns[f"{family}-{size}"] = {
+        columns[f"{family}-{task.size}"] = {
             "seconds a step": seconds[family],
             "GMAC an image, linear layers": macs[family] / 1e9,
             "peak memory, GB": peaks[family] / 1e9,
             **{f"share of time: {kind}": share for kind, share in shares(step).items()},
         }
     time_ratio, mac_ratio, memory_ratio = (x["dpar"] / x["llamagen"] for x in (seconds, macs, peaks))
-    pair = f"DPAR-{size} / LlamaGen-{size}"
+    pair = f"DPAR-{task.size} / LlamaGen-{task.size}"
     return [
         gate(f"{pair}, step time / MACs", time_ratio / mac_ratio, "<", TIME_BOUND),
         gate(f"{pair}, peak memory", memory_ratio, "<", MEMORY_BOUND),
@@ -163,17 +194,19 @@ def measure(size: str, rounds: int) -> tuple[list[Gate], dict[str, dict[str, flo
 def main() -> None:
     """Measure each size and print what was found."""
     parser = argparse.ArgumentParser(description="Time and memory of a training step, DPAR beside LlamaGen.")
-    parser.add_argument("--sizes", nargs="+", default=["B", "L"], choices=sorted(DPAR_SIZES.keys() & GPT_SIZES.keys()))
+    parser.add_argument("--sizes", nargs="+", default=["B", "L"], choices=BOTH)
+    parser.add_argument("--images", type=int, default=8, help="Images in a batch.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peak", choices=FAMILIES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    tasks = [Task(size, options.images) for size in options.sizes]
     if options.peak:
-        print_peak(options.peak, *options.sizes)
+        print_peak(options.peak, *tasks)
         return
     gates: list[Gate] = []
     columns: dict[str, dict[str, float]] = {}
-    for size in options.sizes:
-        of_size, of_columns = measure(size, options.rounds)
+    for task in tasks:
+        of_size, of_columns = measure(task, options.rounds)
         gates, columns = gates + of_size, columns | of_columns
     report(gates, columns)
 
