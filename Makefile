@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 PINS := pyproject.toml constraints.txt
+# A process a core, at most four: each may hold a gigabyte. Tests of a file share their fixtures.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast lint types contracts check lpips clean
@@ -18,10 +20,10 @@ demo: $(VENV)/.demo ## Train, sample and score the demo, in minutes; a second ca
 	$(BIN)/dpar run --preset demo
 
 test: $(VENV)/.dev ## Run all tests
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 test-fast: $(VENV)/.dev ## Run the tests that take at most a few seconds each
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 lint: $(VENV)/.dev ## Run ruff: rules and format
 	$(BIN)/ruff check

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from conf.boundary_sources import BOUNDARY_SOURCES
 from conf.sample import SampleConfig
 from conf.schema import RuntimeConfig
 from stages.patches.boundary_sources import SOURCES, EntropySource
@@ -52,6 +53,8 @@ def _threshold(inputs: Inputs) -> dict[str, float]:
         return {}
     source = SOURCES[rule["source"]]
     assert isinstance(source, EntropySource)  # no other source has a threshold
+    if not BOUNDARY_SOURCES[rule["source"]].reads_for_target <= inputs.keys():  # its entropies are not cached any more
+        return {"threshold": rule["threshold"]}
     share = source.entropies(inputs).share_above(rule["threshold"])
     if share in (0.0, 1.0):
         logger.warning(

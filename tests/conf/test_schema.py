@@ -53,7 +53,8 @@ def test_every_field_is_described_in_a_plain_line(address: str) -> None:
 
 def test_every_section_is_described() -> None:
     assert len(FIELDS) > 90  # the search above finds them
-    assert [section.__name__ for section in all_sections() if not section.__doc__] == []
+    ours = [section for section in all_sections() if section.__module__.startswith("conf.")]  # tests have their own
+    assert [section.__name__ for section in ours if not section.__doc__] == []
 
 
 def test_defaults_are_the_papers_256_px_recipe() -> None:
