@@ -13,6 +13,7 @@ for name, value in (
 ):
     os.environ[name] = value
 
+import jaxtyping
 from jaxtyping import install_import_hook
 
 # In these modules, an array whose shape or type differs from the signature is an error at every call; an int may be a
@@ -141,3 +142,9 @@ def tiny_artifacts(tiny_settings: Settings, run_in_process: Run) -> dict[str, Pa
         if stage.name != "evaluate":
             artifacts[stage.name] = run_in_process(stage.name, getattr(tiny_settings, stage.name), artifacts)
     return artifacts
+
+
+@pytest.fixture
+def without_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls as in production, where a wrong shape meets the function's own check."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -8,11 +8,12 @@ import typer
 
 from pipeline.cli import display
 from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, load, show_json
+from pipeline.graph import STAGES, inputs_read
 from pipeline.plan import require_cached
 from stages.images.sources import image_root
 
 app = typer.Typer(rich_markup_mode=None)
-INPUTS = ("dataset", "tokenize", "entropy_map", "patch_index")
+INPUTS = ("dataset", "tokenize", "patch_index")
 LABELS = {
     "images": "images (first view of each)",
     "mean_length": "tokens per patch",
@@ -26,7 +27,8 @@ LABELS = {
 def patches(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
     """Show statistics and pictures of the patches of real images."""
     settings, runtime = load(preset, ablation, overrides)
-    inputs = require_cached(settings, runtime, INPUTS, "dpar run --until patch_index")
+    names = {*INPUTS, *inputs_read(STAGES["patch_index"], settings)}
+    inputs = require_cached(settings, runtime, names, "dpar run --until patch_index")
     from stages.views.patch_report import patch_report
 
     output = runtime.home / "reports" / inputs["patch_index"].name

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.arrays import Pixels
+from stages.arrays import Entropies, Pixels
 from stages.images.decode import Views, decode, views
 from stages.patches.rule import SavedRule
 from stages.runtime.artifact import write_json
@@ -52,21 +52,19 @@ class PatchReport:
 def patch_report(inputs: Inputs, output: Path) -> PatchReport:
     """Write `histograms.png`, `png_size.png`, `extremes.png` and `report.json`, and return the numbers.
 
-    At most MAX_IMAGES evenly spread images are evaluated. Reads the artifacts of dataset, tokenize, entropy_map and
-    patch_index, and the images.
+    At most MAX_IMAGES evenly spread images are evaluated. Reads the artifacts of dataset, tokenize, patch_index and,
+    unless patches are static, entropy_map, and the images.
 
     Raises:
         ArtifactError: An artifact is damaged, or the artifacts do not belong together.
         InputError: An image is missing, or differs from the indexed file.
     """
     tokens = TokenStore.of(inputs)
-    entropies = EntropyStore.of(inputs)
     index = PatchIndex.of(inputs, tokens)
-    index.require_entropies(entropies.digest)
     rule = SavedRule.of(inputs)
     rows = np.linspace(0, len(tokens) - 1, min(len(tokens), MAX_IMAGES)).astype(np.int64)
     first_view = np.zeros_like(rows)
-    starts, entropy = index.starts(rows, first_view), entropies.fetch(rows, first_view)
+    starts, entropy = index.starts(rows, first_view), _entropies(inputs, index, rows)
     histograms = PatchHistograms(tokens.num_tokens, math.log(tokens.codebook_size))
     histograms.add(starts, entropy)
     histograms.draw(rule.threshold, output / "histograms.png")
@@ -76,7 +74,7 @@ def patch_report(inputs: Inputs, output: Path) -> PatchReport:
     draw_scatter(png_bytes, num_patches, correlation, output / "png_size.png")
     chosen = _extremes(num_patches)
     images = np.stack([crops.pixels(row) for row in rows[chosen]])
-    picture = patch_picture(images, starts[chosen], entropy[chosen], tokens.grid)
+    picture = patch_picture(images, starts[chosen], None if entropy is None else entropy[chosen], tokens.grid)
     save_png(picture, output / "extremes.png")
     report = PatchReport(
         images=len(rows),
@@ -113,6 +111,15 @@ class Crops:
         return len(file.getvalue())
 
 
+def _entropies(inputs: Inputs, index: PatchIndex, rows: NDArray[np.int64]) -> Entropies | None:
+    """Entropies of the first view of some images, nats; None for static patches, which were made from none."""
+    if not index.facts.entropies_digest:
+        return None
+    store = EntropyStore.of(inputs)
+    index.require_entropies(store.digest)
+    return store.fetch(rows, np.zeros_like(rows))
+
+
 def _correlation(first: NDArray[np.int64], second: NDArray[np.int64]) -> float | None:
     if first.std() == 0 or second.std() == 0:
         return None
@@ -130,10 +137,8 @@ def _share_at_limit(lengths: NDArray[np.int64], rule: SavedRule) -> float | None
     return None if limit is None else float(lengths[limit : limit + 1].sum() / lengths.sum())
 
 
-def _share_by_row(
-    starts: NDArray[np.bool_], entropies: NDArray[np.float32], grid: int, rule: SavedRule
-) -> float | None:
-    if not rule.row_boundary or rule.threshold is None:
+def _share_by_row(starts: NDArray[np.bool_], entropies: Entropies | None, grid: int, rule: SavedRule) -> float | None:
+    if entropies is None or not rule.row_boundary or rule.threshold is None:
         return None
     calm = entropies[:, grid::grid] <= np.float32(rule.threshold)
     return float(calm.sum() / starts.sum())

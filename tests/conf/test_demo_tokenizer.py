@@ -39,6 +39,7 @@ def test_training_it_in_the_demo_is_one_setting_away() -> None:
     assert settings.tokenizer.lpips_weight == 0  # which needs no weights that the demo does not install
 
 
+@pytest.mark.slow
 def test_it_reconstructs_emoji_about_as_well_as_the_card_says() -> None:
     settings, _ = load_settings("demo")
     model = read_vq_checkpoint(WEIGHTS, settings.tokenizer.model).eval()

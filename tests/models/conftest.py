@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -51,9 +50,3 @@ def gpt() -> Callable[..., GPT]:
         return _rough(GPT(GPTConfig(**size | changes, num_classes=num_classes)))
 
     return build
-
-
-@pytest.fixture
-def without_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls as in production, where a wrong shape meets the function's own check."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -75,6 +75,7 @@ def reference(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tens
     return torch.einsum("hs,shk->hk", scores.softmax(dim=-1), v)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 4),

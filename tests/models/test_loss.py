@@ -79,6 +79,7 @@ def test_logits_beyond_the_reach_of_exp_are_fine() -> None:
     assert features.grad.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_training_step_holds_the_logits_once_at_most(precision: str) -> None:
     """Memory of a process, in float32 copies of the logits: one, and slices. The plain cross-entropy takes three."""

@@ -137,6 +137,7 @@ def test_a_grid_without_blocks_of_the_schedule_is_refused() -> None:
         npp_cost(small_gpt(5), NextPatchSchedule(), 300)
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_published_sizes() -> None:
     assert gpt_cost(gpt_config("B", 64)).parameters == 110_888_448
     assert gpt_cost(gpt_config("B", 64, None)).parameters == 110_119_680

@@ -26,6 +26,7 @@ def algorithm_1(entropies: list[float], threshold: float, max_length: int | None
     return starts
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     grid=st.integers(2, 6),

@@ -41,6 +41,7 @@ def test_a_rerun_finds_everything_and_rewrites_nothing(tiny: Tiny) -> None:
     assert {status.state for status in tiny.plan().values()} == {"cached"}
 
 
+@pytest.mark.slow
 def test_a_setting_reruns_its_stage_and_equal_contents_stop_there(tiny: Tiny) -> None:
     tiny.run_all()
     # beta clips its value at 2: its contents change for 7, and are the same for 7 and 8.
@@ -55,6 +56,7 @@ def test_a_docstring_or_comment_reruns_nothing(tiny: Tiny) -> None:
     assert tiny.run_all() == ALL_CACHED
 
 
+@pytest.mark.slow
 def test_an_edit_with_the_same_result_reruns_one_stage_only(tiny: Tiny) -> None:
     tiny.run_all()
     tiny.edit("helper", "x + 1", "1 + x")
@@ -62,6 +64,7 @@ def test_an_edit_with_the_same_result_reruns_one_stage_only(tiny: Tiny) -> None:
     assert tiny.run_all() == ["ran", "cached", "cached"]
 
 
+@pytest.mark.slow
 def test_an_edit_with_another_result_reruns_what_it_changes(tiny: Tiny) -> None:
     tiny.run_all(beta=9)
     tiny.edit("helper", "x + 1", "x + 2")
@@ -74,6 +77,7 @@ def test_an_unused_function_reruns_nothing(tiny: Tiny) -> None:
     assert tiny.run_all() == ALL_CACHED
 
 
+@pytest.mark.slow
 def test_a_deleted_file_is_made_again_and_later_stages_stay(tiny: Tiny) -> None:
     tiny.run_all()
     (tiny.run("beta").path / "number.json").unlink()

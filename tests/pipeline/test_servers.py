@@ -25,7 +25,7 @@ def pids(runtime: RuntimeConfig) -> list[int]:
     return [service["pid"] for service in read_json(runtime.home / ".servers" / "state.json")["services"]]
 
 
-@pytest.mark.parametrize("module", ["servers", "tracking", "local", "relay"])
+@pytest.mark.parametrize("module", ["servers", "tracking.tracker", "serving.local", "serving.relay"])
 def test_neither_prefect_nor_mlflow_is_imported_before_it_is_needed(module: str) -> None:
     program = f"import sys, pipeline.{module}; print(sorted({{'prefect', 'mlflow', 'torch'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -56,6 +56,7 @@ def test_accept_needs_an_undamaged_artifact(tiny: Tiny) -> None:
         accept(alpha, tiny.settings(), tiny.runtime, tiny.project)
 
 
+@pytest.mark.slow
 def test_accept_ignores_code_and_packages_and_nothing_else(tiny: Tiny) -> None:
     graph = tiny.module.GRAPH
 
@@ -75,6 +76,7 @@ def test_accept_ignores_code_and_packages_and_nothing_else(tiny: Tiny) -> None:
     assert tiny.plan(beta=7)["beta"].state == "stale"
 
 
+@pytest.mark.slow
 def test_accept_takes_the_newest_acceptable_artifact_and_not_the_newest(tiny: Tiny) -> None:
     alpha = tiny.module.GRAPH["alpha"]
     first = tiny.run("alpha")
@@ -91,6 +93,7 @@ def test_accept_takes_the_newest_acceptable_artifact_and_not_the_newest(tiny: Ti
     assert manifest.digest == first.digest
 
 
+@pytest.mark.slow
 def test_why_compares_with_the_nearest_artifact_also_while_an_input_is_missing(tiny: Tiny) -> None:
     beta = tiny.module.GRAPH["beta"]
 
@@ -116,6 +119,7 @@ def test_why_names_the_damage_of_an_artifact_with_the_right_key(tiny: Tiny) -> N
     assert explain(alpha, tiny.settings(), tiny.runtime, tiny.project) == damaged
 
 
+@pytest.mark.slow
 def test_why_lists_every_change(tiny: Tiny) -> None:
     alpha, beta = tiny.module.GRAPH["alpha"], tiny.module.GRAPH["beta"]
     assert explain(alpha, tiny.settings(), tiny.runtime, tiny.project) == ["not made yet"]

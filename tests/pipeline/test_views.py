@@ -40,6 +40,7 @@ def keys(root: Path, home: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_every_figure_and_metric_can_change_and_every_stage_stays_cached(code_copy: Path, tmp_path: Path) -> None:
     before = keys(code_copy, tmp_path / "home")
     views = code_copy / "stages" / "views"
@@ -47,7 +48,7 @@ def test_every_figure_and_metric_can_change_and_every_stage_stays_cached(code_co
         text = path.read_text()
         text = re.sub(r"figsize=\((\d+)", r"figsize=(2 * \1", text)
         text = re.sub(r"tab:blue", "tab:green", text)
-        text = ONE_METRIC.sub(r'\1{**\2, "one_more": 1.0})', text)
+        text = ONE_METRIC.sub(r'\1{**(\2), "one_more": 1.0})', text)
         path.write_text(text + "\n\nCHANGED = True\n")
     validation = code_copy / "stages/training/validation.py"
     validation.write_text(validation.read_text().replace('"psnr": float', '"one_more": 1.0, "psnr": float'))
@@ -82,6 +83,7 @@ def test_a_view_is_drawn_after_the_commit_and_is_no_content(tiny: Tiny) -> None:
     assert [name for name in manifest.files if name.startswith("views")] == []
 
 
+@pytest.mark.slow
 def test_an_edited_view_is_drawn_again_and_nothing_else_is_made(tiny: Tiny) -> None:
     tiny.run_all()
     tiny.edit("views/alpha", '{"x": x}', '{"x": x, "y": 2 * x}')

@@ -59,6 +59,7 @@ def test_what_is_saved_is_what_the_head_says(tiny_artifacts: dict[str, Path]) ->
         np.testing.assert_allclose(saved["entropy_head"], found.numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_source_was_asked_about_the_heldout_images(tiny_artifacts: dict[str, Path]) -> None:
     model, head = load_model(tiny_artifacts["train"]), load_head(tiny_artifacts["entropy_head"])
     assert isinstance(model, DPAR)
@@ -96,6 +97,7 @@ def test_a_baseline_has_no_source_of_its_own(
     assert not (artifact / "entropy_head.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_without_a_head_the_models_own_entropy_is_left(
     tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
 ) -> None:
@@ -105,6 +107,7 @@ def test_without_a_head_the_models_own_entropy_is_left(
     assert not (artifact / "entropy_head.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_own_entropies_are_of_forwards_in_which_no_patch_opens(tiny_artifacts: dict[str, Path]) -> None:
     model = load_model(tiny_artifacts["train"])
     assert isinstance(model, DPAR)
@@ -123,6 +126,7 @@ def test_own_entropies_are_of_forwards_in_which_no_patch_opens(tiny_artifacts: d
             torch.testing.assert_close(found[:, position], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_models_own_entropies_do_not_depend_on_a_head_that_was_trained(
     tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
 ) -> None:
@@ -137,6 +141,7 @@ def test_the_models_own_entropies_do_not_depend_on_a_head_that_was_trained(
     assert np.array_equal(*saved), "the model drops nothing out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [6, None])
 def test_interrupted_in_training_or_after_it_ends_the_same_bit_for_bit(
     tiny_settings: Settings,

@@ -123,6 +123,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(whole: Path, inputs: dict[s
     assert kept.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(whole: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
     job = Job(
         stage="entropy_map",

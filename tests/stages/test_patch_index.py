@@ -206,6 +206,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, monkeypa
     assert peaks[2] < 1.2 * peaks[1]
 
 
+@pytest.mark.slow
 def test_memory_of_the_view_grows_by_the_index_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages.views.patch_index, "_BLOCK", 1000)
     peaks = []

@@ -80,6 +80,7 @@ def test_patches_keep_to_the_rule(tiny_artifacts: dict[str, Path]) -> None:
         assert lengths.max() <= 4
 
 
+@pytest.mark.slow
 def test_batch_size_does_not_change_the_samples(
     tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
 ) -> None:
@@ -90,6 +91,7 @@ def test_batch_size_does_not_change_the_samples(
     assert (again.tokens != store.tokens).mean() < 0.01  # equal up to float noise of another batch shape
 
 
+@pytest.mark.slow
 def test_a_longer_maximum_and_an_unreachable_threshold_give_longer_patches(
     tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
 ) -> None:
@@ -99,6 +101,7 @@ def test_a_longer_maximum_and_an_unreachable_threshold_give_longer_patches(
     assert (store.patch_starts.sum(axis=1) == 9).all()
 
 
+@pytest.mark.slow
 def test_batches_need_not_divide_the_samples(
     tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
 ) -> None:
@@ -110,6 +113,7 @@ def test_batches_need_not_divide_the_samples(
     assert np.array_equal(store.labels, SampleStore.of(tiny_artifacts).labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threshold", "share", "words"), [(100.0, 0.0, "by no entropy .* rows and max_length"), (-1.0, 1.0, "single")]
 )
@@ -143,6 +147,7 @@ def test_a_threshold_between_is_counted_and_not_warned_of(
     assert not caplog.text
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_finished_units_and_the_same_bytes_come_later(
     tiny_settings: Settings,
     tiny_artifacts: dict[str, Path],

@@ -107,6 +107,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(whole: Path, inputs: dict[s
     assert kept.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(whole: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
     job = Job(
         stage="tokenize",
@@ -125,6 +126,7 @@ def test_two_processes_write_the_same_bytes(whole: Path, inputs: dict[str, Path]
     assert content(tmp_path / "out") == content(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", ["center", "ten_crop_x2"])
 @pytest.mark.parametrize("batch_size", [7, 20, 64])
 def test_batches_are_full_but_the_last_of_a_chunk_and_hold_every_view_once(

@@ -73,6 +73,7 @@ def test_training_lowers_the_loss_and_an_import_gives_the_same_weights(
     assert [line["psnr"] for line in lines(imported)] == [scores[0]["psnr"]]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
 ) -> None:
@@ -152,6 +153,7 @@ def test_the_tiny_preset_plays_against_a_discriminator_from_its_start_on(tiny_ar
     assert 0 < losses[8]["codebook_usage"] <= 1
 
 
+@pytest.mark.slow
 def test_killed_after_the_discriminators_start_it_ends_the_same_bit_for_bit(
     tiny_settings: Settings,
     tiny_artifacts: dict[str, Path],

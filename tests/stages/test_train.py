@@ -125,6 +125,7 @@ def test_a_schedule_of_one_level_is_llamagen(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_weights_of_npp_and_llamagen_are_interchangeable_and_sample_the_same(
     npp: Path, tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
 ) -> None:

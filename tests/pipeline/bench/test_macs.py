@@ -82,6 +82,7 @@ def test_the_papers_number_is_shown_only_at_its_own_patch_length() -> None:
     assert given.cost.forward.linear < own.cost.forward.linear
 
 
+@pytest.mark.slow
 def test_a_model_alone_is_counted_at_the_papers_sizes() -> None:
     rows = measure(["llamagen-T", "dpar-B", "llamagen-T"])
     assert [(row.model, row.image_size) for row in rows] == [
@@ -92,6 +93,7 @@ def test_a_model_alone_is_counted_at_the_papers_sizes() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpar-L-E2D3", "dpar-L-E3D2", "dpar-L-E4D1"])
 def test_variants_are_held_against_llamagen_of_their_size(name: str) -> None:
     assert name in MODELS

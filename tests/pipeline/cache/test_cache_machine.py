@@ -35,14 +35,16 @@ STEPS = ("x + 1", "1 + x", "x + 2")  # the first two are other code with the sam
 _number = itertools.count(1)
 
 
-def run_here(stage: Any, job: Any, runtime: Any, *, code_root: Path, **_: Any) -> None:
-    """What the stage's process would do."""
+def run_here(stage: str, module: str, job: Any, runtime: Any, *, code_root: Path, **_: Any) -> None:
+    """What the process of a stage would do; views are not drawn."""
+    if module.startswith("stages.views"):
+        return
     names: dict[str, Any] = {"__name__": f"machine_{next(_number)}"}
-    for module in ("helper", "moved", stage.name):
-        path = code_root / "stages" / f"{module}.py"
+    for part in ("helper", "moved", stage):
+        path = code_root / "stages" / f"{part}.py"
         text = path.read_text() if path.exists() else ""
         exec(text.replace("from stages.helper", "#").replace("from stages.moved", "#"), names)
-    names[stage.name](names["Config"](**job.config), job.inputs, job.output, runtime)
+    names[stage](names["Config"](**job.config), job.inputs, job.output, runtime)
 
 
 def write(path: Path, text: str) -> None:
@@ -230,6 +232,7 @@ def check(make_tiny: Callable[[Path], Tiny], monkeypatch: pytest.MonkeyPatch, *,
     )
 
 
+@pytest.mark.slow
 def test_any_sequence_ends_with_the_right_numbers(
     make_tiny: Callable[[Path], Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:

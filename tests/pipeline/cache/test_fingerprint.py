@@ -34,6 +34,7 @@ def reaching(root: Path, definition: str) -> set[str]:
     return {s.name for s in STAGES.values() if definition in code.fingerprint(s.entry).definitions}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
@@ -55,6 +56,7 @@ def test_what_changes_no_result_changes_no_fingerprint(code_copy: Path, file: st
     assert changed(code_copy, before) == set()
 
 
+@pytest.mark.slow
 def test_editing_rmsnorm_changes_exactly_the_stages_that_reach_it(code_copy: Path) -> None:
     before = all_digests(code_copy)
     edit(code_copy / "models/layers.py", "eps: float = 1e-5", "eps: float = 1e-6")
@@ -62,6 +64,7 @@ def test_editing_rmsnorm_changes_exactly_the_stages_that_reach_it(code_copy: Pat
     assert changed(code_copy, before) == reaching(code_copy, "models.layers:RMSNorm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "old", "new", "stages"),
     [

@@ -44,6 +44,7 @@ def test_chunks_are_distinguished_from_other_files() -> None:
         assert not is_chunk(name)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_stops_the_stage_that_reads_it_and_the_next_run_heals(tiny: Tiny) -> None:
     tiny.run_all()
     whole = tiny.run("gamma")
@@ -74,6 +75,7 @@ def with_chunks(tiny: Tiny, then: str) -> None:
     tiny.edit("beta", "import InputError", "import ArtifactError")
 
 
+@pytest.mark.slow
 def test_a_chunk_that_a_stage_finds_damaged_is_made_again(tiny: Tiny) -> None:
     with_chunks(tiny, "False")
     alpha = tiny.run("alpha").path
@@ -138,6 +140,7 @@ def given(root: Path, tmp_path: Path, *overrides: str) -> tuple[Settings, Runtim
     return load_settings("tiny", None, [*places, *overrides])
 
 
+@pytest.mark.slow
 def test_equal_pictures_elsewhere_are_indexed_again_and_nothing_after_that_changes(
     run: Callable[..., StageResult], images: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +170,7 @@ def test_equal_pictures_elsewhere_are_indexed_again_and_nothing_after_that_chang
     assert run("dataset").state == "cached"
 
 
+@pytest.mark.slow
 def test_other_pictures_under_the_same_names_sizes_and_times_are_indexed_again(
     run: Callable[..., StageResult], images: Path
 ) -> None:
@@ -208,13 +212,14 @@ def test_a_stage_that_meets_other_bytes_makes_the_next_run_index_again(
     assert run("tokenizer").state == "ran"
 
 
+@pytest.mark.slow
 def test_a_stale_index_makes_the_dataset_stale(
     run: Callable[..., StageResult], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("dataset")
 
-    def meets_other_bytes(stage: Any, job: Any, *_: object, **__: object) -> None:
-        raise StageFailed(stage.name, "image x is not the file", 2, job.output, "StaleIndexError")
+    def meets_other_bytes(stage: str, module: str, job: Any, *_: object, **__: object) -> None:
+        raise StageFailed(stage, "image x is not the file", 2, job.output, "StaleIndexError")
 
     with monkeypatch.context() as patched:
         patched.setattr(runner, "launch", meets_other_bytes)
@@ -225,6 +230,7 @@ def test_a_stale_index_makes_the_dataset_stale(
     assert run("dataset").state == "ran"
 
 
+@pytest.mark.slow
 def test_weights_that_change_while_a_stage_runs_make_nothing(
     run: Callable[..., StageResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +246,7 @@ def test_weights_that_change_while_a_stage_runs_make_nothing(
     assert run("tokenizer", *chosen).state == "ran"
 
 
+@pytest.mark.slow
 def test_weights_are_read_again_when_a_stage_starts(
     run: Callable[..., StageResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,7 @@ def test_every_flipped_digit_is_found(tiny: Tiny) -> None:
     assert [finding.damages for finding in verify(tiny.runtime, project=tiny.project)] == [[]]
 
 
+@pytest.mark.slow
 def test_one_broken_manifest_hides_no_other(tiny: Tiny) -> None:
     tiny.run_all(beta=5)
     tiny.run_all()

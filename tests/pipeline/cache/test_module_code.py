@@ -144,6 +144,7 @@ def test_docstrings_comments_and_blank_lines_do_not_count(program: Program) -> N
     assert digests(program, documented=True) == digests(program)
 
 
+@pytest.mark.slow
 @given(program=programs(), data=st.data())
 def test_the_order_of_definitions_does_not_count(program: Program, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(program))))

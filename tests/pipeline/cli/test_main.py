@@ -63,6 +63,7 @@ def test_a_stage_runs_once_and_is_cached_then(options: list[str], capsys: pytest
     assert "ran " in output.err
 
 
+@pytest.mark.slow
 def test_a_cached_run_answers_at_once_and_changes_nothing(
     options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_dry_run_makes_nothing(options: list[str], capsys: pytest.CaptureFixtu
     assert not list((tmp_path / "home").glob("dataset/*"))
 
 
+@pytest.mark.slow
 def test_why_names_the_setting_that_changed_and_accept_does_not_ignore_it(
     options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +129,7 @@ def test_why_names_the_setting_that_changed_and_accept_does_not_ignore_it(
     assert "setting heldout_fraction: 0.0 -> 0.5; run it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_verify_finds_damage(options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run_command(["stage", "dataset", *options]) == 0
     assert run_command(["verify", "--deep", *home(options)]) == 0
@@ -138,6 +141,7 @@ def test_verify_finds_damage(options: list[str], capsys: pytest.CaptureFixture[s
     assert "classes.json" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_status_says_what_it_did_not_check(
     options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -157,6 +161,7 @@ def test_status_says_what_it_did_not_check(
     assert found["stages"][0]["reason"] == "external files have changed"
 
 
+@pytest.mark.slow
 def test_a_damaged_input_is_one_line_and_code_1(
     options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -99,7 +99,7 @@ def test_where_nothing_is_cached_nothing_is_drawn_and_that_is_said(
 ) -> None:
     cached(set())
     assert run_command(["views", "--preset", "tiny"]) == 0
-    assert capsys.readouterr().out == "no artifact to draw from: nothing is cached under these settings\n"
+    assert capsys.readouterr().out == "no view to draw: no stage is cached with these settings\n"
     assert run_command(["views", "--json", "--preset", "tiny"]) == 0
     assert json.loads(capsys.readouterr().out) == {"views": {}}
     assert drawn == []
@@ -138,8 +138,8 @@ def test_status_leaves_out_what_nothing_reads_and_says_so(
     assert [stage["stage"] for stage in json.loads(capsys.readouterr().out)["stages"]] == read
     assert run_command(["status", *ablation, *options]) == 0
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert [line for line in lines if line.startswith("not read")] == [
-        f"not read under these settings: {', '.join(UNREAD[ablation])}"
+    assert [line for line in lines if line.startswith("not used")] == [
+        f"not used with these settings: {', '.join(UNREAD[ablation])}"
     ]
     assert [word for line in lines for word in line.split()[:1] if word in STAGES] == read
 
@@ -148,4 +148,4 @@ def test_status_says_nothing_of_the_kind_where_all_stages_are_read(
     options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(["status", *options]) == 0
-    assert "not read" not in capsys.readouterr().out
+    assert "not used" not in capsys.readouterr().out

@@ -77,6 +77,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, image_root: Path) -> Callable[...,
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "threshold"), [((), 2.5), (("sample.threshold=1.5",), 1.5)])
 def test_a_new_source_decides_by_the_patch_indexs_rule(
     settings: Callable[..., Settings], tiny_artifacts: dict[str, Path], overrides: tuple[str, ...], threshold: float

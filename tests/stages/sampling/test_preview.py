@@ -51,6 +51,7 @@ def test_images_are_shared_out_among_the_classes() -> None:
     assert spread(np.arange(1000), 4).tolist() == [0, 333, 666, 999]
 
 
+@pytest.mark.slow
 def test_a_preview_shows_the_samples_of_the_stage(
     tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path, batches: list[dict[str, Any]]
 ) -> None:
@@ -73,6 +74,7 @@ def test_a_preview_shows_the_samples_of_the_stage(
     assert [path.name for path in tmp_path.rglob("*.*")] == ["preview.png"]
 
 
+@pytest.mark.slow
 def test_patches_are_outlined_where_they_start(
     tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path
 ) -> None:
@@ -93,6 +95,7 @@ def continued(
     return continue_image(settings.sample, artifacts, RUNTIME, request, prefix, lambda *_: None)
 
 
+@pytest.mark.slow
 def test_a_continuation_keeps_the_first_rows_of_the_real_image(
     tiny_artifacts: dict[str, Path],
     tiny_settings: Settings,
@@ -123,7 +126,7 @@ def test_a_continuation_keeps_the_first_rows_of_the_real_image(
     [
         ({"keep_rows": 8}, r"--keep-rows is 8, expected 1\.\.7: an image has 8 rows of tokens"),
         ({"keep_rows": 0}, r"--keep-rows is 0, expected 1\.\.7"),
-        ({"classes": []}, "no class to continue the image as: name it with --classes"),
+        ({"classes": []}, "no class is given for the continuation, expected at least one: set --classes"),
         ({"classes": ["hexagons"]}, r"class 'hexagons' is unknown, expected a number 0\.\.2 or a name, as 'discs'"),
         ({"image": "missing.png"}, r"image .*missing\.png cannot be read \(No such file"),
         ({"image": "text.png"}, r"image .*text\.png cannot be decoded \(not an image of a known format\)"),
@@ -145,6 +148,7 @@ def test_requests_that_make_no_sense_are_refused_in_a_line(
     assert not (tmp_path / "preview.png").exists()
 
 
+@pytest.mark.slow
 def test_half_of_the_rows_stay_unless_told_otherwise(
     tiny_artifacts: dict[str, Path],
     tiny_settings: Settings,

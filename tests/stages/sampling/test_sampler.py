@@ -64,6 +64,8 @@ def sampled(sampler: Sampler, batch_size: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in ("tokens", "patch_starts", "images")}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 def test_batch_sizes_sample_the_same_images_but_for_float_noise(random_sampler: Callable[..., Sampler]) -> None:
     sampler = random_sampler()
     alone = sampled(sampler, 1)
@@ -80,6 +82,8 @@ def test_batch_sizes_sample_the_same_images_but_for_float_noise(random_sampler: 
         assert all(np.array_equal(again[name], together[name]) for name in together), "bitwise for one batch size"
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 def test_a_sample_depends_on_its_number_and_seed_and_not_on_its_place(random_sampler: Callable[..., Sampler]) -> None:
     sampler, labels = random_sampler(), np.zeros(4, dtype=np.int64)
     first = sampler.sample(np.array([7, 1, 900_000, 2]), labels)["tokens"]
@@ -135,6 +139,7 @@ def load(inputs: dict[str, Path], config: SampleConfig) -> Sampler:
     return Sampler.load(config, inputs, TokenStore.of(inputs), CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "kind"),
     [

@@ -118,6 +118,7 @@ def test_a_damaged_file_is_made_again_with_a_warning(
         assert str(work / file) in warnings[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_a_flipped_bit_is_never_taken_as_done(work: Path, undisturbed: dict[str, bytes], file: str) -> None:
     whole = (work / file).read_bytes()

@@ -81,6 +81,7 @@ def test_more_files_are_mapped_than_may_be_open(tmp_path: Path) -> None:
     assert np.array_equal(mapped.rows().reshape(300, mapped.pitch, 3)[:, :4], values)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is mapped")
 def test_the_mapping_lives_as_long_as_an_array_of_it(tmp_path: Path) -> None:
     mapped, values = files(tmp_path, 3, 4, (3,), "<u2")

@@ -76,6 +76,7 @@ def test_both_losses_are_logged_and_the_head_learns(joined: Path) -> None:
     assert steps[-1]["entropy_error"] < steps[0]["entropy_error"]
 
 
+@pytest.mark.slow
 def test_the_stage_takes_that_head_as_it_is_and_finds_its_threshold(
     joined: Path, tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
 ) -> None:

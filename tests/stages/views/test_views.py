@@ -103,6 +103,7 @@ def test_every_stage_has_a_view_that_is_called_like_it(name: str) -> None:
     assert inspect.signature(view) == inspect.signature(stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_the_same_artifact_gives_the_same_bytes(
     name: str, views: dict[str, Path], artifacts: dict[str, Path], settings: Settings, draw_view: Run
