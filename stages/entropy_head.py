@@ -22,12 +22,12 @@ from models.dpar import DPAR
 from models.entropy_head import EntropyHead
 from models.packed_linear import pack_linear_layers
 from models.patching import PatchRule
-from stages.arrays import Entropies, Indices
 from stages.families import load_model
 from stages.patches.boundary_sources import CALIBRATIONS, KnownImages
 from stages.patches.calibration import HELDOUT_FILE, SourceEntropies, Thresholds
 from stages.patches.rule import SavedRule
 from stages.patches.thresholds import EntropySample
+from stages.runtime.arrays import Entropies, Indices
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.randomness import Purpose, seed_torch

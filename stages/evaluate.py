@@ -18,9 +18,9 @@ import torch
 from conf.evaluate import EvaluateConfig
 from conf.schema import RuntimeConfig
 from models.vq import VQModel
-from stages.arrays import Features, Indices, PixelBatch, Tokens
 from stages.images.decode import center_crop, decode
 from stages.images.tensors import float_to_pixels
+from stages.runtime.arrays import Features, Indices, PixelBatch, Tokens
 from stages.runtime.artifact import RECORD, read_arrays, write_atomic
 from stages.runtime.distributed import World, barrier, process_group
 from stages.runtime.job import Inputs, main

@@ -21,9 +21,9 @@ from torch import Tensor
 from conf.schema import RuntimeConfig
 from conf.tokenize import TokenizeConfig
 from models.vq import VQModel
-from stages.arrays import PixelBatch
 from stages.images.decode import decode, view_names, views
 from stages.images.tensors import pixels_to_float
+from stages.runtime.arrays import PixelBatch
 from stages.runtime.artifact import file_sha256
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, UnidentifiedImageError
 from PIL.Image import Resampling, Transpose
 
-from stages.arrays import Pixels
+from stages.runtime.arrays import Pixels
 
 Square = UInt8[NDArray[np.uint8], "{size} {size} 3"]
 """One RGB image whose side is the argument `size` of the function."""

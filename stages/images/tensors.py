@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from stages.arrays import PixelBatch
+from stages.runtime.arrays import PixelBatch
 
 
 def pixels_to_float(pixels: PixelBatch, device: torch.device | str = "cpu") -> Float32[Tensor, "B 3 height width"]:

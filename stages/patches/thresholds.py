@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from models.patch_tables import PatchTables
 from models.patching import PatchRule
-from stages.arrays import Entropies
+from stages.runtime.arrays import Entropies
 from stages.runtime.errors import InputError
 from stages.stores.entropies import EntropyStore
 

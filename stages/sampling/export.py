@@ -13,7 +13,7 @@ from zipfile import ZipFile, ZipInfo
 import numpy as np
 from PIL import Image
 
-from stages.arrays import Pixels
+from stages.runtime.arrays import Pixels
 from stages.runtime.artifact import write_atomic
 from stages.runtime.errors import InputError
 from stages.stores.samples import SampleStore

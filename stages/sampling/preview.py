@@ -20,8 +20,8 @@ from torch import Tensor
 
 from conf.sample import SampleConfig
 from conf.schema import RuntimeConfig
-from stages.arrays import PixelBatch, Starts
 from stages.images.decode import DecodeError, center_crop, decode
+from stages.runtime.arrays import PixelBatch, Starts
 from stages.runtime.distributed import process_group
 from stages.runtime.errors import InputError
 from stages.runtime.job import Inputs

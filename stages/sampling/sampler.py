@@ -23,10 +23,10 @@ from models.boundaries import Boundaries
 from models.packed_linear import pack_linear_layers
 from models.token_sampling import SamplingOptions
 from models.vq import VQModel
-from stages.arrays import PixelBatch
 from stages.families import Model
 from stages.images.tensors import float_to_pixels, pixels_to_float
 from stages.patches.boundary_sources import load_boundaries, require_fit
+from stages.runtime.arrays import PixelBatch
 from stages.runtime.errors import ArtifactError
 from stages.runtime.job import Inputs
 from stages.runtime.randomness import Purpose, stream

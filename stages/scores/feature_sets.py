@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from stages.arrays import Features
+from stages.runtime.arrays import Features
 from stages.runtime.artifact import read_arrays, read_json, write_atomic, write_json
 from stages.runtime.errors import ArtifactError
 from stages.scores.statistics import FeatureStats

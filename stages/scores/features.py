@@ -14,7 +14,7 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 from torch import nn
 
-from stages.arrays import PixelBatch
+from stages.runtime.arrays import PixelBatch
 from stages.runtime.artifact import file_sha256
 from stages.runtime.errors import InputError
 from stages.scores.table import ExtractorName

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 from numpy.typing import NDArray
 
-from stages.arrays import DoubleMatrix
+from stages.runtime.arrays import DoubleMatrix
 from stages.scores.statistics import finite_doubles
 
 _BLOCK_DISTANCES = 2**22  # 34 MB in float64; about five such arrays exist at a time

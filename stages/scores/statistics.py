@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64, Shaped
 from numpy.typing import NDArray
 
-from stages.arrays import DoubleMatrix
+from stages.runtime.arrays import DoubleMatrix
 
 Unchecked = Shaped[NDArray[np.floating], "..."]
 """An array of any shape and type. `finite_doubles` checks both."""

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool
 from numpy.typing import NDArray
 
-from stages.arrays import Indices
+from stages.runtime.arrays import Indices
 from stages.runtime.errors import ArtifactError, InputError
 from stages.stores.header import SpecOf, StoreHeader, reader_of
 from stages.stores.layout import CRC_BYTES, Array, ArraySpec

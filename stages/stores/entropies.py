@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from stages.arrays import Indices
+from stages.runtime.arrays import Indices
 from stages.stores.blocks import BlockStore, open_store
 from stages.stores.layout import ArraySpec, StoreSpec
 from stages.stores.units import UnitWriter

@@ -16,7 +16,7 @@ from jaxtyping import Int64, UInt8
 from numpy.typing import NDArray
 
 from models.patch_tables import Bytes, unpack_bits
-from stages.arrays import Indices, Starts
+from stages.runtime.arrays import Indices, Starts
 from stages.runtime.artifact import write_atomic
 from stages.runtime.errors import ArtifactError
 from stages.stores.tokens import TokenStore

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, UInt16
 from numpy.typing import NDArray
 
-from stages.arrays import Indices, PixelBatch
+from stages.runtime.arrays import Indices, PixelBatch
 from stages.stores.blocks import BlockStore, open_store
 from stages.stores.layout import Array, ArraySpec, StoreSpec
 from stages.stores.tokens import MISSING

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conf.section import TrainingConfig
 from models.gpt import GPT
-from stages.arrays import Indices
+from stages.runtime.arrays import Indices
 from stages.runtime.distributed import World
 from stages.stores.tokens import TokenStore
 from stages.training.loop import Training

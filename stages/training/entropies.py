@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead
-from stages.arrays import Indices
+from stages.runtime.arrays import Indices
 from stages.stores.entropies import EntropyStore
 from stages.training.data import LossAndScalars
 from stages.training.patched import PatchedBatch, PatchedData

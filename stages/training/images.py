@@ -19,10 +19,10 @@ from conf.tokenizer import TokenizerConfig
 from models.discriminator import PatchDiscriminator, discriminator_loss, generator_loss, judge_frozen
 from models.lpips import LPIPS
 from models.vq import VQModel
-from stages.arrays import Indices, PixelBatch, Pixels
 from stages.images.decode import center_crop, decode, random_crop
 from stages.images.tensors import pixels_to_float
 from stages.runtime import randomness
+from stages.runtime.arrays import Indices, PixelBatch, Pixels
 from stages.runtime.distributed import World
 from stages.runtime.randomness import Purpose
 from stages.stores.image_index import ImageIndex

@@ -10,7 +10,7 @@ from torch import nn
 from models.config import NextPatchSchedule
 from models.gpt import GPT
 from models.npp import next_patch_loss
-from stages.arrays import Indices
+from stages.runtime.arrays import Indices
 from stages.runtime.distributed import World
 from stages.training.data import LossAndScalars, TokenBatch, TokenData
 from stages.training.stream import SampleStream

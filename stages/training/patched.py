@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.dpar import DPAR
 from models.packed_patches import PackedPatches, pack_patches
-from stages.arrays import Indices
+from stages.runtime.arrays import Indices
 from stages.stores.patches import PatchIndex
 from stages.training.data import LossAndScalars, TokenBatch, TokenData
 

@@ -14,11 +14,11 @@ from conf.entropy_head import EntropyHeadConfig
 from conf.schema import RuntimeConfig
 from models.patch_tables import PatchTables, unpack_bits
 from models.patching import PatchRule
-from stages.arrays import Entropies, Indices, Starts
 from stages.images.tensors import float_to_pixels
 from stages.patches.calibration import HELDOUT_FILE, SourceEntropies, Thresholds
 from stages.patches.rule import SavedRule
 from stages.patches.thresholds import EntropySample
+from stages.runtime.arrays import Entropies, Indices, Starts
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
 from stages.stores.entropies import EntropyStore

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conf.evaluate import EvaluateConfig
 from conf.schema import RuntimeConfig
-from stages.arrays import Features
+from stages.runtime.arrays import Features
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
 from stages.scores.feature_sets import FeatureSets

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from stages.arrays import Entropies, Starts
+from stages.runtime.arrays import Entropies, Starts
 from stages.runtime.artifact import write_atomic
 from stages.runtime.randomness import Purpose, stream
 

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.arrays import Entropies, Pixels
 from stages.images.decode import Views, decode, views
 from stages.patches.rule import SavedRule
+from stages.runtime.arrays import Entropies, Pixels
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs
 from stages.stores.entropies import EntropyStore

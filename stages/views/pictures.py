@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float32, UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from stages.arrays import PixelBatch, Pixels
+from stages.runtime.arrays import PixelBatch, Pixels
 from stages.runtime.artifact import write_atomic
 
 _MARGIN = 6
