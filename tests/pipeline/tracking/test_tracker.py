@@ -238,7 +238,7 @@ def test_what_mlflow_refuses_for_good_does_not_keep_later_runs_from_it(
     with run.tracker():
         pass
     assert [pipeline.info.status for pipeline in known(run).runs("pipeline")] == ["FINISHED"]
-    assert "MLflow does not take" in caplog.text
+    assert "MLflow does not accept" in caplog.text
     assert [path.name for path in journals(run)] == ["0"]
 
 
@@ -322,7 +322,7 @@ def test_a_server_killed_in_the_middle_costs_nothing_and_sync_repairs_it(
         started.pop().end()
         run.start(tracker, "train", range(1, 9))
         run.finish(tracker, "train", {}, heldout_loss=2.0)
-    assert "`dpar mlflow sync` sends the rest" in caplog.text
+    assert "send the rest with `dpar mlflow sync`" in caplog.text
     with pytest.raises(
         InputError,
         match=rf"MLflow \(http://{HOST}:{runtime.mlflow_port}\) does not accept the runs in .*tracking: ",
