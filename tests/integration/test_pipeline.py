@@ -102,5 +102,5 @@ def test_broken_images_are_listed_and_too_many_of_them_stop_the_run(
     assert len(done.stderr.strip().splitlines()) == 1
     done = dpar("stage", "dataset", "--set", "dataset.max_broken_fraction=0.05", **arguments)  # type: ignore[arg-type]
     assert done.returncode == 0
-    (listed,) = (tmp_path / "home").glob("dataset/*/broken.json")
+    (listed,) = (tmp_path / "home").glob("dataset/*/record/broken.json")
     assert [entry["relpath"] for entry in json.loads(listed.read_text())] == ["discs/broken.png"]
