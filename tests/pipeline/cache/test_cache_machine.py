@@ -164,7 +164,8 @@ class CacheMachine(RuleBasedStateMachine):
         if self.is_whole(result):
             (result.path / "number.json").write_text(str(9 - self.numbers(values)[name]))
             self.made.clear()
-            assert self.run_one(after, values, force=True).metrics == {"x": self.numbers(values)[after]}
+            again = self.run_one(after, values, force=True)
+            assert json.loads((again.path / "number.json").read_text()) == self.numbers(values)[after]
             assert self.is_whole(self.run_one(name, values))
 
     @rule(values=VALUES, name=st.sampled_from(NAMES), junk=st.booleans())
@@ -208,7 +209,7 @@ class CacheMachine(RuleBasedStateMachine):
     def a_finished_artifact_is_sealed(self) -> None:
         for path, manifest in [pair for name in NAMES for pair in self.tiny.cache.manifests(name)]:
             assert manifest.key == path.name
-            assert set(manifest.files) == {"number.json", "metrics.json"}
+            assert set(manifest.files) == {"number.json"}
 
 
 def check(make_tiny: Callable[[Path], Tiny], monkeypatch: pytest.MonkeyPatch, *, examples: int, steps: int) -> None:
@@ -235,11 +236,5 @@ def check(make_tiny: Callable[[Path], Tiny], monkeypatch: pytest.MonkeyPatch, *,
 def test_any_sequence_ends_with_the_right_numbers(
     make_tiny: Callable[[Path], Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(make_tiny, monkeypatch, examples=12, steps=14)
-
-
-@pytest.mark.slow
-def test_many_sequences_end_with_the_right_numbers(
-    make_tiny: Callable[[Path], Tiny], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check(make_tiny, monkeypatch, examples=100, steps=30)
+    examples, steps = os.environ.get("CACHE_MACHINE", "12x14").split("x")  # 100x30 for a change of the cache
+    check(make_tiny, monkeypatch, examples=int(examples), steps=int(steps))
