@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from toy_facts import token_facts
 
 import stages.entropy_map
 from conf.entropy_map import EntropyMapConfig
@@ -21,7 +22,7 @@ from stages.runtime.artifact import read_json
 from stages.runtime.errors import ArtifactError
 from stages.runtime.job import Job
 from stages.stores.entropies import EntropyStore
-from stages.stores.tokens import TokenFacts, TokenStore, token_writer
+from stages.stores.tokens import TokenStore, token_writer
 from stages.weights.own import GPT_FAMILY, load_gpt, save_model
 
 N, A, T, V = 11, 2, 16, 40
@@ -31,20 +32,7 @@ ROOT = Path(stages.entropy_map.__file__).parents[1]
 
 def write_tokens(path: Path) -> None:
     generator = np.random.default_rng(0)
-    facts = TokenFacts(
-        num_images=N,
-        num_train=8,
-        num_classes=2,
-        num_views=A,
-        num_tokens=T,
-        grid=4,
-        chunk_rows=4,
-        codebook_size=V,
-        image_size=64,
-        views="flip",
-        view_names=["center", "mirrored/center"],
-        vq_sha256="0" * 64,
-    )
+    facts = token_facts(num_images=N, num_classes=2, num_views=A, num_tokens=T, codebook_size=V)
     writer = token_writer(path, facts)
     tokens = generator.integers(0, V, (N, A, T)).astype(np.uint16)
     for unit in writer.pending():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from toy_facts import token_facts
 
 from conf.schema import RuntimeConfig
 from pipeline.cache.manifest import Manifest, content_digest, key_of
@@ -23,22 +24,13 @@ from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.image_index import FACTS, ImageIndex, write_index
 from stages.stores.patches import PatchFacts, PatchIndex, write_patches
 from stages.stores.samples import SampleFacts, SampleStore, sample_writer
-from stages.stores.tokens import TokenFacts, TokenStore, token_writer
+from stages.stores.tokens import TokenStore, token_writer
 from stages.stores.units import UnitWriter
 
 N, A, T, ROWS, V = 11, 2, 64, 4, 500
 RNG = np.random.default_rng(5)
 SIZES: dict[str, Any] = {"num_images": N, "num_train": 8, "num_views": A, "num_tokens": T, "grid": 8}
-TOKEN_FACTS = TokenFacts(
-    **SIZES,
-    num_classes=3,
-    chunk_rows=ROWS,
-    codebook_size=V,
-    image_size=64,
-    views="flip",
-    view_names=["center", "mirrored/center"],
-    vq_sha256="0" * 64,
-)
+TOKEN_FACTS = token_facts(**SIZES, chunk_rows=ROWS, codebook_size=V)
 
 
 def write(writer: UnitWriter, **arrays: np.ndarray) -> str:

@@ -11,27 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toy_facts import token_facts
 
 from stages.runtime.errors import ArtifactError
 from stages.stores import header
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.samples import SampleFacts, SampleStore, sample_writer
-from stages.stores.tokens import TokenFacts, TokenStore, token_writer
+from stages.stores.tokens import TokenStore, token_writer
 from stages.stores.units import UnitWriter
 
 N, A, T, ROWS, V = 11, 2, 16, 4, 50
 RNG = np.random.default_rng(0)
 SIZES: dict[str, Any] = {"num_images": N, "num_train": 8, "num_views": A, "num_tokens": T, "grid": 4}
-TOKEN_FACTS = TokenFacts(
-    **SIZES,
-    num_classes=3,
-    chunk_rows=ROWS,
-    codebook_size=V,
-    image_size=64,
-    views="flip",
-    view_names=["center", "mirrored/center"],
-    vq_sha256="0" * 64,
-)
+TOKEN_FACTS = token_facts(**SIZES, chunk_rows=ROWS, codebook_size=V)
 ENTROPY_FACTS = EntropyFacts(
     **SIZES, chunk_rows=ROWS, codebook_size=V, tokens_digest="t", model_sha256="m", precision="float32"
 )

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from toy_facts import token_facts
 
 from stages.stores import units
-from stages.stores.tokens import TokenFacts, TokenStore, token_writer
+from stages.stores.tokens import TokenStore, token_writer
 from stages.stores.units import UnitWriter
 from stages.stores.verify import artifact_damage
 
@@ -19,20 +20,7 @@ N, A, T, ROWS, V = 11, 2, 16, 4, 50
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, V, (N, A, T)).astype(np.uint16)
 LABELS = RNG.integers(0, 3, N).astype(np.uint16)
-FACTS = TokenFacts(
-    num_images=N,
-    num_train=8,
-    num_classes=3,
-    num_views=A,
-    num_tokens=T,
-    grid=4,
-    chunk_rows=ROWS,
-    codebook_size=V,
-    image_size=64,
-    views="flip",
-    view_names=["center", "mirrored/center"],
-    vq_sha256="0" * 64,
-)
+FACTS = token_facts(num_images=N, num_views=A, num_tokens=T, chunk_rows=ROWS, codebook_size=V)
 
 
 def write(writer: UnitWriter, units: list[int]) -> None:

@@ -11,30 +11,18 @@ import pytest
 import zarr
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
+from toy_facts import token_facts
 from zarr.storage import ObjectStore
 
 from stages.runtime.errors import ArtifactError, InputError
 from stages.stores import remote
-from stages.stores.tokens import TokenFacts, TokenStore, token_writer
+from stages.stores.tokens import TokenStore, token_writer
 
 N, A, T, ROWS, V = 11, 2, 16, 4, 50
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, V, (N, A, T)).astype(np.uint16)
 LABELS = RNG.integers(0, 3, N).astype(np.uint16)
-FACTS = TokenFacts(
-    num_images=N,
-    num_train=8,
-    num_classes=3,
-    num_views=A,
-    num_tokens=T,
-    grid=4,
-    chunk_rows=ROWS,
-    codebook_size=V,
-    image_size=64,
-    views="flip",
-    view_names=["center", "mirrored/center"],
-    vq_sha256="0" * 64,
-)
+FACTS = token_facts(num_images=N, num_views=A, num_tokens=T, chunk_rows=ROWS, codebook_size=V)
 ADDRESS = "s3://bucket/runs/tokens.zarr"
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from toy_facts import token_facts
 
 from stages.runtime.errors import ArtifactError
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
@@ -19,21 +20,8 @@ LABELS = RNG.integers(0, 3, N).astype(np.uint16)
 
 
 def facts(**changes: object) -> TokenFacts:
-    values = {
-        "num_images": N,
-        "num_train": 8,
-        "num_classes": 3,
-        "num_views": A,
-        "num_tokens": T,
-        "grid": 4,
-        "chunk_rows": ROWS,
-        "codebook_size": V,
-        "image_size": 64,
-        "views": "flip",
-        "view_names": ["center", "mirrored/center"],
-        "vq_sha256": "0" * 64,
-    }
-    return TokenFacts(**values | changes)
+    sizes = {"num_images": N, "num_views": A, "num_tokens": T, "chunk_rows": ROWS, "codebook_size": V}
+    return token_facts(**sizes | changes)
 
 
 def write(writer: UnitWriter, units: list[int]) -> None:
