@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,6 @@ def test_costs_as_tables_show_every_model(capsys: pytest.CaptureFixture[str]) ->
     ],
 )
 def test_a_user_error_is_one_line_and_code_2(
-    command: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    command: list[str], message: str, user_error: Callable[[list[str]], str]
 ) -> None:
-    assert run_command(command) == 2
-    output = capsys.readouterr()
-    assert message in output.err
-    assert len(output.err.splitlines()) == 1
-    assert output.out == ""
+    assert message in user_error(command)
