@@ -16,10 +16,10 @@ from pathlib import Path
 from time import time as now
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.cache.differences import flat
-from pipeline.cache.fingerprint import FingerprintError
-from pipeline.cache.manifest import Manifest, ManifestError, Parts, read_manifest, stage_of
-from pipeline.cache.store import PARTS, TRASH, WORK, Cache
+from pipeline.caching.differences import flat
+from pipeline.caching.fingerprint import FingerprintError
+from pipeline.caching.manifest import Manifest, ManifestError, Parts, read_manifest, stage_of
+from pipeline.caching.store import PARTS, TRASH, WORK, Cache
 from pipeline.graph import Stage
 from pipeline.plan import plan
 from pipeline.project import DPAR, Project

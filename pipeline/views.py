@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from conf.schema import RuntimeConfig, Settings
-from pipeline.cache.store import Cache
+from pipeline.caching.store import Cache
 from pipeline.graph import Stage, inputs_read
 from pipeline.launch import StageFailed, launch
 from pipeline.plan import cached_paths, plan

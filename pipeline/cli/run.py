@@ -13,7 +13,7 @@ import yaml
 from conf.load import describe, names
 from conf.schema import RuntimeConfig, Settings
 from pipeline import views as drawn_views
-from pipeline.cache.external import trusted_since
+from pipeline.caching.external import trusted_since
 from pipeline.cli import display
 from pipeline.cli.options import (
     Ablation,

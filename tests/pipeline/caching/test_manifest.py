@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline.cache.manifest import (
+from pipeline.caching.manifest import (
     Manifest,
     ManifestError,
     content_digest,

@@ -217,7 +217,7 @@ def check(make_tiny: Callable[[Path], Tiny], monkeypatch: pytest.MonkeyPatch, *,
     monkeypatch.setattr(
         "stages.runtime.artifact.os.fsync", lambda descriptor: None
     )  # the disk is not what is tried here
-    monkeypatch.setattr("pipeline.cache.store._environment", dict)  # asks git: two processes a commit
+    monkeypatch.setattr("pipeline.caching.store._environment", dict)  # asks git: two processes a commit
     monkeypatch.setattr(CacheMachine, "make", staticmethod(make_tiny), raising=False)
     run_state_machine_as_test(
         CacheMachine,
