@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from conf.train import DEFAULT_FAMILY, without_other_families
 
 CONF_DIR = Path(__file__).resolve().parent

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import time as now
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from pipeline.caching.differences import flat
 from pipeline.caching.fingerprint import FingerprintError
 from pipeline.caching.manifest import Manifest, ManifestError, Parts, read_manifest, stage_of

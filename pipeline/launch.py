@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from pipeline.processes import parent_death_hook
 from stages.runtime.artifact import RECORD, read_json
 from stages.runtime.job import ERROR_FILE, Job

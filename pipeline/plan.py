@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from pipeline.caching.differences import Target, lines, nearest
 from pipeline.caching.keys import inside_parts, key_parts
 from pipeline.caching.manifest import Manifest, ManifestError, key_of, read_manifest

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from pipeline.processes import HOST, Service, answers, fetch, free_port, listener, start, wait_until
 from stages.runtime.artifact import read_json, write_json
 from stages.runtime.errors import InputError

@@ -6,7 +6,8 @@ import getpass
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from pipeline.caching.differences import changes, lines, nearest
 from pipeline.caching.input_checks import is_chunk
 from pipeline.caching.manifest import Manifest, ManifestError, key_of, read_manifest

@@ -14,7 +14,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from pipeline.caching.store import Cache
 from pipeline.graph import Stage, inputs_read
 from pipeline.launch import StageFailed, launch

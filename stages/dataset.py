@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.dataset import DatasetConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from stages.images.decode import DecodeError, decode
 from stages.images.listing import Listing, list_images
 from stages.images.sources import archive_path, read_image

@@ -16,7 +16,7 @@ import torch
 
 from conf.boundary_sources import BOUNDARY_SOURCES
 from conf.entropy_head import EntropyHeadConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from models.config import EntropyHeadConfig as HeadShape
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from conf.entropy_map import EntropyMapConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from models.gpt import GPT
 from stages.runtime.artifact import file_sha256
 from stages.runtime.distributed import World, process_group

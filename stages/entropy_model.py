@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from conf.entropy_model import EntropyModelConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from models.config import GPTConfig
 from models.gpt import GPT
 from stages.runtime.distributed import process_group

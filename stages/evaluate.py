@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from conf.evaluate import EvaluateConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from models.vq import VQModel
 from stages.images.decode import center_crop, decode
 from stages.images.tensors import float_to_pixels

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from conf.patch_index import PatchIndexConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from models.patch_tables import Bytes, PatchTables, pack_bits
 from models.patching import PatchRule, static_patch_starts
 from stages.patches.rule import IndexRule, SavedRule

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int64, UInt16
 from numpy.typing import NDArray
 
+from conf.runtime import RuntimeConfig
 from conf.sample import SampleConfig
-from conf.schema import RuntimeConfig
 from stages.runtime.artifact import write_json
 from stages.runtime.distributed import process_group
 from stages.runtime.job import Inputs, main

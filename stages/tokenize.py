@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from conf.tokenize import TokenizeConfig
 from models.vq import VQModel
 from stages.images.decode import decode, view_names, views

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from conf.tokenizer import TokenizerConfig
 from models.discriminator import PatchDiscriminator
 from models.vq import VQModel

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from conf.train import TrainConfig
 from models.entropy_head import EntropyHead
 from stages.families import RECIPES, Model, new_model, pretrained_model

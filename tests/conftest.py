@@ -48,7 +48,8 @@ import pytest
 from PIL import Image
 
 from conf.load import load_settings
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from conf.section import Section
 from pipeline.graph import STAGES, inputs_read
 from pipeline.views import view_inputs

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from conf.train import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]

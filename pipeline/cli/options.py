@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from conf.load import load_settings
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from pipeline.graph import STAGES
 
 Preset = Annotated[str | None, typer.Option(metavar="NAME", help="Named settings to start from; see `dpar presets`.")]

@@ -11,7 +11,8 @@ import typer
 import yaml
 
 from conf.load import describe, names
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from pipeline import views as drawn_views
 from pipeline.caching.external import trusted_since
 from pipeline.cli import display

@@ -23,7 +23,8 @@ from prefect.types.entrypoint import EntrypointType
 from pydantic import Field
 
 from conf.load import SettingsError, load_settings, names
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from pipeline.graph import STAGES, Stage, inputs_read
 from pipeline.launch import StageFailed
 from pipeline.plan import plan

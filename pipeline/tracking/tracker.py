@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from pipeline.runner import StageResult
 from pipeline.servers import mlflow_uri, server_folder
 from pipeline.tracking.journal import Journal, unfinished

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from conf.section import Section
 from stages.runtime.artifact import RECORD, read_json, write_json
 from stages.runtime.errors import InputError

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from conf.runtime import RuntimeConfig
 from conf.sample import SampleConfig
-from conf.schema import RuntimeConfig
 from stages.images.decode import DecodeError, center_crop, decode
 from stages.runtime.arrays import PixelBatch, Starts
 from stages.runtime.distributed import process_group

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from conf.dataset import DatasetConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from stages.runtime.artifact import RECORD, read_json, write_json
 from stages.runtime.job import Inputs, main
 from stages.stores.image_index import ImageIndex

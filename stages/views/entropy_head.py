@@ -11,7 +11,7 @@ import torch
 
 from conf.boundary_sources import BOUNDARY_SOURCES
 from conf.entropy_head import EntropyHeadConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from models.patch_tables import PatchTables, unpack_bits
 from models.patching import PatchRule
 from stages.images.tensors import float_to_pixels

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from conf.entropy_map import EntropyMapConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main
 from stages.stores.entropies import EntropyStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from conf.entropy_model import EntropyModelConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from stages.runtime.job import Inputs, main
 from stages.stores.tokens import TokenStore
 from stages.views.token_losses import write_losses

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from conf.evaluate import EvaluateConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from stages.runtime.arrays import Features
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main

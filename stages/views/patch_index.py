@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from conf.patch_index import PatchIndexConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from stages.images.decode import center_crop, decode
 from stages.patches.rule import SavedRule
 from stages.runtime.artifact import write_json

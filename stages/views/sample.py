@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from conf.boundary_sources import BOUNDARY_SOURCES
+from conf.runtime import RuntimeConfig
 from conf.sample import SampleConfig
-from conf.schema import RuntimeConfig
 from stages.patches.boundary_sources import SOURCES, EntropySource
 from stages.runtime.artifact import read_json, write_json
 from stages.runtime.job import Inputs, main

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from conf.tokenize import TokenizeConfig
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from conf.tokenizer import TokenizerConfig
 from stages.runtime.artifact import write_json
 from stages.runtime.job import Inputs, main

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from conf.train import TrainConfig
 from stages.runtime.job import Inputs, main
 from stages.stores.tokens import TokenStore

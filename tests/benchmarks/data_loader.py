@@ -21,7 +21,7 @@ from synthetic import CHUNK_ROWS, CODEBOOK, GRID, TOKENS, write_tokens
 from timing import interleaved
 
 from conf.patch_index import PatchIndexConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from models.packed_patches import pack_patches
 from models.patch_tables import PatchTables
 from models.patching import PatchRule

@@ -25,7 +25,7 @@ from timing import interleaved
 
 from conf.dataset import DatasetConfig
 from conf.load import load_settings
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from conf.tokenize import TokenizeConfig
 from models.config import VQConfig
 from models.vq import VQModel

@@ -15,7 +15,7 @@ from image_stages import tiny_images
 from report import report
 
 from conf.load import load_settings
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from pipeline.bench.gates import Gate, gate
 from pipeline.graph import STAGES
 

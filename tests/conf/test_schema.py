@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from conf.dataset import DatasetConfig
 from conf.evaluate import EvaluateConfig
 from conf.patch_index import PatchIndexConfig
+from conf.runtime import RuntimeConfig
 from conf.sample import SampleConfig
-from conf.schema import RuntimeConfig, Settings
+from conf.schema import Settings
 from conf.section import Section, TrainingConfig
 from conf.tokenizer import TokenizerConfig
 from conf.train import TrainConfig

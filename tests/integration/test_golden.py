@@ -25,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 
 from conf.load import CONF_DIR, load_settings
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from stages.entropy_model import entropy_model
 from stages.images.tensors import pixels_to_float
 from stages.patch_index import patch_index

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from pipeline.graph import STAGES, inputs_read
 from pipeline.launch import launch
 from pipeline.project import DPAR

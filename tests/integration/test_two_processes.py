@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from conf.section import Section
 from conf.train import JointHeadConfig
 from pipeline.graph import STAGES, inputs_read

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from pipeline.caching.store import Cache
 from pipeline.plan import StageStatus, plan
 from pipeline.project import Project
@@ -95,7 +95,7 @@ PROJECT = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from conf.section import Section
 from pipeline.graph import Stage
 from pipeline.project import Project

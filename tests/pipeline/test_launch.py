@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from pipeline import launch as launching
 from pipeline.graph import Stage
 from pipeline.launch import StageFailed, launch

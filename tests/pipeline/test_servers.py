@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from pipeline import servers
 from pipeline.processes import HOST, ServerError, answers, free_port
 from stages.runtime.artifact import read_json, write_json

@@ -16,7 +16,7 @@ from PIL import Image
 import stages.dataset
 import stages.stores.image_index
 from conf.dataset import DatasetConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from conf.section import Section
 from stages.dataset import dataset
 from stages.images.listing import Listing

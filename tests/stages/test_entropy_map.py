@@ -13,7 +13,7 @@ from toy_facts import token_facts
 
 import stages.entropy_map
 from conf.entropy_map import EntropyMapConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from conf.section import Section
 from models.config import GPTConfig
 from models.gpt import GPT

@@ -8,7 +8,7 @@ import pytest
 import stages.patches.thresholds
 import stages.views.patch_index
 from conf.patch_index import PatchIndexConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from stages.patch_index import patch_index
 from stages.runtime.errors import ArtifactError, InputError
 from stages.stores.entropies import EntropyFacts, entropy_writer

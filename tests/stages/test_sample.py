@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conf.runtime import RuntimeConfig
 from conf.sample import SampleConfig
-from conf.schema import RuntimeConfig, Settings
+from conf.schema import Settings
 from conf.section import Section
 from stages.runtime.artifact import read_json
 from stages.runtime.errors import ArtifactError

@@ -15,7 +15,7 @@ from PIL import Image
 
 import stages.tokenize
 from conf.dataset import DatasetConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from conf.section import Section
 from conf.tokenize import TokenizeConfig
 from models.config import VQConfig

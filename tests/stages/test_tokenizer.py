@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from conf.section import Section
 from conf.tokenizer import TokenizerConfig
 from models.config import VQConfig

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from conf.load import load_settings
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from pipeline import runner
 from pipeline.caching.input_checks import is_chunk
 from pipeline.caching.keys import key_parts

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from toy_facts import token_facts
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from pipeline.caching.manifest import Manifest, content_digest, key_of
 from pipeline.caching.store import Cache
 from pipeline.upkeep import verify

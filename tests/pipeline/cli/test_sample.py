@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conf.runtime import RuntimeConfig
 from conf.sample import SampleConfig
-from conf.schema import RuntimeConfig
 from pipeline.cli.main import run_command
 from pipeline.graph import STAGES
 from pipeline.plan import StageStatus

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from pipeline import servers
 from pipeline.processes import free_port
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from conf.load import load_settings
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from pipeline import servers
 from pipeline.caching.manifest import Manifest, Parts, content_digest, key_of
 from pipeline.caching.store import Cache

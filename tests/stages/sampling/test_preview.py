@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from stages.images.decode import center_crop
 from stages.images.tensors import pixels_to_float
 from stages.runtime.errors import InputError

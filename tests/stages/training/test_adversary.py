@@ -142,7 +142,7 @@ def test_two_processes_with_the_same_samples_train_as_one(tmp_path: Path) -> Non
             from pathlib import Path
             sys.path.insert(0, {str(Path(__file__).parent)!r})
             import test_adversary as t
-            from conf.schema import RuntimeConfig
+            from conf.runtime import RuntimeConfig
             from stages.runtime.distributed import process_group
             with process_group(RuntimeConfig(device="cpu", threads=1)) as world:
                 game, run = t.training()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from conf.section import Section
 from conf.train import TrainConfig
 from pipeline.graph import STAGES

@@ -15,7 +15,7 @@ import pytest
 
 import pipeline.report
 from conf.evaluate import EvaluateConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from stages.runtime.artifact import read_json
 from stages.scores.feature_sets import ExtractorInfo, FeatureSets
 from stages.scores.statistics import FeatureStats

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from conf.patch_index import PatchIndexConfig
-from conf.schema import RuntimeConfig
+from conf.runtime import RuntimeConfig
 from stages.images.decode import center_crop, decode
 from stages.patch_index import patch_index
 from stages.runtime.errors import ArtifactError

