@@ -21,7 +21,7 @@ class EntropyModelConfig(Section):
         default_factory=lambda: GPT_SIZES["B"], description="Size of the model: a name (T, B, L …) or its numbers."
     )
     training: TrainingConfig = Field(
-        default_factory=lambda: TrainingConfig(steps=1_500_000), description="Training of the model."
+        default_factory=lambda: TrainingConfig(steps=1_501_200), description="Training of the model."
     )
     dropout: Probability = Field(0.1, description="Dropout probability in the transformer's layers.")
     seed: Seed = 0

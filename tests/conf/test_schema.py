@@ -91,6 +91,7 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (TrainConfig, {"family": "npp", "npp": {"levels": 5}}, r"levels is 5 .*expected 1\.\.4"),
         (TrainConfig, {"family": "npp", "npp": {"rate": 1.0}}, "rate 1.0, expected .*0 < rate < 1"),
         (TrainConfig, {"family": "npp", "npp": {"level": 2}}, "Unexpected keyword"),
+        (TrainConfig, {"family": "npp", "npp": {"epoch_steps": 0}}, "epoch_steps is 0, expected at least 1"),
         (
             TrainConfig,
             {"entropy_head": {"kind": "linear"}, "training": {"steps": 9, "warmup_steps": 0, "ema_decay": 0.9}},
