@@ -49,16 +49,17 @@ def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtim
     ones, has no source of its own and gets no thresholds.
     """
     with process_group(runtime) as world:
-        model = load_model(inputs["train"], world.device)
-        if not isinstance(model, DPAR) or SavedRule.of(inputs).mode == "static":
-            if world.is_main:
-                Thresholds({}).save(output)
-            return
-        head = _head(config, inputs, model, output, world)
-        if world.is_main:
-            if head is not None:
-                save_head(output, head)
-            _calibrate(Sources.of(config, inputs, model, head, world.device), config, output)
+        loaded = load_model(inputs["train"], world.device)
+        model = loaded if isinstance(loaded, DPAR) and SavedRule.of(inputs).mode != "static" else None
+        head = None if model is None else _head(config, inputs, model, output, world)
+    if not world.is_main:
+        return
+    if model is None:
+        Thresholds({}).save(output)
+        return
+    if head is not None:
+        save_head(output, head)
+    _calibrate(Sources.of(config, inputs, model, head, world.device), config, output)
 
 
 def _head(config: EntropyHeadConfig, inputs: Inputs, model: DPAR, output: Path, world: World) -> EntropyHead | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from stages.images.decode import Views, decode, views
 from stages.patches.rule import SavedRule
 from stages.runtime.arrays import Entropies, Pixels
 from stages.runtime.artifact import write_json
+from stages.runtime.cores import available_cores
 from stages.runtime.job import Inputs
 from stages.stores.entropies import EntropyStore
 from stages.stores.image_index import ImageIndex
@@ -102,7 +102,7 @@ class Crops:
 
     def png_bytes(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
         """Size of each image as a PNG file, bytes. Threads help, because Pillow releases the GIL."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(available_cores()) as pool:
             return np.array(list(pool.map(self._png_bytes, images)))
 
     def _png_bytes(self, image: np.int64) -> int:

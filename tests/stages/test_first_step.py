@@ -1,4 +1,4 @@
-"""The first training step of every ImageNet preset and family, on tensors without data: shapes, gradients, optimiser."""
+"""The first training step of every ImageNet preset and family, on tensors without data: shapes and gradients."""
 
 from __future__ import annotations
 
