@@ -31,6 +31,7 @@ from stages.runtime.arrays import Entropies, Indices
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.randomness import Purpose, seed_torch
+from stages.runtime.transfer import to_device
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
@@ -123,8 +124,8 @@ class Sources:
         parts = [np.empty((0, self.store.num_tokens), np.float32)]
         for first in range(0, len(images), self.batch_size):
             rows, of_view = images[first : first + self.batch_size], views[first : first + self.batch_size]
-            tokens = torch.from_numpy(self.store.fetch(rows, of_view).astype(np.int64)).to(self.device)
-            labels = torch.from_numpy(self.store.labels[rows].astype(np.int64)).to(self.device)
+            tokens = to_device(torch.from_numpy(self.store.fetch(rows, of_view).astype(np.int64)), self.device)
+            labels = to_device(torch.from_numpy(self.store.labels[rows].astype(np.int64)), self.device)
             images_here = KnownImages(tokens, labels, torch.from_numpy(self.index.starts(rows, of_view)))
             parts.append(CALIBRATIONS[source].entropies(self.model, self.head, images_here).cpu().numpy())
         return np.concatenate(parts)
