@@ -100,9 +100,9 @@ def forwards(settings: Settings, shape: Shape) -> dict[str, float]:
     tokenize, entropy_map, sample = settings.tokenize, settings.entropy_map, settings.sample
     tokens, vq = shape.tokens, settings.tokenizer.model
     entropy_model, model = settings.entropy_model.model, settings.train.model
-    caches = sample.batch_size * (2 if sample.cfg_scale > 1 else 1) * _cache(model, shape, sample.precision)
+    caches = sample.batch_size * (2 if sample.cfg_scale > 1 else 1) * cache_bytes(model, shape, sample.precision)
     sampled = transformer_parameters(model, tokens, conditional=True) * _width(sample.precision)
-    found = settings.entropy_head.batch_size * _cache(model, shape, "float32")
+    found = settings.entropy_head.batch_size * cache_bytes(model, shape, "float32")
     return {
         "tokenize": _vq_pass(vq, tokenize.image_size, tokenize.batch_size),
         "entropy_map": _forward(entropy_model, entropy_map.batch_size, tokens, entropy_map.precision),
@@ -141,7 +141,7 @@ def _forward(size: GPTSize, batch: int, tokens: TokenShape, precision: str) -> f
     return transformer_parameters(size, tokens, conditional=False) * WEIGHT + states + logits
 
 
-def _cache(size: GPTSize | DPARSize, shape: Shape, precision: str) -> float:
+def cache_bytes(size: GPTSize | DPARSize, shape: Shape, precision: str) -> float:
     """Bytes of the keys and values of one image."""
     return 2 * rows(size, shape) * size.dim * _width(precision)
 
