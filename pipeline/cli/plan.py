@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.budget.cards import NAMES
-from pipeline.cli import budget_tables, display
+from pipeline.cli import display
 from pipeline.cli.options import Ablation, AsJson, From, Overrides, Preset, Until, load, show_json
 from pipeline.selection import select
 
@@ -41,6 +41,7 @@ def plan(
     from pipeline.budget.cards import find_card
     from pipeline.budget.images import count_images
     from pipeline.budget.shape import shape_of
+    from pipeline.cli import budget_tables
 
     settings, runtime = load(preset, ablation, overrides)
     stages = select(settings, from_stage, until_stage)
