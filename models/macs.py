@@ -2,7 +2,8 @@
 
 The modules run on torch's meta device, which computes shapes only, under FlopCounterMode, which counts matrix products.
 There are two kinds of MACs: linear layers (products of two matrices) and attention (batched products of queries with
-keys and of weights with values). Networks of images have one number, which is mostly convolutions. The attention of a forward pass counts the full square, as a dense layout computes it.
+keys and of weights with values). The attention of a forward pass counts the full square, as a dense layout computes it.
+Networks that work on pixels have one number, which is mostly convolutions.
 
 Not counted: element-wise operations, and the pooling of tokens into patches, which consists of sums (2 T D per layer).
 """

@@ -11,7 +11,15 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from conf.train import DPARSettings, LlamaGenSettings, NPPSettings, for_every_family
-from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig, NextPatchSchedule
+from models.config import (
+    DPAR_SIZES,
+    GPT_SIZES,
+    DPARConfig,
+    DPARSize,
+    GPTConfig,
+    GPTSize,
+    NextPatchSchedule,
+)
 from pipeline.bench.boundary_costs import BOUNDARY_COSTS, SampledModels
 from stages.runtime.errors import InputError
 
@@ -70,6 +78,7 @@ class FamilyCost:
         sizes: Names of its model sizes.
         baseline: Maps a size to the LlamaGen size it is compared with; None for LlamaGen itself.
         count: Returns the cost of a model, and the costs of patches if it has patches.
+        size: Returns width and depth of the model in a family's section of the settings; its memory follows from them.
         trained: Returns the cost of the model in a family's section of the settings. Further arguments: codebook size,
             tokens of an image and number of classes by name, and the mean patch length.
         note: Note on its rows in the training table; None if the general note is enough.
@@ -78,6 +87,7 @@ class FamilyCost:
     sizes: tuple[str, ...]
     baseline: Callable[[str], str] | None
     count: Callable[[CostRequest], tuple[Cost, PatchCost | None]]
+    size: Callable[[Any], GPTSize | DPARSize]
     trained: Callable[[Any, Mapping[str, int], float], Cost]
     note: str | None
 
@@ -123,6 +133,10 @@ def _dpar(request: CostRequest) -> tuple[DPARCost, PatchCost]:
     return cost, PatchCost(mean_length=length, length_source=source, boundaries=boundaries)
 
 
+def _size(config: LlamaGenSettings | DPARSettings) -> GPTSize | DPARSize:
+    return config.model
+
+
 def _trained_llamagen(config: LlamaGenSettings, tokens: Mapping[str, int], length: float) -> Cost:
     from models import macs
 
@@ -164,12 +178,13 @@ def _token_fields(num_tokens: int) -> dict[str, Any]:
 FAMILY_COSTS: dict[str, FamilyCost] = for_every_family(
     {
         "llamagen": FamilyCost(
-            sizes=tuple(GPT_SIZES), baseline=None, count=_llamagen, trained=_trained_llamagen, note=None
+            sizes=tuple(GPT_SIZES), baseline=None, count=_llamagen, size=_size, trained=_trained_llamagen, note=None
         ),
         "npp": FamilyCost(
             sizes=tuple(GPT_SIZES),
             baseline=lambda size: size,
             count=_npp,
+            size=_size,
             trained=_trained_npp,
             note="""\
 npp: LlamaGen trained by Next Patch Prediction, half of its steps on blocks of
@@ -180,6 +195,7 @@ npp: LlamaGen trained by Next Patch Prediction, half of its steps on blocks of
             sizes=tuple(DPAR_SIZES),
             baseline=lambda size: size.partition("-")[0],
             count=_dpar,
+            size=_size,
             trained=_trained_dpar,
             note=None,
         ),

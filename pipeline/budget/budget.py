@@ -105,9 +105,7 @@ def make_budget(
                 host=host[name] + (devices * device if card.is_cpu else 0),
             )
         )
-    return Budget(
-        card=card, devices=devices, shape=shape, efficiency=efficiency, stages=tuple(rows), trainings=trained
-    )
+    return Budget(card=card, devices=devices, shape=shape, efficiency=efficiency, stages=tuple(rows), trainings=trained)
 
 
 def peak_disk(disks: Sequence[Disk]) -> float:

@@ -43,9 +43,7 @@ def check(settings: Settings, runtime: RuntimeConfig, card: Card) -> list[Checke
     shape = shape_of(settings, *count_images(settings, runtime))
     budget = make_budget(settings, shape, stages, card)
     return [
-        Checked(
-            stage=row.stage, planned=row.time.seconds, measured=read_manifest(paths[row.stage]).duration_s
-        )
+        Checked(stage=row.stage, planned=row.time.seconds, measured=read_manifest(paths[row.stage]).duration_s)
         for row in budget.stages
     ]
 
@@ -55,7 +53,10 @@ def plan_gates(found: list[Checked]) -> tuple[list[Gate], Figures]:
     gates: list[Gate] = []
     for row in found:
         name, ratio = f"{row.stage}: planned / measured", row.planned / row.measured
-        gates += [gate(f"{name} > {1 / FACTOR:g}", ratio, ">", 1 / FACTOR), gate(f"{name} < {FACTOR:g}", ratio, "<", FACTOR)]
+        gates += [
+            gate(f"{name} > {1 / FACTOR:g}", ratio, ">", 1 / FACTOR),
+            gate(f"{name} < {FACTOR:g}", ratio, "<", FACTOR),
+        ]
     return gates, {
         "planned, s": {row.stage: row.planned for row in found},
         "measured, s": {row.stage: row.measured for row in found},

@@ -10,7 +10,7 @@ from conf.boundary_sources import by_entropy
 from conf.schema import Settings
 from conf.section import TrainingConfig
 from pipeline.budget.parameters import transformer_parameters, vq_parameters
-from pipeline.budget.shape import Shape
+from pipeline.budget.shape import Shape, model_size
 from pipeline.graph import STAGES
 
 WEIGHT, MOMENTS = 4, 8  # bytes of a parameter: float32, and AdamW's two moments
@@ -59,7 +59,7 @@ def _entropy_model(settings: Settings, shape: Shape) -> Disk:
 
 def _train(settings: Settings, shape: Shape) -> Disk:
     config = settings.train
-    parameters = transformer_parameters(config.model, shape.tokens, conditional=True)
+    parameters = transformer_parameters(model_size(settings), shape.tokens, conditional=True)
     return _trained(parameters, config.training if config.imported is None else None)
 
 

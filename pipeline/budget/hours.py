@@ -34,7 +34,7 @@ class Efficiency:
     @classmethod
     def of(cls, card: Card, mfu: float | None) -> Efficiency:
         """Shares on a card; `mfu` replaces the share of training and of whole forward passes."""
-        shares = {}
+        shares = dict[tuple[Kind, str], float]()
         for precision in _CONVOLUTIONS:
             known = _CPU if card.is_cpu else dict.fromkeys(_CPU, MFU) | {"convolution": _CONVOLUTIONS[precision]}
             if mfu is not None:

@@ -14,7 +14,7 @@ from conf.section import TrainingConfig
 from models.config import DPARSize, GPTSize, VQConfig
 from pipeline.budget.disk import MOMENTS, WEIGHT
 from pipeline.budget.parameters import num_layers, transformer_parameters, vq_parameters
-from pipeline.budget.shape import Shape, TokenShape
+from pipeline.budget.shape import Shape, TokenShape, model_size
 from pipeline.graph import STAGES
 
 # Bytes saved for the backward pass, counted with the tests' hooks on the real modules.
@@ -90,7 +90,7 @@ def trainings(settings: Settings, shape: Shape, devices: int) -> dict[str, Train
     )
     if settings.train.imported is None:
         found["train"] = transformer_training(
-            settings.train.model, shape, settings.train.training, conditional=True, devices=devices
+            model_size(settings), shape, settings.train.training, conditional=True, devices=devices
         )
     return found
 
@@ -99,7 +99,7 @@ def forwards(settings: Settings, shape: Shape) -> dict[str, float]:
     """Bytes of the other stages that use a device, at the batch sizes of the settings."""
     tokenize, entropy_map, sample = settings.tokenize, settings.entropy_map, settings.sample
     tokens, vq = shape.tokens, settings.tokenizer.model
-    entropy_model, model = settings.entropy_model.model, settings.train.model
+    entropy_model, model = settings.entropy_model.model, model_size(settings)
     caches = sample.batch_size * (2 if sample.cfg_scale > 1 else 1) * cache_bytes(model, shape, sample.precision)
     sampled = transformer_parameters(model, tokens, conditional=True) * _width(sample.precision)
     found = settings.entropy_head.batch_size * cache_bytes(model, shape, "float32")
@@ -161,9 +161,7 @@ def rows(size: GPTSize | DPARSize, shape: Shape) -> float:
     if isinstance(size, GPTSize):
         return num_tokens * num_layers(size)
     patches = (num_tokens - 1) / shape.mean_length + 1
-    return (
-        size.encoder_layers * (num_tokens - 1) + size.global_layers * patches + size.decoder_layers * num_tokens
-    )
+    return size.encoder_layers * (num_tokens - 1) + size.global_layers * patches + size.decoder_layers * num_tokens
 
 
 def _width(precision: str) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conf.schema import Settings
-from pipeline.bench.family_costs import EXTRAPOLATED_LENGTHS, PAPER_LENGTHS
+from models.config import DPARSize, GPTSize
+from pipeline.bench.family_costs import EXTRAPOLATED_LENGTHS, FAMILY_COSTS, PAPER_LENGTHS
 from stages.images.decode import view_names
 
 _USUAL_LENGTH = 1.81  # tokens, the paper's at 256 px
@@ -80,6 +81,11 @@ def shape_of(settings: Settings, images: int, num_classes: int, origin: str) -> 
         mean_length=min(max(length, 1.0), max(1.0, grid * grid / 2)),
         length_origin=length_origin,
     )
+
+
+def model_size(settings: Settings) -> GPTSize | DPARSize:
+    """Width and depth of the class-conditional model."""
+    return FAMILY_COSTS[settings.train.family].size(settings.train)
 
 
 def _mean_length(settings: Settings) -> tuple[float, str]:

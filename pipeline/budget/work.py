@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from conf.boundary_sources import BOUNDARY_SOURCES
 from conf.schema import Settings
 from conf.section import TrainingConfig
 from models.config import DPARConfig, DPARSize, GPTConfig, GPTSize
@@ -19,7 +20,7 @@ from pipeline.bench.family_costs import FAMILY_COSTS
 from pipeline.budget.disk import WEIGHT, for_every_stage
 from pipeline.budget.memory import cache_bytes
 from pipeline.budget.parameters import num_layers, transformer_parameters
-from pipeline.budget.shape import Shape
+from pipeline.budget.shape import Shape, model_size
 
 if TYPE_CHECKING:
     from models.macs import Cost, ImageCost, Sampling
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 Kind = Literal["training", "forward", "convolution", "sampling"]
 FLOPS = 2  # operations of a multiply-accumulate
 
-# Launches of the sampler, from profiles of LlamaGen-B and L and of DPAR-B and L with the entropy head: 454, 888, 636 and
-# 1102 operations a token.
+# Launches of the sampler, counted in LlamaGen-B and L, and in DPAR-B and L with the entropy head: 454, 888, 636, 1102
+# operations a token.
 _SAMPLER_LAYER, _SAMPLER_TOKEN, _SAMPLER_PATCHED_TOKEN = 37, 15, 190
 _TRAINING_LAYER, _FORWARD_LAYER = 120, 37  # launches of a layer in a training step, and in a forward pass
 _VALIDATED = 512  # images that a tokenizer is scored on
@@ -114,8 +115,7 @@ class Costs:
     @property
     def size(self) -> GPTSize | DPARSize:
         """Size of the class-conditional model."""
-        size: GPTSize | DPARSize = self.settings.train.model
-        return size
+        return model_size(self.settings)
 
     @cached_property
     def boundaries(self) -> Sampling:
@@ -149,9 +149,10 @@ def _tokenizer(costs: Costs) -> Work:
     training = config.training
     images = training.steps * training.global_batch_size
     judged = max(0, training.steps - config.adversarial_start) / training.steps if config.adversarial else 0
-    # Forward and backward of the model; of the perceptual loss twice forward and once back; of the discriminator on real
-    # images, on reconstructions, and once more for the model's own loss.
-    each = 3 * both + 3 * image.perceptual * scale * (config.lpips_weight > 0) + 8 * judged * image.discriminator * scale
+    # Forward and backward of the model; of the perceptual loss twice forward and once back; of the discriminator on
+    # real images, on reconstructions, and once more for the model's own loss.
+    losses = 3 * image.perceptual * (config.lpips_weight > 0) + 8 * judged * image.discriminator
+    each = 3 * both + losses * scale
     phase = _convolutions(costs.share(each * images), training.precision)
     host_s = images * (_decode_s(costs) + _view_s(config.image_size))
     return Work(images=images, phases=(phase,), host_s=host_s)
@@ -227,9 +228,7 @@ def _sample(costs: Costs) -> Work:
     guided = config.cfg_scale > 1
     step = _sampling_step(costs, images, config.batch_size, config.precision, guided=guided)
     decode = _convolutions(costs.image.decode * images, "float32")
-    return Work(
-        images=config.num_samples, tokens=config.num_samples * shape.tokens.num_tokens, phases=(step, decode)
-    )
+    return Work(images=config.num_samples, tokens=config.num_samples * shape.tokens.num_tokens, phases=(step, decode))
 
 
 def _evaluate(costs: Costs) -> Work:
@@ -270,7 +269,8 @@ def _sampling_step(costs: Costs, images: float, batch: int, precision: str, *, g
     macs = (costs.model.sampling + costs.boundaries).macs(guided=guided)
     launches = _SAMPLER_LAYER * num_layers(size)
     launches += _SAMPLER_PATCHED_TOKEN if costs.settings.train.has_patches else _SAMPLER_TOKEN
-    if "entropy_model" == costs.settings.sample.boundaries:
+    source = costs.settings.sample.boundaries
+    if source is not None and "entropy_model" in BOUNDARY_SOURCES[source].reads:
         launches += _SAMPLER_LAYER * num_layers(costs.settings.entropy_model.model)
     return Phase(
         kind="sampling",

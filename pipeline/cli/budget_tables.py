@@ -57,13 +57,11 @@ def assumptions(budget: Budget) -> Iterator[str]:
         f"float32, {size(card.bandwidth)}/s ({origin}); {card.cores:g} cores{'' if card.is_cpu else ' each, assumed'}"
     )
     origin = "calibrated on the demo" if card.is_cpu else "assumed, not measured"
-    training, *convolutions = (
-        f"{efficiency.shares[kind, precision]:.0%}"
-        for kind, precision in (("training", "bfloat16"), ("convolution", "bfloat16"), ("convolution", "float32"))
-    )
+    training = efficiency.shares["training", "bfloat16"]
+    convolutions = dict.fromkeys(efficiency.shares["convolution", name] for name in ("bfloat16", "float32"))
     yield (
-        f"share    {training} of that in training and forward passes, {' and '.join(dict.fromkeys(convolutions))} in "
-        f"convolutions ({origin})"
+        f"share    {training:.0%} of that in training and forward passes, "
+        f"{' and '.join(f'{share:.0%}' for share in convolutions)} in convolutions ({origin})"
     )
 
 

@@ -9,7 +9,6 @@ import typer
 
 from conf.load import load_settings, names
 from pipeline import garbage, upkeep
-from pipeline.cli import display
 from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, StageName, load, show_json
 from pipeline.graph import STAGES
 from pipeline.selection import known_stage

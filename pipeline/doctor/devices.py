@@ -94,9 +94,7 @@ def _gather() -> TorchFacts:
     except (AssertionError, RuntimeError) as reason:  # built without CUDA; no driver, or one that is too old
         error = " ".join(str(reason).split())
     devices = tuple(_device(number) for number in range(torch.cuda.device_count())) if not error else ()
-    return TorchFacts(
-        version=torch.__version__, cuda=torch.version.cuda, error=error, devices=devices, rates=rates
-    )
+    return TorchFacts(version=torch.__version__, cuda=torch.version.cuda, error=error, devices=devices, rates=rates)
 
 
 def _device(number: int) -> Device:

@@ -28,7 +28,9 @@ def check_cuda(facts: TorchFacts, runtime: RuntimeConfig, driver: str | None, *,
     if not facts.devices:
         yield _no_device(facts, runtime, driver, has_device=has_device)
         return
-    yield ok("cuda", f"torch is built for CUDA {facts.cuda}, driver {driver or 'unknown'}, devices {len(facts.devices)}")
+    yield ok(
+        "cuda", f"torch is built for CUDA {facts.cuda}, driver {driver or 'unknown'}, devices {len(facts.devices)}"
+    )
     if runtime.device == "cpu":
         yield warning("device", "runtime.device is cpu", "set DPAR_DEVICE=auto to use the GPU")
     elif runtime.processes > len(facts.devices):
@@ -66,9 +68,7 @@ def _no_device(facts: TorchFacts, runtime: RuntimeConfig, driver: str | None, *,
         return finding("cuda", "torch is built without CUDA", "install torch with CUDA: make install")
     oldest = _OLDEST_DRIVERS.get(facts.cuda.partition(".")[0], 0)
     if driver is not None and int(driver.partition(".")[0]) < oldest:
-        return finding(
-            "cuda", f"driver {driver} is too old for CUDA {facts.cuda}", f"install driver {oldest} or newer"
-        )
+        return finding("cuda", f"driver {driver} is too old for CUDA {facts.cuda}", f"install driver {oldest} or newer")
     found = facts.error or "torch sees no device"
     return finding("cuda", f"there is a device, and {found}", "see nvidia-smi and CUDA_VISIBLE_DEVICES")
 

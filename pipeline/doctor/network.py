@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 from conf.runtime import RuntimeConfig
 from pipeline.doctor.finding import Finding, ok, warning
@@ -36,7 +36,7 @@ def check_host_name(name: str, resolve: Callable[[str], object] = socket.gethost
 def check_proxies() -> Finding:
     """Whether a proxy would catch requests to servers of this machine."""
     proxies = {name: value for name, value in getproxies_environment().items() if name in ("http", "all")}
-    caught = [host for host in _LOOPBACK if proxies and not proxy_bypass_environment(host)]
+    caught = [host for host in _LOOPBACK if proxies and not proxy_bypass(host)]
     if caught:
         return warning(
             "proxies",

@@ -45,7 +45,9 @@ def least_device_memory(settings: Settings, shape: Shape, devices: int) -> float
 def _on_cards(name: str, device: float, host: float, card: int, memory: int) -> Finding:
     found = f"needs {size(device)} on a device, {size(host)} on the host"
     if device > card:
-        return warning(f"preset {name}", f"{found}; a device has {size(card)}", "use a larger device, or lower batch sizes")
+        return warning(
+            f"preset {name}", f"{found}; a device has {size(card)}", "use a larger device, or lower batch sizes"
+        )
     if host > memory:
         return warning(f"preset {name}", f"{found}; the host has {size(memory)}", "use fewer processes: DPAR_PROCESSES")
     return ok(f"preset {name}", found)
