@@ -40,9 +40,7 @@ def check_memory(usable: int, available: int) -> Finding:
     """Memory of the host that this process may use, and what of it is available now."""
     found = f"{size(usable)}, {size(min(available, usable))} available"
     if usable < _ENOUGH_MEMORY:
-        return warning(
-            "memory", found, "the demo needs 4 GB: lower batch sizes, e.g. --set train.training.global_batch_size=16"
-        )
+        return warning("memory", found, "the demo needs 4 GB: lower batch sizes")
     return ok("memory", found)
 
 

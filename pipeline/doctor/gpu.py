@@ -28,9 +28,8 @@ def check_cuda(facts: TorchFacts, runtime: RuntimeConfig, driver: str | None, *,
     if not facts.devices:
         yield _no_device(facts, runtime, driver, has_device=has_device)
         return
-    yield ok(
-        "cuda", f"torch is built for CUDA {facts.cuda}, driver {driver or 'unknown'}, devices {len(facts.devices)}"
-    )
+    number = len(facts.devices)
+    yield ok("cuda", f"CUDA {facts.cuda}, driver {driver or 'unknown'}, {number} device{'s' if number > 1 else ''}")
     if runtime.device == "cpu":
         yield warning("device", "runtime.device is cpu", "set DPAR_DEVICE=auto to use the GPU")
     elif runtime.processes > len(facts.devices):
