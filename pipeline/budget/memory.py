@@ -17,8 +17,9 @@ from pipeline.budget.parameters import num_layers, transformer_parameters, vq_pa
 from pipeline.budget.shape import Shape, TokenShape, model_size
 from pipeline.graph import STAGES
 
-# Bytes saved for the backward pass, counted with the tests' hooks on the real modules.
-_BLOCK_BYTES = {"bfloat16": 76, "float32": 110}  # a row and channel of a block
+# Bytes saved for the backward pass, counted on the real modules.
+_BLOCK_BYTES = {"bfloat16": 65, "float32": 82}  # a row and channel of a block
+_ENDS_BYTES = {"bfloat16": 11, "float32": 13}  # a row and channel of embedding, last norm and head
 _VQ_BYTES = {"bfloat16": 170, "float32": 205}  # a pixel and base channel
 _VQ_PASS = 20  # bytes a pixel and base channel that a pass without gradients holds at once, float32
 _WORKSPACE = 1.1  # gradients and temporary tensors on top of what is saved
@@ -61,10 +62,11 @@ def transformer_training(
     """Memory of training LlamaGen, DPAR or an entropy model."""
     parameters = transformer_parameters(size, shape.tokens, conditional=conditional)
     saved = rows(size, shape) * size.dim * _BLOCK_BYTES[training.precision]
-    head = shape.tokens.num_tokens * (shape.tokens.codebook_size + 2 * size.dim)
+    logits = shape.tokens.codebook_size * _width(training.precision)  # their gradient, see models/loss.py
+    ends = shape.tokens.num_tokens * (logits + size.dim * _ENDS_BYTES[training.precision])
     return Training(
         state=_state(parameters, training, devices),
-        image=saved + head * _width(training.precision),
+        image=saved + ends,
         share=-(-training.global_batch_size // devices),
     )
 

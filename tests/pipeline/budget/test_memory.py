@@ -1,0 +1,152 @@
+"""Closed forms of memory against the bytes that the real modules save for the backward pass.
+
+The modules run on fake CUDA tensors, which have shapes and types only, so that autocast and dropout are those of a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from conf.load import load_settings
+from conf.section import TrainingConfig
+from models.config import DPAR_SIZES, GPT_SIZES, GPTConfig, GPTSize, VQConfig
+from models.gpt import GPT
+from models.vq import VQModel
+from pipeline.budget.images import IMAGENET
+from pipeline.budget.memory import forwards, host_memory, rows, trainings, transformer_training, vq_training
+from pipeline.budget.shape import Shape, TokenShape, shape_of
+
+SMALL = TokenShape(codebook_size=1024, num_tokens=64, num_classes=10)
+
+
+def shape(tokens: TokenShape = SMALL, mean_length: float = 1.8) -> Shape:
+    return Shape(images=1000, origin="", heldout=0, views=1, tokens=tokens, mean_length=mean_length, length_origin="")
+
+
+@contextmanager
+def autocast(precision: str) -> Iterator[None]:
+    """Autocast of CUDA. `torch.autocast` refuses it on a machine without a device."""
+    torch.set_autocast_enabled("cuda", precision == "bfloat16")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", False)
+
+
+def saved_bytes(make: Callable[[], nn.Module], loss: Callable[[Any], Tensor], precision: str) -> int:
+    """Bytes that a forward pass saves for the backward pass, without parameters."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = make()
+        own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
+        saved: dict[int, Any] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[id(storage)] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(precision):
+            loss(model)
+        return sum(storage.nbytes() for name, storage in saved.items() if name not in own)
+
+
+def per_image(make: Callable[[], nn.Module], loss: Callable[[Any, int], Tensor], precision: str) -> int:
+    """Bytes saved for each image of a batch; what does not depend on the batch drops out."""
+    one, two = (saved_bytes(make, lambda model, batch=batch: loss(model, batch), precision) for batch in (1, 2))
+    return two - one
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [replace(GPT_SIZES["B"], num_layers=2), GPTSize(dim=256, num_layers=3, num_heads=4)])
+def test_training_of_a_transformer(size: GPTSize, precision: str) -> None:
+    def loss(model: GPT, batch: int) -> Tensor:
+        tokens = torch.zeros(batch, SMALL.num_tokens, dtype=torch.int64)
+        return model.loss(tokens, tokens[:, 0])
+
+    counted = per_image(lambda: GPT(GPTConfig(**asdict(size), **asdict(SMALL))), loss, precision)
+    planned = transformer_training(
+        size, shape(), TrainingConfig(steps=1, precision=precision), conditional=True, devices=1
+    )
+    assert planned.image == pytest.approx(counted, rel=0.2)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_of_a_tokenizer(precision: str) -> None:
+    def loss(model: VQModel, batch: int) -> Tensor:
+        pixels = torch.zeros(batch, 3, 64, 64)
+        reconstruction, quantized = model(pixels)
+        return (reconstruction.float() - pixels).square().mean() + quantized.commitment_loss
+
+    counted = per_image(lambda: VQModel(VQConfig()).eval(), loss, precision)
+    planned = vq_training(VQConfig(), 64, TrainingConfig(steps=1, precision=precision), 1)
+    assert planned.image == pytest.approx(counted, rel=0.2)
+
+
+def test_patches_save_rows_of_the_global_stack() -> None:
+    size, tokens = DPAR_SIZES["L"], TokenShape(codebook_size=16384, num_tokens=256, num_classes=1000)
+    assert rows(size.as_gpt(), shape(tokens)) == 24 * 256
+    assert rows(size, shape(tokens, 1.8)) == pytest.approx(1 * 255 + 19 * (255 / 1.8 + 1) + 4 * 256)
+
+
+@pytest.mark.parametrize(("change", "added"), [({}, 0), ({"ema_decay": 0.999}, 4), ({"precision": "bfloat16"}, 2)])
+def test_the_state_of_a_training(change: dict[str, Any], added: int) -> None:
+    size = GPT_SIZES["T"]
+    training = TrainingConfig(steps=1, **{"precision": "float32"} | change)
+    alone, both = (
+        transformer_training(size, shape(), training, conditional=True, devices=devices) for devices in (1, 2)
+    )
+    parameters = sum(
+        parameter.numel() for parameter in _meta(lambda: GPT(GPTConfig(**asdict(size), **asdict(SMALL)))).parameters()
+    )
+    assert alone.state == parameters * (16 + added)
+    assert both.state == parameters * (20 + added), "DistributedDataParallel keeps the reduced gradients"
+    assert (alone.share, both.share) == (256, 128)
+
+
+def _meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+def test_the_largest_micro_batch_that_fits() -> None:
+    training = transformer_training(
+        GPT_SIZES["B"], shape(), TrainingConfig(steps=1, global_batch_size=24), conditional=True, devices=1
+    )
+    assert training.micro_batches == [1, 2, 4, 8, 16, 24]
+    assert training.largest(training.at(24)) == 24
+    assert training.largest(training.at(24) - 1) == 16
+    assert training.largest(training.at(1) - 1) == 0
+
+
+def test_imported_models_are_not_trained() -> None:
+    trained, _ = load_settings("demo", None, ["tokenizer.source=train"])
+    imported, _ = load_settings(
+        "demo", None, ["train.family=llamagen", "train.source=checkpoint", "train.checkpoint=x"]
+    )
+    found = [trainings(settings, shape_of(settings, *IMAGENET, ""), 1) for settings in (trained, imported)]
+    assert [set(names) for names in found] == [{"tokenizer", "entropy_model", "train"}, {"entropy_model"}]
+
+
+def test_guidance_doubles_the_caches_and_processes_the_memory_of_the_host() -> None:
+    needed: dict[float, float] = {}
+    for scale in (1.0, 2.0):  # a tokenizer so small that decoding needs less than the caches
+        changes = ["tokenizer.model.channels=32", f"sample.cfg_scale={scale}"]
+        settings, _ = load_settings("imagenet256-l", None, changes)
+        sizes = shape_of(settings, *IMAGENET, "")
+        needed[scale] = forwards(settings, sizes)["sample"]
+    assert needed[2.0] > needed[1.0]
+    one, four = (host_memory(settings, sizes, processes, cuda=True) for processes in (1, 4))
+    assert four["train"] == pytest.approx(4 * one["train"])
+    assert one["train"] > one["entropy_model"], "the patch index is in memory"
