@@ -30,7 +30,7 @@ def check_bfloat16(facts: TorchFacts, flags: Sequence[str]) -> Finding:
     rates = {name: rate / 1e9 for name, rate in facts.rates.items()}
     if not rates:
         return warning("bfloat16 on the CPU", "not measured, torch cannot be imported", "see torch")
-    found = f"{rates['bfloat16']:,.0f} GFLOP/s, float32 {rates['float32']:,.0f}, {' '.join(flags) or 'no AVX-512'}"
+    found = f"{rates['bfloat16']:,.3g} GFLOP/s, float32 {rates['float32']:,.3g}, {' '.join(flags) or 'no AVX-512'}"
     if facts.devices or rates["bfloat16"] * _SLOWER > rates["float32"]:
         return ok("bfloat16 on the CPU", found)
     return warning("bfloat16 on the CPU", found, SLOW_BFLOAT16)
