@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
+from itertools import accumulate
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -147,13 +149,13 @@ class _Sequences:
     @cached_property
     def ends(self) -> Tensor:
         """0, then the end of each sequence: int32, on the device."""
-        return self._sent(torch.tensor([0, *self.lengths]).cumsum(0).int())
+        return self._sent(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32))
 
     @cached_property
     def places(self) -> Tensor:
         """Rows of the padded batch (sequences * longest) that are real: int64, on the device."""
-        real = torch.arange(self.longest) < torch.tensor(self.lengths)[:, None]
-        return self._sent(real.flatten().nonzero()[:, 0])
+        real = np.arange(self.longest) < np.array(self.lengths)[:, None]
+        return self._sent(torch.tensor(np.flatnonzero(real)))
 
     def _sent(self, values: Tensor) -> Tensor:
         """Values on the device. The host does not wait for copies from pinned memory."""
