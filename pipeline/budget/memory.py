@@ -18,8 +18,8 @@ from pipeline.budget.shape import Shape, TokenShape, model_size
 from pipeline.graph import STAGES
 
 # Bytes saved for the backward pass, counted on the real modules.
-_BLOCK_BYTES = {"bfloat16": 65, "float32": 82}  # a row and channel of a block
-_ENDS_BYTES = {"bfloat16": 11, "float32": 13}  # a row and channel of embedding, last norm and head
+_BLOCK_BYTES = {"bfloat16": 55, "float32": 76}  # a row and channel of a block
+_ENDS_BYTES = {"bfloat16": 7, "float32": 9}  # a row and channel of embedding, last norm and head
 _VQ_BYTES = {"bfloat16": 170, "float32": 205}  # a pixel and base channel
 _VQ_PASS = 20  # bytes a pixel and base channel that a pass without gradients holds at once, float32
 _WORKSPACE = 1.1  # gradients and temporary tensors on top of what is saved

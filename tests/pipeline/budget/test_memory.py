@@ -5,20 +5,21 @@ The modules run on fake CUDA tensors, which have shapes and types only, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
+from fake_cuda import CUDA, fake_cuda
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conf.load import load_settings
 from conf.section import TrainingConfig
-from models.config import DPAR_SIZES, GPT_SIZES, GPTConfig, GPTSize, VQConfig
+from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, DPARSize, GPTConfig, GPTSize, VQConfig
+from models.dpar import DPAR
 from models.gpt import GPT
+from models.packed_patches import pack_patches
 from models.vq import VQModel
 from pipeline.budget import memory
 from pipeline.budget.images import IMAGENET
@@ -32,66 +33,77 @@ def shape(tokens: TokenShape = SMALL, mean_length: float = 1.8) -> Shape:
     return Shape(images=1000, origin="", heldout=0, views=1, tokens=tokens, mean_length=mean_length, length_origin="")
 
 
-@contextmanager
-def autocast(precision: str) -> Iterator[None]:
-    """Autocast of CUDA. `torch.autocast` refuses it on a machine without a device."""
-    torch.set_autocast_enabled("cuda", precision == "bfloat16")
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", False)
+Loss = Callable[[Any, int], Tensor]
+"""Loss of a model on a batch of some size."""
 
 
-def saved_bytes(make: Callable[[], nn.Module], loss: Callable[[Any], Tensor], precision: str) -> int:
-    """Bytes that a forward pass saves for the backward pass, without parameters."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        model = make()
-        own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
-        saved: dict[int, Any] = {}
+@pytest.fixture
+def saved_per_image(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], nn.Module], Loss, str], int]:
+    """A function that counts the bytes saved for each image of a batch; what does not depend on the batch drops out."""
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            saved[id(storage)] = storage
-            return tensor
+    def saved(make: Callable[[], nn.Module], loss: Loss, batch: int, precision: str) -> int:
+        with monkeypatch.context() as patch, fake_cuda(patch), CUDA:
+            model = make()
+            own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
+            kept: dict[int, Any] = {}
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(precision):
-            loss(model)
-        return sum(storage.nbytes() for name, storage in saved.items() if name not in own)
+            def keep(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                kept[id(storage)] = storage
+                return tensor
 
+            autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16")
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+                loss(model, batch)
+            return sum(storage.nbytes() for name, storage in kept.items() if name not in own)
 
-def per_image(make: Callable[[], nn.Module], loss: Callable[[Any, int], Tensor], precision: str) -> int:
-    """Bytes saved for each image of a batch; what does not depend on the batch drops out."""
-    one, two = (saved_bytes(make, lambda model, batch=batch: loss(model, batch), precision) for batch in (1, 2))
-    return two - one
+    def per_image(make: Callable[[], nn.Module], loss: Loss, precision: str) -> int:
+        return saved(make, loss, 2, precision) - saved(make, loss, 1, precision)
+
+    return per_image
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [replace(GPT_SIZES["B"], num_layers=2), GPTSize(dim=256, num_layers=3, num_heads=4)])
-def test_training_of_a_transformer(size: GPTSize, precision: str) -> None:
+def test_training_of_a_transformer(size: GPTSize, precision: str, saved_per_image: Callable[..., int]) -> None:
     def loss(model: GPT, batch: int) -> Tensor:
         tokens = torch.zeros(batch, SMALL.num_tokens, dtype=torch.int64)
         return model.loss(tokens, tokens[:, 0])
 
-    counted = per_image(lambda: GPT(GPTConfig(**asdict(size), **asdict(SMALL))), loss, precision)
+    counted = saved_per_image(lambda: GPT(GPTConfig(**asdict(size), **asdict(SMALL))), loss, precision)
     planned = transformer_training(
         size, shape(), TrainingConfig(steps=1, precision=precision), conditional=True, devices=1
     )
     assert planned.image == pytest.approx(counted, rel=0.2)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_of_dpar(precision: str, saved_per_image: Callable[..., int]) -> None:
+    size = DPARSize(dim=256, num_heads=4, encoder_layers=1, global_layers=4, decoder_layers=2)
+    starts = torch.zeros(1, SMALL.num_tokens, dtype=torch.bool)
+    starts[0, torch.arange(32) * 2] = True  # patches of two tokens
+    packed = {batch: pack_patches(starts.repeat(batch, 1)) for batch in (1, 2)}
+
+    def loss(model: DPAR, batch: int) -> Tensor:
+        patches = packed[batch].map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        tokens = torch.zeros(batch, SMALL.num_tokens, dtype=torch.int64)
+        return model.loss(tokens, tokens[:, 0], patches)
+
+    counted = saved_per_image(lambda: DPAR(DPARConfig(**asdict(size), **asdict(SMALL))), loss, precision)
+    training = TrainingConfig(steps=1, precision=precision)
+    planned = transformer_training(size, shape(mean_length=2.0), training, conditional=True, devices=1)
+    assert planned.image == pytest.approx(counted, rel=0.2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_training_of_a_tokenizer(precision: str) -> None:
+def test_training_of_a_tokenizer(precision: str, saved_per_image: Callable[..., int]) -> None:
     def loss(model: VQModel, batch: int) -> Tensor:
         pixels = torch.zeros(batch, 3, 64, 64)
         reconstruction, quantized = model(pixels)
         return (reconstruction.float() - pixels).square().mean() + quantized.commitment_loss
 
-    counted = per_image(lambda: VQModel(VQConfig()).eval(), loss, precision)
+    counted = saved_per_image(lambda: VQModel(VQConfig()).eval(), loss, precision)
     planned = vq_training(VQConfig(), 64, TrainingConfig(steps=1, precision=precision), 1)
     assert planned.image == pytest.approx(counted, rel=0.2)
 
