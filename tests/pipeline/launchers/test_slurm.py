@@ -1,0 +1,187 @@
+"""Stages as jobs of a real Slurm: results, failures, cancellation, and a launcher that comes and goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from slurm_cluster import NODES, Cluster, wait_for
+
+from conf.runtime import RuntimeConfig
+from pipeline.garbage import find_garbage
+from pipeline.launch import StageFailed
+from pipeline.runner import run_stage
+from stages.runtime.errors import InputError
+
+pytestmark = pytest.mark.slow
+
+ATTEMPT = "Slurm job "  # first words of the log of every attempt
+
+
+def start(tiny: Any) -> tuple[subprocess.Popen[str], Path]:
+    """Run `alpha` from another process, and wait until its job works. Returns the process and the work folder."""
+    tiny.gate("alpha")
+    launcher = tiny.start("alpha")
+    wait_for(lambda: list(tiny.home.glob(".work/*/record/steps")), 30)
+    (steps,) = tiny.home.glob(".work/*/record/steps")
+    return launcher, steps.parent.parent
+
+
+def open_gate(tiny: Any) -> None:
+    (tiny.home / "gate-alpha").unlink()
+
+
+def attempts(folder: Path) -> int:
+    return (folder / "record/log.txt").read_text().count(ATTEMPT)
+
+
+def test_a_job_makes_the_artifact_and_leaves_its_script(jobs: Any) -> None:
+    result = jobs.run("alpha")
+    assert (result.state, json.loads((result.path / "number.json").read_text())) == ("ran", 2)
+    record = {path.name for path in (result.path / "record").iterdir()}
+    assert record == {"log.txt", "slurm.sbatch"}
+    assert attempts(result.path) == 1
+    assert jobs.run("alpha").state == "cached"
+
+
+def test_a_killed_launcher_costs_nothing_and_the_next_one_attaches(jobs: Any, cluster: Cluster) -> None:
+    launcher, work = start(jobs)
+    launcher.kill()
+    launcher.communicate()
+    (number,) = cluster.jobs()
+    with pytest.raises(InputError, match=rf"Slurm job {number} may still be making {work.name}: run with"):
+        run_stage(
+            jobs.module.GRAPH["alpha"],
+            jobs.settings(),
+            RuntimeConfig(home=jobs.home, launcher="local"),
+            project=jobs.project,
+        )
+    garbage = find_garbage(jobs.settings(), jobs.runtime, {}, older_than_s=-60, project=jobs.project).garbage
+    assert [entry.path for entry in garbage] == []
+    second = jobs.start("alpha")
+    assert second.stderr is not None
+    assert second.stderr.readline().startswith(f"attached to Slurm job {number}, which is making alpha-")
+    open_gate(jobs)
+    assert second.communicate()[0].strip() == "ran"
+    assert attempts(jobs.run("alpha").path) == 1
+
+
+def test_a_job_that_ended_while_nobody_looked_is_committed(jobs: Any, cluster: Cluster) -> None:
+    launcher, _ = start(jobs)
+    launcher.kill()
+    launcher.communicate()
+    open_gate(jobs)
+    wait_for(lambda: not cluster.jobs(), 30)
+    result = jobs.run("alpha")
+    assert (result.state, attempts(result.path)) == ("ran", 1)
+
+
+def test_a_job_is_found_by_its_name_if_its_number_was_never_written(jobs: Any, cluster: Cluster) -> None:
+    launcher, work = start(jobs)
+    launcher.kill()
+    launcher.communicate()
+    (work / "record/slurm.json").unlink()
+    open_gate(jobs)
+    assert attempts(jobs.run("alpha").path) == 1
+
+
+def test_ctrl_c_cancels_the_job_and_a_rerun_goes_on(jobs: Any, cluster: Cluster) -> None:
+    launcher, work = start(jobs)
+    os.kill(launcher.pid, signal.SIGINT)
+    assert "KeyboardInterrupt" in launcher.communicate()[1]
+    assert cluster.jobs() == []
+    assert not (work / "record/slurm.json").exists()
+    done = (work / "record/steps").stat().st_size
+    open_gate(jobs)
+    result = jobs.run("alpha")
+    assert (attempts(result.path), (result.path / "record/steps").stat().st_size) == (2, done)
+
+
+def test_a_job_cancelled_by_others_is_named(jobs: Any, cluster: Cluster) -> None:
+    launcher, _ = start(jobs)
+    (number,) = cluster.jobs()
+    cluster.call("scancel", str(number))
+    assert f"stage alpha failed: Slurm job {number}: it was cancelled; run again" in launcher.communicate()[1]
+
+
+@pytest.mark.parametrize("how", ["requeue", "limit"])
+def test_a_job_put_back_into_the_queue_goes_on(jobs: Any, cluster: Cluster, how: str) -> None:
+    launcher, _ = start(jobs)
+    (number,) = cluster.jobs()
+    if how == "requeue":  # as after a preemption, or the failure of a node
+        cluster.call("scontrol", "requeue", str(number))
+    else:  # what Slurm sends to the script before the time limit
+        cluster.call("scancel", "--batch", "--signal=USR1", str(number))
+    open_gate(jobs)
+    assert launcher.communicate()[0].strip() == "ran"
+    assert attempts(jobs.run("alpha").path) == 2
+
+
+def test_an_error_of_the_stage_is_one_line(jobs: Any) -> None:
+    jobs.home.mkdir()
+    (jobs.home / "fail-alpha").touch()
+    with pytest.raises(StageFailed, match=r"stage alpha failed: the test asked for it") as caught:
+        jobs.run("alpha")
+    assert caught.value.code == 2
+    (jobs.home / "fail-alpha").unlink()
+    assert jobs.run("alpha").state == "ran"
+
+
+def test_what_slurm_refuses_is_one_line(jobs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPAR_SLURM__PARTITION", "nowhere")
+    with pytest.raises(InputError, match=r"sbatch refused the job of alpha: .*invalid partition specified: nowhere"):
+        jobs.run("alpha")
+
+
+def test_a_node_without_the_shared_home_is_named_before_the_first_step(
+    jobs: Any, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPAR_NODES", "2")
+    jobs.gate("alpha")
+    cluster.stop_node(NODES[1])
+    cluster.start_node(NODES[1], without=jobs.home)
+    try:
+        with pytest.raises(StageFailed, match=rf"node {NODES[1]} does not see the files in .*: set runtime.home") as caught:
+            jobs.run("alpha")
+    finally:
+        cluster.stop_node(NODES[1])
+        cluster.start_node(NODES[1])
+    assert caught.value.code == 2
+    assert not list(jobs.home.glob(".work/*/record/steps"))
+
+
+@pytest.mark.parametrize("who", ["rank", "agent"])
+def test_a_killed_process_ends_all_and_is_named(
+    jobs: Any, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    monkeypatch.setenv("DPAR_NODES", "2")
+    monkeypatch.setenv("DPAR_PROCESSES", "2")
+    launcher, _ = start(jobs)
+    ranks = processes_of(jobs, "stages.alpha")
+    wait_for(lambda: len(processes_of(jobs, "stages.alpha")) == 6, 60)  # two agents, four ranks
+    ranks = [each for each in processes_of(jobs, "stages.alpha") if "torch.distributed.run" not in each.cmdline()]
+    victim = ranks[-1] if who == "rank" else ranks[-1].parent()
+    assert victim is not None
+    victim.kill()
+    _, errors = launcher.communicate()
+    assert "ended by SIGKILL, possibly out of memory" in errors, errors
+    wait_for(lambda: not processes_of(jobs, "stages.alpha"), 30)
+    open_gate(jobs)
+    assert jobs.run("alpha").state == "ran"
+
+
+def processes_of(tiny: Any, module: str) -> list[psutil.Process]:
+    """Processes of the small project's job that run a module."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        own = any(str(tiny.home) in word for word in words) and module in words and words[0].endswith("python")
+        if own and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
