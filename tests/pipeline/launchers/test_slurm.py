@@ -9,15 +9,22 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from slurm_cluster import NODES, Cluster, wait_for
 
 from conf.runtime import RuntimeConfig
+from conf.schema import Settings
 from pipeline.garbage import find_garbage
-from pipeline.launch import StageFailed
+from pipeline.graph import STAGES, inputs_read
+from pipeline.launch import StageFailed, launch
+from pipeline.project import DPAR
 from pipeline.runner import run_stage
 from stages.runtime.errors import InputError
+from stages.runtime.job import Job
+from stages.stores.samples import SampleStore
+from stages.stores.tokens import TokenStore
 
 pytestmark = pytest.mark.slow
 
@@ -163,7 +170,6 @@ def test_a_killed_process_ends_all_and_is_named(
     monkeypatch.setenv("DPAR_NODES", "2")
     monkeypatch.setenv("DPAR_PROCESSES", "2")
     launcher, _ = start(jobs)
-    ranks = processes_of(jobs, "stages.alpha")
     wait_for(lambda: len(processes_of(jobs, "stages.alpha")) == 6, 60)  # two agents, four ranks
     ranks = [each for each in processes_of(jobs, "stages.alpha") if "torch.distributed.run" not in each.cmdline()]
     victim = ranks[-1] if who == "rank" else ranks[-1].parent()
@@ -173,6 +179,8 @@ def test_a_killed_process_ends_all_and_is_named(
     assert "ended by SIGKILL, possibly out of memory" in errors, errors
     wait_for(lambda: not processes_of(jobs, "stages.alpha"), 30)
     open_gate(jobs)
+    monkeypatch.setenv("DPAR_NODES", "1")  # the other nodes need not come back
+    monkeypatch.setenv("DPAR_PROCESSES", "1")
     assert jobs.run("alpha").state == "ran"
 
 
@@ -185,3 +193,32 @@ def processes_of(tiny: Any, module: str) -> list[psutil.Process]:
         if own and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
+
+
+@pytest.mark.timeout(600)
+def test_stages_on_two_nodes_make_what_one_process_makes(
+    cluster: Cluster, tmp_path: Path, image_root: Path, tiny_settings: Settings, tiny_artifacts: dict[str, Path]
+) -> None:
+    runtime = RuntimeConfig(home=tmp_path, nodes=2, processes=2)
+
+    def run(name: str, **changes: object) -> Path:
+        stage, config = STAGES[name], getattr(tiny_settings, name).model_copy(update=changes)
+        inputs = {source: tiny_artifacts[source] for source in inputs_read(stage, tiny_settings)}
+        job = Job(
+            stage=name,
+            config=config.model_dump(mode="json"),
+            inputs=inputs | ({"images": image_root} if stage.reads_images else {}),
+            output=tmp_path / name,
+            runtime=runtime.model_dump(mode="json"),
+        )
+        launch(name, stage.entry[0], job, runtime, code_root=DPAR.code_root, locks=(), spmd=True)
+        return job.output
+
+    assert TokenStore.open(run("tokenize") / "tokens.zarr").digest == TokenStore.of(tiny_artifacts).digest
+    four, one = (SampleStore.open(path / "samples.zarr") for path in (run("sample"), tiny_artifacts["sample"]))
+    assert np.array_equal(four.tokens, one.tokens)
+    assert np.array_equal(four.labels, one.labels)
+    trained = run("train", dropout=0.0, class_dropout_prob=0.0)
+    losses = [json.loads(line)["loss"] for line in (trained / "record/metrics.jsonl").read_text().splitlines()[:-1]]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
