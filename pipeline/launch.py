@@ -47,15 +47,7 @@ def launch(
         InputError: The launcher cannot start it with these settings, or a Slurm job is making the same artifact.
         StageFailed: The process failed.
     """
-    process = Process(
-        name=name,
-        module=module,
-        job=job,
-        code_root=code_root,
-        nodes=runtime.nodes if spmd else 1,
-        per_node=runtime.processes if spmd else 1,
-    )
-    process.record.mkdir(parents=True, exist_ok=True)
+    process = process_of(name, module, job, runtime, code_root, spmd=spmd)
     if spmd and runtime.launcher == "slurm":
         slurm.run(process, runtime, on_progress=on_progress)
         return
@@ -66,3 +58,17 @@ def launch(
         )
     slurm.require_no_job(process.record)
     local.run(process, locks=locks, on_progress=on_progress)
+
+
+def process_of(name: str, module: str, job: Job, runtime: RuntimeConfig, code_root: Path, *, spmd: bool) -> Process:
+    """The process of a stage or a view under these runtime settings; for the arguments see `launch`."""
+    process = Process(
+        name=name,
+        module=module,
+        job=job,
+        code_root=code_root,
+        nodes=runtime.nodes if spmd else 1,
+        per_node=runtime.processes if spmd else 1,
+    )
+    process.record.mkdir(parents=True, exist_ok=True)
+    return process

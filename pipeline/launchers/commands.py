@@ -105,13 +105,18 @@ class Process:
         found = _QUIET | _RAGGED | {"PYTHONPATH": _python_path(self.code_root)}
         if _OLD_ALLOCATOR not in os.environ:
             found[_ALLOCATOR] = os.environ.get(_ALLOCATOR, "expandable_segments:True")
-        if self.nodes == self.per_node == 1:  # no torchrun: what another one has set is overwritten
-            found |= _ALONE
-        elif self.nodes == 1:
-            found[INIT_METHOD] = f"file://{self.rendezvous / 'ranks'}"
-            found["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # otherwise torchrun opens a port for the processes
-            if sys.platform == "linux":
-                found |= {name: os.environ.get(name, "lo") for name in _INTERFACES}
+        return found
+
+    def meeting(self) -> dict[str, str]:
+        """Variables that tell the processes of one machine where they meet; none for several machines."""
+        if self.nodes > 1:
+            return {}
+        if self.per_node == 1:  # no torchrun: what another one has set is overwritten
+            return _ALONE
+        found = {INIT_METHOD: f"file://{self.rendezvous / 'ranks'}"}
+        found["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # otherwise torchrun opens a port for the processes
+        if sys.platform == "linux":
+            found |= {name: os.environ.get(name, "lo") for name in _INTERFACES}
         return found
 
 

@@ -44,7 +44,7 @@ def run(process: Process, *, locks: Sequence[int], on_progress: OnProgress) -> N
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | process.environment(),
+                env=os.environ | process.environment() | process.meeting(),
                 pass_fds=locks,
                 start_new_session=True,
                 preexec_fn=parent_death_hook(),

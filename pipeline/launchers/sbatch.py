@@ -63,13 +63,14 @@ def script(process: Process, runtime: RuntimeConfig, *, name: str, probe: Path, 
         token: Its content, new for every job.
         exit_file: File for the exit code.
     """
+    variables = process.environment() | process.meeting()
     folder = shlex.quote(str(probe.parent))
     probe_text = _PROBE.format(path=shlex.quote(str(probe)), token=shlex.quote(token), folder=folder)
     return _SCRIPT.format(
         options="\n".join(f"#SBATCH {option}" for option in _options(process, runtime, name)),
         exit=shlex.quote(str(exit_file)),
         meeting=shlex.quote(str(process.rendezvous)),
-        exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in process.environment().items()),
+        exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in variables.items()),
         probe=shlex.quote(probe_text),
         blind=BLIND,
         # Jobs that share a node must not share a port.

@@ -1,4 +1,4 @@
-"""A stage's process, alone and under a real torchrun: messages when a worker fails, and no worker outlives a cancellation."""
+"""A stage's process, alone and under a real torchrun: messages of failures, and nothing outlives a cancellation."""
 
 from __future__ import annotations
 

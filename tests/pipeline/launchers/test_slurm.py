@@ -154,7 +154,9 @@ def test_a_node_without_the_shared_home_is_named_before_the_first_step(
     cluster.stop_node(NODES[1])
     cluster.start_node(NODES[1], without=jobs.home)
     try:
-        with pytest.raises(StageFailed, match=rf"node {NODES[1]} does not see the files in .*: set runtime.home") as caught:
+        with pytest.raises(
+            StageFailed, match=rf"node {NODES[1]} does not see the files in .*: set runtime.home"
+        ) as caught:
             jobs.run("alpha")
     finally:
         cluster.stop_node(NODES[1])
