@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 NODES = ("127.0.0.2", "127.0.0.3")  # names that resolve on every Linux without an entry in /etc/hosts
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "unshare")
 _CONFIGURATION = """
@@ -39,7 +41,6 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 KillWait=5
-SlurmdTimeout=10
 NodeName=127.0.0.[2-3] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{second}] CPUs=2 RealMemory=1000
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -80,17 +81,37 @@ class Cluster:
             self.call("scancel", str(number))
         wait_for(lambda: not self.jobs(), 60)
 
-    def start_node(self, node: str, *, without: Path | None = None) -> None:
+    def start_daemon(self, node: str, *, without: Path | None = None) -> None:
         """Start a node's daemon; with `without`, in a file system in which that folder is empty."""
         command = [str(_program("slurmd")), "-N", node, "-f", str(self.configuration)]
         if without is not None:
             hide = f'mount -t tmpfs none "{without}" && exec "$@"'
             command = ["unshare", "--mount", "bash", "-c", hide, "slurmd", *command]
         subprocess.run(command, check=True, timeout=30)
+
+    def start_node(self, node: str, *, without: Path | None = None) -> None:
+        """Start a node's daemon, and wait until the node takes jobs."""
+        self.start_daemon(node, without=without)
         wait_for(lambda: node in self.call("sinfo", "--noheader", "--states=idle", "--Node", "--format=%N"), 30)
 
-    def stop_node(self, node: str) -> None:
-        _stop(self.folder / f"slurmd-{node}.pid")
+    def stop_node(self, node: str, number: signal.Signals = signal.SIGTERM) -> None:
+        """End a node's daemon. Its jobs go on."""
+        _stop(self.folder / f"slurmd-{node}.pid", number)
+
+    def node_of(self, job: int) -> str:
+        """First node of a job, on which its script runs."""
+        return self.call("squeue", "--noheader", f"--jobs={job}", "--format=%B")
+
+    def lose_node(self, node: str, job: int) -> None:
+        """End a node's daemon and all that it runs for a job, as a power cut does."""
+        self.stop_node(node, signal.SIGKILL)
+        for process in psutil.process_iter(["cmdline"]):
+            if f"slurmstepd: [{job}." in " ".join(process.info["cmdline"] or []):
+                for each in (process, *process.children(recursive=True)):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.kill()
+        # Without a word, the controller notices after SlurmdTimeout, five minutes.
+        self.call("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
 
 
 @contextmanager
@@ -136,11 +157,11 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def _stop(pid_file: Path) -> None:
+def _stop(pid_file: Path, number: signal.Signals = signal.SIGTERM) -> None:
     """End a daemon. Its steps are not its children."""
     with contextlib.suppress(OSError, ValueError):
         pid = int(pid_file.read_text())
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, number)
         for _ in range(100):
             os.kill(pid, 0)
             time.sleep(0.1)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from conf.runtime import RuntimeConfig
 from pipeline.launchers.commands import Process
+from stages.runtime.job import ERROR_FILE
 
 WARNING_S = 300  # between SIGUSR1 and the time limit: a checkpoint of a large model takes a minute
 BLIND = 66  # exit code when a node does not see the home
@@ -24,7 +25,7 @@ _SCRIPT = """#!/bin/bash
 {options}
 
 echo "Slurm job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, attempt $((${{SLURM_RESTART_COUNT:-0}} + 1))"
-rm -rf {exit} {meeting}
+rm -rf {exit} {error} {meeting}
 mkdir {meeting}
 {exports}
 
@@ -69,6 +70,7 @@ def script(process: Process, runtime: RuntimeConfig, *, name: str, probe: Path, 
     return _SCRIPT.format(
         options="\n".join(f"#SBATCH {option}" for option in _options(process, runtime, name)),
         exit=shlex.quote(str(exit_file)),
+        error=shlex.quote(str(process.job.output / ERROR_FILE)),  # of the attempt before the job was put back
         meeting=shlex.quote(str(process.rendezvous)),
         exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in variables.items()),
         probe=shlex.quote(probe_text),

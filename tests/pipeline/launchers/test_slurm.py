@@ -165,16 +165,39 @@ def test_a_node_without_the_shared_home_is_named_before_the_first_step(
     assert not list(jobs.home.glob(".work/*/record/steps"))
 
 
-@pytest.mark.parametrize("who", ["rank", "agent"])
+def test_a_node_whose_daemon_restarts_keeps_its_job(jobs: Any, cluster: Cluster) -> None:
+    launcher, _ = start(jobs)
+    for node in NODES:
+        cluster.stop_node(node, signal.SIGKILL)
+    for node in NODES:
+        cluster.start_daemon(node)
+    open_gate(jobs)
+    assert launcher.communicate()[0].strip() == "ran"
+    assert attempts(jobs.run("alpha").path) == 1
+
+
+def test_a_job_goes_on_after_the_loss_of_its_node(jobs: Any, cluster: Cluster) -> None:
+    launcher, work = start(jobs)
+    (number,) = cluster.jobs()
+    lost = cluster.node_of(number)
+    cluster.lose_node(lost, number)
+    wait_for(lambda: cluster.state(number) in ("PENDING", "RUNNING") and attempts(work) == 1, 60)
+    cluster.start_daemon(lost)
+    open_gate(jobs)
+    assert launcher.communicate()[0].strip() == "ran"
+    assert attempts(jobs.run("alpha").path) == 2
+
+
+@pytest.mark.parametrize(("who", "ranks"), [("rank", 4), ("agent", 2)])
 def test_a_killed_process_ends_all_and_is_named(
-    jobs: Any, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, who: str
+    jobs: Any, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, who: str, ranks: int
 ) -> None:
     monkeypatch.setenv("DPAR_NODES", "2")
-    monkeypatch.setenv("DPAR_PROCESSES", "2")
+    monkeypatch.setenv("DPAR_PROCESSES", str(ranks // 2))
     launcher, _ = start(jobs)
-    wait_for(lambda: len(processes_of(jobs, "stages.alpha")) == 6, 60)  # two agents, four ranks
-    ranks = [each for each in processes_of(jobs, "stages.alpha") if "torch.distributed.run" not in each.cmdline()]
-    victim = ranks[-1] if who == "rank" else ranks[-1].parent()
+    wait_for(lambda: len(processes_of(jobs, "stages.alpha")) == ranks + 2, 60)  # and two agents
+    workers = [each for each in processes_of(jobs, "stages.alpha") if "torch.distributed.run" not in each.cmdline()]
+    victim = workers[-1] if who == "rank" else workers[-1].parent()
     assert victim is not None
     victim.kill()
     _, errors = launcher.communicate()
