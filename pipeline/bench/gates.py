@@ -32,7 +32,7 @@ SCRIPTS = {
     "structure": ("structure.py",),
     "gpu": ("gpu_check.py",),
 }
-NAMES = ("demo", "cli", *SCRIPTS)
+NAMES = ("demo", "cli", "plan", *SCRIPTS)
 Relation = Literal["<", ">"]
 Figures = dict[str, dict[str, float]]  # values by column and row of a table
 BOUNDS: tuple[tuple[str, Relation, float], ...] = (

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from conf.runtime import RuntimeConfig
 from models.attention import use_backend
 from stages.runtime.errors import InputError
+from stages.runtime.job import INIT_METHOD
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ def process_group(runtime: RuntimeConfig) -> Iterator[World]:
     )
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        init_method = os.environ.get(INIT_METHOD)
+        dist.init_process_group(
+            backend, init_method=init_method, rank=rank, world_size=size, timeout=timedelta(minutes=30)
+        )
     try:
         yield World(rank, size, device)
     finally:
