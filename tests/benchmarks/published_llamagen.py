@@ -1,9 +1,8 @@
 """A training step of LlamaGen as it was published: what our step is compared with.
 
-Written anew from the published model's operations, in their order, without what ours does differently: norms round
-before their weight, queries and keys are rotated separately by products and a stack, heads of keys and values are
-repeated, and the float32 logits of the whole batch go through the plain cross-entropy. Names of weights are the same, so
-that both start from the same numbers.
+Written anew from the published model's operations, in their order, where ours differ: norms round before their weight,
+queries and keys are rotated separately by products and a stack, heads of keys and values are repeated, and the float32
+logits of the whole batch go through the plain cross-entropy. Names of weights are the same, so that both start alike.
 
 Source: LlamaGen (arXiv 2406.06525) and its released training code.
 """
