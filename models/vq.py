@@ -76,7 +76,7 @@ class VQModel(nn.Module):
         if grid * grid != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens an image, expected a square number")
         check_tokens(tokens, self.config.codebook_size)
-        latents = self.quantize.codes()[tokens]  # (B, T, E)
+        latents = self.quantize.codes()[tokens].type_as(self.post_quant_conv.weight)  # (B, T, E)
         latents = latents.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         return self.decoder(self.post_quant_conv(latents))
 
