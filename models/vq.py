@@ -60,11 +60,13 @@ class VQModel(nn.Module):
     def encode(self, pixels: Float[Tensor, "B 3 height width"]) -> Int[Tensor, "B T"]:
         """Tokens of images in [-1, 1], in raster order, int64.
 
+        Pixels are cast to the dtype of the weights. In bfloat16 some tokens are others than in float32.
+
         Raises:
             ValueError: A side of the images is not a multiple of the downsampling.
         """
         self._check_size(pixels)
-        return self.quantize.lookup(self.quant_conv(self.encoder(pixels)))
+        return self.quantize.lookup(self.quant_conv(self.encoder(pixels.type_as(self.encoder.conv_in.weight))))
 
     def decode(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B 3 height width"]:
         """Images of tokens, roughly in [-1, 1]: the decoder does not clamp.
