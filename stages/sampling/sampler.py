@@ -134,7 +134,7 @@ def prepare_for_decoding(vq: VQModel, config: SampleConfig) -> None:
     """
     if config.decoder_precision == "bfloat16":
         for part in (vq.post_quant_conv, vq.decoder):
-            part.to(torch.bfloat16, memory_format=torch.channels_last)
+            part.bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in stubs
 
 
 def prepare_for_sampling(model: nn.Module, config: SampleConfig) -> None:
