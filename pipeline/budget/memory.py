@@ -87,9 +87,10 @@ def trainings(settings: Settings, shape: Shape, devices: int) -> dict[str, Train
         config = settings.tokenizer
         found["tokenizer"] = vq_training(config.model, config.image_size, config.training, devices)
     entropy = settings.entropy_model
-    found["entropy_model"] = transformer_training(
-        entropy.model, shape, entropy.training, conditional=False, devices=devices
-    )
+    if entropy.imported is None:
+        found["entropy_model"] = transformer_training(
+            entropy.model, shape, entropy.training, conditional=False, devices=devices
+        )
     if settings.train.imported is None:
         found["train"] = transformer_training(
             model_size(settings), shape, settings.train.training, conditional=True, devices=devices
@@ -99,18 +100,21 @@ def trainings(settings: Settings, shape: Shape, devices: int) -> dict[str, Train
 
 def forwards(settings: Settings, shape: Shape) -> dict[str, float]:
     """Bytes of the other stages that use a device, at the batch sizes of the settings."""
+    from stages.images.from_tokens import DECODED_PIXELS
+
     tokenize, entropy_map, sample = settings.tokenize, settings.entropy_map, settings.sample
     tokens, vq = shape.tokens, settings.tokenizer.model
     entropy_model, model = settings.entropy_model.model, model_size(settings)
     caches = sample.batch_size * (2 if sample.cfg_scale > 1 else 1) * cache_bytes(model, shape, sample.precision)
     sampled = transformer_parameters(model, tokens, conditional=True) * _width(sample.precision)
     found = settings.entropy_head.batch_size * cache_bytes(model, shape, "float32")
+    decoded = max(1, DECODED_PIXELS // tokenize.image_size**2)
     return {
         "tokenize": _vq_pass(vq, tokenize.image_size, tokenize.batch_size),
         "entropy_map": _forward(entropy_model, entropy_map.batch_size, tokens, entropy_map.precision),
         "entropy_head": transformer_parameters(model, tokens, conditional=True) * WEIGHT + found,
-        "sample": sampled + max(caches, _vq_pass(vq, tokenize.image_size, sample.batch_size)),
-        "evaluate": _vq_pass(vq, tokenize.image_size, settings.evaluate.batch_size),
+        "sample": sampled + max(caches, _vq_pass(vq, tokenize.image_size, min(decoded, sample.batch_size))),
+        "evaluate": _vq_pass(vq, tokenize.image_size, min(decoded, settings.evaluate.batch_size)),
     }
 
 
