@@ -149,12 +149,13 @@ class _Run:
         name, key = self.stage.name, key_of(parts)
         work = self.cache.begin(parts)
         self.observer.stage_started(name, key, work)
-        started = time.monotonic()
+        started, previews = time.monotonic(), self._previews()
         try:
-            with self.cache.reading([manifest.key for manifest in inputs.values()]) as reading:
+            read = [*(manifest.key for manifest in inputs.values()), *(path.name for path in previews.values())]
+            with self.cache.reading(read) as reading:
                 input_checks.require_undamaged(self.cache, name, inputs)
                 self._require_external(parts, deep=True)
-                self._launch(work, inputs, lock, reading)
+                self._launch(work, inputs, previews, lock, reading)
                 input_checks.require_unchanged(self.cache, name, inputs)
                 self._require_external(parts, deep=False)
                 manifest = self.cache.commit(parts, time.monotonic() - started, self.code.definitions)
@@ -165,9 +166,22 @@ class _Run:
         view_error = views.draw(self.stage, self.settings, self.runtime, self.cache.path(key), known, self.project)
         return _result(self.cache, manifest, "ran", view_error)
 
-    def _launch(self, work: Path, inputs: dict[str, Manifest], lock: int, reading: tuple[int, ...]) -> None:
+    def _previews(self) -> dict[str, Path]:
+        """Cached artifacts that the stage reads only for pictures in its record."""
+        names = self.stage.previews_with
+        known = _cached_artifacts(self.settings, self.runtime, self.project) if names else {}
+        return {name: path for name, path in known.items() if name in names}
+
+    def _launch(
+        self,
+        work: Path,
+        inputs: dict[str, Manifest],
+        previews: dict[str, Path],
+        lock: int,
+        reading: tuple[int, ...],
+    ) -> None:
         """Run the process to its end. Damaged inputs and changed images that it reports are marked for the next run."""
-        paths = {name: self.cache.path(manifest.key) for name, manifest in inputs.items()}
+        paths = previews | {name: self.cache.path(manifest.key) for name, manifest in inputs.items()}
         if self.stage.reads_images:
             paths["images"] = image_root(self.settings.dataset)
         name = self.stage.name

@@ -16,14 +16,14 @@ from stages.runtime.distributed import process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.randomness import Purpose, seed_torch
 from stages.stores.tokens import TokenStore
-from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
 from stages.training.loop import train_model
+from stages.training.validation import heldout_by_position, write_positions
 from stages.weights.own import GPT_FAMILY, save_model
 
 
 def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `model.safetensors` and its config; the record holds its held-out loss."""
+    """Write `model.safetensors` and its config; the record holds its held-out loss, also by position."""
     with process_group(runtime) as world:
         data = TokenData(TokenStore.of(inputs))
         seed_torch(config.seed, Purpose.WEIGHTS)
@@ -36,12 +36,13 @@ def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runt
                 dropout=config.dropout,
             )
         )
-        if runtime.compile:
-            compile_blocks(model)
         objective = GPTObjective(model)
-        train_model(data.training(model, objective, config.training, config.seed, world), output, world)
-        if world.is_main:
-            save_model(output, GPT_FAMILY, model, model.config)
+        run = data.training(model, objective, config.training, config.seed, world)
+        train_model(run, output, world, runtime)
+        by_position = heldout_by_position(data, objective.eval().token_losses, world)
+    if world.is_main:
+        write_positions(output, by_position)
+        save_model(output, GPT_FAMILY, model, model.config)
 
 
 if __name__ == "__main__":

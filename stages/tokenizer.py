@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
+
 from conf.runtime import RuntimeConfig
 from conf.tokenizer import TokenizerConfig
 from models.discriminator import PatchDiscriminator
@@ -20,7 +22,7 @@ from stages.stores.image_index import ImageIndex
 from stages.training.images import ImageBatch, ImageFiles, VQObjective
 from stages.training.log import MetricLog
 from stages.training.loop import Training, train_model
-from stages.training.stream import SampleStream
+from stages.training.stream import Part, SampleStream
 from stages.training.validation import reconstruction_scores
 from stages.weights.own import save_vq
 from stages.weights.pretrained import read_lpips, read_vq_checkpoint, write_source
@@ -34,17 +36,21 @@ def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: Ru
     The record holds reconstruction scores on held-out images. For imported weights, it also holds `source.json` with
     the SHA-256 of the weights file.
     """
+    source = None
     with process_group(runtime) as world:
         images = ImageFiles(ImageIndex.open(inputs["dataset"]), inputs["images"], config.image_size)
         if config.source == "checkpoint":
             model = read_vq_checkpoint(config.checkpoint, config.model).to(world.device).eval()
-            MetricLog(output, 0, enabled=world.is_main).write(0, reconstruction_scores(model, images, world))
-            if world.is_main and config.checkpoint is not None:
-                write_source(output, config.checkpoint)
+            with torch.inference_mode():
+                scores = reconstruction_scores(model, images, world)
+            MetricLog(output, 0, enabled=world.is_main).write(0, scores)
+            source = config.checkpoint
         else:
             model = _train(config, images, output, runtime, world)
-        if world.is_main:
-            save_vq(output, model)
+    if world.is_main:
+        if source is not None:
+            write_source(output, source)
+        save_vq(output, model)
 
 
 def _train(config: TokenizerConfig, images: ImageFiles, output: Path, runtime: RuntimeConfig, world: World) -> VQModel:
@@ -55,8 +61,12 @@ def _train(config: TokenizerConfig, images: ImageFiles, output: Path, runtime: R
     lpips = read_lpips(runtime.lpips_weights) if config.lpips_weight > 0 else None
     stream = SampleStream(images.index.num_train, config.training.global_batch_size, config.seed)
 
-    def batch(step: int) -> ImageBatch:
-        return ImageBatch(images.training_pixels(stream, step, world), step >= config.adversarial_start)
+    def batch(step: int, part: Part) -> ImageBatch:
+        return ImageBatch(images.training_pixels(stream, step, part), step >= config.adversarial_start)
+
+    def samples(step: int, part: Part) -> dict[str, list[int]]:
+        numbers, epochs = stream.samples(step, part)
+        return {"images": numbers.tolist(), "epochs": epochs.tolist()}
 
     run = Training(
         model=model,
@@ -67,8 +77,9 @@ def _train(config: TokenizerConfig, images: ImageFiles, output: Path, runtime: R
         config=config.training,
         seed=config.seed,
         auxiliary={} if discriminator is None else {"discriminator": discriminator},
+        samples=samples,
     )
-    train_model(run, output, world)
+    train_model(run, output, world, runtime)
     return model.eval()
 
 
