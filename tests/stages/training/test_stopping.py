@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,11 +84,12 @@ def test_checkpoints_by_the_clock_change_no_weight(tmp_path: Path, monkeypatch: 
     train_model(training("llamagen", plain), tmp_path / "plain", WORLD, RUNTIME)
     saved: list[int] = []
     original = loop.save_checkpoint
-    monkeypatch.setattr(
-        loop,
-        "save_checkpoint",
-        lambda folder, step, *given, **more: saved.append(step) or original(folder, step, *given, **more),
-    )
+
+    def save(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> None:
+        saved.append(step)
+        original(folder, step, state, keep=keep)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
     ticks = iter(range(0, 10**6, 7))  # a clock that moves by seven seconds whenever it is read
     monkeypatch.setattr(
         loop, "Interruption", lambda world, minutes: Interruption(world, minutes, lambda: float(next(ticks)))
