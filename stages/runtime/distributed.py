@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from conf.runtime import RuntimeConfig
+from stages.runtime.cores import available_cores
 from stages.runtime.errors import InputError
 
 _TIMEOUT = timedelta(minutes=30)
@@ -47,7 +48,7 @@ def process_group(runtime: RuntimeConfig) -> Iterator[World]:
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(runtime)
-    torch.set_num_threads(runtime.threads or usable_cores())
+    torch.set_num_threads(runtime.threads or available_cores())
     if size > 1:
         # CPU tensors go through gloo on every machine, so that a flag can be shared without a wait for the GPU.
         on_cuda = device.type == "cuda"
@@ -58,12 +59,6 @@ def process_group(runtime: RuntimeConfig) -> Iterator[World]:
     finally:
         if size > 1:
             dist.destroy_process_group()
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: those of its affinity, shared among the processes on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def data_parallel(objective: nn.Module, world: World) -> nn.Module:

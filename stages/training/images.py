@@ -22,7 +22,7 @@ from stages.images.decode import center_crop, decode, random_crop
 from stages.images.tensors import pixels_to_float
 from stages.runtime import randomness
 from stages.runtime.arrays import Indices, PixelBatch, Pixels
-from stages.runtime.distributed import usable_cores
+from stages.runtime.cores import available_cores
 from stages.runtime.randomness import Purpose
 from stages.stores.image_index import ImageIndex
 from stages.training.stream import Part, SampleStream
@@ -54,13 +54,13 @@ class ImageFiles:
             generator = randomness.stream(stream.seed, Purpose.CROPS, int(epoch), int(image))
             return random_crop(self._decode(image), self.size, generator)
 
-        with ThreadPoolExecutor(usable_cores()) as pool:
+        with ThreadPoolExecutor(available_cores()) as pool:
             return pixels_to_float(np.stack(list(pool.map(crop, images, epochs))))
 
     def center_batches(self, rows: Indices, batch_size: int) -> Iterator[PixelBatch]:
         """Center crops of the given images."""
         for first in range(0, len(rows), batch_size):
-            with ThreadPoolExecutor(usable_cores()) as pool:
+            with ThreadPoolExecutor(available_cores()) as pool:
                 yield np.stack(list(pool.map(self._center, rows[first : first + batch_size])))
 
     def _center(self, image: np.int64) -> Pixels:

@@ -9,17 +9,8 @@ import torch
 from torch import nn
 
 from conf.runtime import RuntimeConfig
-from stages.runtime.distributed import World, data_parallel, own_gradients, process_group, start_max, usable_cores
+from stages.runtime.distributed import World, data_parallel, own_gradients, process_group, start_max
 from stages.runtime.errors import InputError
-
-
-@pytest.mark.parametrize(("cores", "processes", "share"), [(8, 1, 8), (8, 2, 4), (7, 2, 3), (2, 4, 1)])
-def test_the_cores_of_its_affinity_are_shared_among_the_processes(
-    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, share: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert usable_cores() == share
 
 
 def test_a_process_uses_its_share_unless_the_settings_say_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

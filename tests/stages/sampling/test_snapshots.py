@@ -44,7 +44,8 @@ def test_pictures_come_at_their_steps_and_change_no_weight(
     train(config, inputs(tiny_artifacts, "tokenizer"), tmp_path, RUNTIME)
     made = sorted(path.name for path in (tmp_path / FOLDER).iterdir())
     assert made == ["step-000000004.png", "step-000000008.png"]
-    assert Image.open(tmp_path / FOLDER / made[0]).size[0] > 4 * 32
+    with Image.open(tmp_path / FOLDER / made[0]) as picture:
+        assert picture.width > 4 * 32
     assert (tmp_path / MODEL_FILE).read_bytes() == (tiny_artifacts["train"] / MODEL_FILE).read_bytes()
     assert not np.array_equal(sampled[0][1], sampled[1][1])
     # The last one shows what the finished model samples.

@@ -76,7 +76,7 @@ def test_the_images_are_divided_among_the_processes(tiny_artifacts: dict, monkey
 
 def test_without_heldout_images_there_is_no_loss(tiny_artifacts: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     store = TokenStore.of(tiny_artifacts)
-    monkeypatch.setattr(type(store), "num_train", len(store))
+    monkeypatch.setattr(store, "num_train", len(store))
     module, world = GPTObjective(load_gpt(tiny_artifacts["entropy_model"])), World(0, 1, torch.device("cpu"))
     assert heldout_by_position(TokenData(store), module.token_losses, world) is None
     assert heldout_loss(TokenData(store), module, world) == {}
