@@ -25,7 +25,7 @@ from stages.runtime.artifact import RECORD, read_json
 from stages.runtime.job import ERROR_FILE, Job
 
 OnProgress = Callable[[dict[str, Any]], None]
-GRACE_S = 45.0  # between SIGTERM and SIGKILL; torchrun gives its workers 30 s to finish a step and save
+GRACE_S = 15.0  # between SIGTERM and SIGKILL
 JOB_FILE, TORCHRUN_LOGS = "job.json", "torchrun"  # in the record folder, while the process runs
 _POLL_S = 0.2
 _TAIL_BYTES = 64 * 1024
