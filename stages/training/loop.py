@@ -112,7 +112,7 @@ def train_model(run: Training[Any], output: Path, world: World, runtime: Runtime
         InputError: The settings do not fit the machine or each other.
         ArtifactError: The last checkpoint belongs to other data or to other settings.
         Interrupted: A signal asked for a stop; a checkpoint was written.
-        RuntimeError: A loss or a gradient is not finite.
+        RuntimeError: A loss or a gradient is not finite, or the GPU has too little memory.
     """
     return _Loop(run, output, world, runtime).train()
 
@@ -183,14 +183,23 @@ class _Loop:
         steps = range(self.first, self.config.steps)
         with self.interruption.caught(), prefetch(self._batches, steps, threads=1, depth=1) as batches:
             for step, micro_batches in enumerate(self.meter.waiting(batches), self.first):
-                metrics = train_step(self.run, self.objective, self.state, micro_batches, step, self.world, self.watch)
-                for part, batch in micro_batches:
-                    self.counts.update({"images": part.count, **self.run.counts(batch)})
-                self._after(step + 1, metrics)
+                self._after(step + 1, self._step(micro_batches, step))
         return self._finish()
 
     def _batches(self, step: int) -> list[tuple[Part, Any]]:
         return [(part, self.run.batch(step, part)) for part in self.parts]
+
+    def _step(self, micro_batches: list[tuple[Part, Any]], step: int) -> dict[str, Tensor]:
+        try:
+            metrics = train_step(self.run, self.objective, self.state, micro_batches, step, self.world, self.watch)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"the GPU ran out of memory in step {step + 1} with micro-batches of {self.micro_batch} images: set "
+                f"runtime.micro_batch={max(1, self.micro_batch // 2)} or runtime.checkpoint_activations=true"
+            ) from error
+        for part, batch in micro_batches:
+            self.counts.update({"images": part.count, **self.run.counts(batch)})
+        return metrics
 
     def _after(self, done: int, metrics: dict[str, Tensor]) -> None:
         """What is due after a step. A checkpoint comes before the held-out loss, which may take minutes."""

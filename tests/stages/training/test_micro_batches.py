@@ -184,3 +184,18 @@ def test_a_micro_batch_larger_than_the_share_is_refused_before_the_first_step(tm
     with pytest.raises(InputError, match=r"runtime.micro_batch is 9"):
         train_model(run, tmp_path, WORLD, RuntimeConfig(device="cpu", micro_batch=9))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_later_lack_of_memory_names_a_smaller_micro_batch(tmp_path: Path) -> None:
+    module = objective("llamagen")
+    inner, passes = module.forward, []
+
+    def forward(given: object) -> tuple[Tensor, dict[str, Tensor]]:
+        passes.append(given)
+        if len(passes) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return inner(given)
+
+    module.forward = forward
+    with pytest.raises(RuntimeError, match=r"in step 3 with micro-batches of 4 images: set runtime.micro_batch=2 or"):
+        train_model(training("llamagen", module), tmp_path, WORLD, RuntimeConfig(device="cpu", micro_batch=4))
