@@ -15,7 +15,7 @@ class RuntimeConfig(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DPAR_", extra="forbid", frozen=True)
     STAGES_READ: ClassVar[tuple[str, ...]] = (
         *("device", "threads", "compile", "micro_batch", "checkpoint_activations", "checkpoint_minutes"),
-        *("log_level", "lpips_weights"),
+        *("attention", "log_level", "lpips_weights"),
     )
 
     home: Path = Field(Path("artifacts"), description="Root of artifacts, locks, logs and server databases.")
@@ -39,6 +39,10 @@ class RuntimeConfig(BaseSettings):
     )
     checkpoint_minutes: float = Field(
         15.0, gt=0, description="Minutes between checkpoints, beside those every `checkpoint_every` steps."
+    )
+    attention: Literal["auto", "xformers", "varlen", "padded"] = Field(
+        "auto",
+        description="Backend of DPAR's packed attention on CUDA; `auto` is xformers, else torch's varlen, else padded.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages shown.")
     tracking: bool = Field(True, description="Whether runs are recorded in MLflow.")

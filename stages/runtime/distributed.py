@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from conf.runtime import RuntimeConfig
+from models.attention import use_backend
 from stages.runtime.cores import available_cores
 from stages.runtime.errors import InputError
 
@@ -48,6 +49,7 @@ def process_group(runtime: RuntimeConfig) -> Iterator[World]:
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(runtime)
+    _use_attention(runtime, device)
     torch.set_num_threads(runtime.threads or available_cores())
     if size > 1:
         # CPU tensors go through gloo on every machine, so that a flag can be shared without a wait for the GPU.
@@ -80,6 +82,13 @@ def own_gradients(objective: nn.Module) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def _use_attention(runtime: RuntimeConfig, device: torch.device) -> None:
+    try:
+        use_backend(runtime.attention, device)
+    except ValueError as error:
+        raise InputError(f"runtime.{error}") from error
 
 
 def barrier() -> None:
