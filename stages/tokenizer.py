@@ -36,21 +36,25 @@ def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: Ru
     The record holds reconstruction scores on held-out images. For imported weights, it also holds `source.json` with
     the SHA-256 of the weights file.
     """
-    source = None
     with process_group(runtime) as world:
         images = ImageFiles(ImageIndex.open(inputs["dataset"]), inputs["images"], config.image_size)
         if config.source == "checkpoint":
-            model = read_vq_checkpoint(config.checkpoint, config.model).to(world.device).eval()
-            with torch.inference_mode():
-                scores = reconstruction_scores(model, images, world)
-            MetricLog(output, 0, enabled=world.is_main).write(0, scores)
-            source = config.checkpoint
+            model = _import(config, images, output, world)
         else:
             model = _train(config, images, output, runtime, world)
     if world.is_main:
-        if source is not None:
-            write_source(output, source)
         save_vq(output, model)
+
+
+def _import(config: TokenizerConfig, images: ImageFiles, output: Path, world: World) -> VQModel:
+    """Import weights, and write their scores and origin to the record."""
+    model = read_vq_checkpoint(config.checkpoint, config.model).to(world.device).eval()
+    with torch.inference_mode():
+        scores = reconstruction_scores(model, images, world)
+    MetricLog(output, 0, enabled=world.is_main).write(0, scores)
+    if world.is_main and config.checkpoint is not None:
+        write_source(output, config.checkpoint)
+    return model
 
 
 def _train(config: TokenizerConfig, images: ImageFiles, output: Path, runtime: RuntimeConfig, world: World) -> VQModel:

@@ -48,7 +48,7 @@ def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeCon
             write_source(output, config.imported)
         if head is not None:
             save_head(output, head)
-        save_model(output, model.family, model.module, model.config)
+        save_model(output, model.family, model.module, model.config, store.facts.vq_sha256)
 
 
 def _score(objective: Objective, data: TokenData, output: Path, world: World) -> None:
