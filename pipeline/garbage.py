@@ -22,9 +22,10 @@ from pipeline.caching.fingerprint import FingerprintError
 from pipeline.caching.manifest import Manifest, ManifestError, Parts, read_manifest, stage_of
 from pipeline.caching.store import PARTS, TRASH, WORK, Cache
 from pipeline.graph import Stage
+from pipeline.launchers import slurm
 from pipeline.plan import plan
 from pipeline.project import DPAR, Project
-from stages.runtime.artifact import read_json
+from stages.runtime.artifact import RECORD, read_json
 from stages.runtime.errors import InputError
 
 RUNS = ".servers/runs"  # one file for each key that has an MLflow run
@@ -171,7 +172,8 @@ class _Search:
         return [path for path in _real_folders(self.cache.home / WORK) if stage_of(path.name) in self.project.graph]
 
     def _recent_work(self) -> list[Path]:
-        return [path for path in self._work() if _newest(path) >= self.cutoff]
+        """Work folders that a run used recently, or in which a Slurm job may still run."""
+        return [path for path in self._work() if _newest(path) >= self.cutoff or slurm.may_run(path / RECORD)]
 
     def replaced(self) -> Iterator[Garbage]:
         """Artifacts that forced runs have replaced."""

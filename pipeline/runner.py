@@ -21,15 +21,18 @@ from pipeline.caching.keys import key_parts
 from pipeline.caching.manifest import Manifest, Parts, key_of
 from pipeline.caching.store import Cache
 from pipeline.graph import Stage, inputs_read
-from pipeline.launch import StageFailed, launch
+from pipeline.launch import StageFailed, launch, process_of
+from pipeline.launchers import slurm
+from pipeline.launchers.commands import Process
 from pipeline.plan import StageStatus, cached_paths, plan
 from pipeline.project import DPAR, Project
 from stages.images.sources import image_root
 from stages.runtime.errors import ArtifactError, InputError, StaleIndexError
 from stages.runtime.job import Job
 
-__all__ = ["NullObserver", "Observer", "StageResult", "StageStatus", "plan", "run_stage"]
+__all__ = ["NullObserver", "Observer", "StageResult", "StageStatus", "plan", "prepare", "run_stage"]
 logger = logging.getLogger(__name__)
+_WAITING = "another process is making %s: waiting for it"
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class _Run:
         name, key = self.stage.name, key_of(parts)
         work = self.cache.begin(parts)
         self.observer.stage_started(name, key, work)
-        started, previews = time.monotonic(), self._previews()
+        started, previews = time.monotonic(), _previews(self.stage, self.settings, self.runtime, self.project)
         try:
             read = [*(manifest.key for manifest in inputs.values()), *(path.name for path in previews.values())]
             with self.cache.reading(read) as reading:
@@ -166,12 +169,6 @@ class _Run:
         view_error = views.draw(self.stage, self.settings, self.runtime, self.cache.path(key), known, self.project)
         return _result(self.cache, manifest, "ran", view_error)
 
-    def _previews(self) -> dict[str, Path]:
-        """Cached artifacts that the stage reads only for pictures in its record."""
-        names = self.stage.previews_with
-        known = _cached_artifacts(self.settings, self.runtime, self.project) if names else {}
-        return {name: path for name, path in known.items() if name in names}
-
     def _launch(
         self,
         work: Path,
@@ -181,17 +178,8 @@ class _Run:
         reading: tuple[int, ...],
     ) -> None:
         """Run the process to its end. Damaged inputs and changed images that it reports are marked for the next run."""
-        paths = previews | {name: self.cache.path(manifest.key) for name, manifest in inputs.items()}
-        if self.stage.reads_images:
-            paths["images"] = image_root(self.settings.dataset)
-        name = self.stage.name
-        job = Job(
-            stage=name,
-            config=getattr(self.settings, name).model_dump(mode="json"),
-            inputs=paths,
-            output=work,
-            runtime=self.runtime.model_dump(mode="json"),
-        )
+        name, paths = self.stage.name, previews | _paths(self.cache, inputs)
+        job = _job(self.stage, self.settings, self.runtime, work, paths)
         try:
             launch(
                 name,
@@ -205,7 +193,7 @@ class _Run:
             )
         except StageFailed as error:
             if error.kind == StaleIndexError.__name__:
-                listing.distrust(paths["images"], self.cache.home)
+                listing.distrust(job.inputs["images"], self.cache.home)
             if error.kind == ArtifactError.__name__:
                 input_checks.mark_reported(self.cache, error.message, inputs)
             raise
@@ -221,6 +209,47 @@ class _Run:
                 f"{self.stage.name}.{self.stage.external} {getattr(section, str(self.stage.external))} has changed "
                 f"{when}: no artifact was made, run again"
             )
+
+
+def prepare(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project = DPAR) -> Process:
+    """Write the job file of a stage into its work folder, for a process that something else starts.
+
+    `run_stage` then finds the finished work and commits it.
+
+    Raises:
+        InputError: An input is not finished, or a Slurm job is making the artifact.
+    """
+    cache = Cache(runtime.home)
+    inputs = _finished_inputs(stage, settings, runtime, project, cache)
+    digests = {name: found.digest for name, found in inputs.items()}
+    parts = key_parts(stage, settings, cache.home, digests, project.fingerprint(stage, cache.home), deep=True)
+    with cache.lock(key_of(parts), on_wait=lambda: logger.warning(_WAITING, key_of(parts))):
+        paths = _previews(stage, settings, runtime, project) | _paths(cache, inputs)
+        job = _job(stage, settings, runtime, cache.begin(parts), paths)
+        process = process_of(stage.name, stage.entry[0], job, runtime, project.code_root, spmd=stage.spmd)
+        slurm.require_no_job(process.record)
+        process.prepare()
+    return process
+
+
+def _job(stage: Stage, settings: Settings, runtime: RuntimeConfig, work: Path, inputs: dict[str, Path]) -> Job:
+    return Job(
+        stage=stage.name,
+        config=getattr(settings, stage.name).model_dump(mode="json"),
+        inputs=inputs | ({"images": image_root(settings.dataset)} if stage.reads_images else {}),
+        output=work,
+        runtime=runtime.model_dump(mode="json"),
+    )
+
+
+def _previews(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project) -> dict[str, Path]:
+    """Cached artifacts that a stage reads only for pictures in its record."""
+    known = _cached_artifacts(settings, runtime, project) if stage.previews_with else {}
+    return {name: path for name, path in known.items() if name in stage.previews_with}
+
+
+def _paths(cache: Cache, inputs: dict[str, Manifest]) -> dict[str, Path]:
+    return {name: cache.path(manifest.key) for name, manifest in inputs.items()}
 
 
 def _finished_inputs(
@@ -257,5 +286,5 @@ def _result(
 
 
 def _log_waiting(key: str) -> bool:
-    logger.warning("another process is making %s: waiting for it", key)
+    logger.warning(_WAITING, key)
     return True

@@ -191,7 +191,6 @@ class Cache:
         """Create the work folder of a key and write the parts of the key into it. The caller holds its lock."""
         work = self.work(key_of(parts))
         work.mkdir(parents=True, exist_ok=True)
-        remove_partials(work)  # they can be as large as checkpoints
         write_json(work / PARTS, parts)
         return work
 

@@ -19,6 +19,7 @@ from conf.runtime import RuntimeConfig
 from models.attention import use_backend
 from stages.runtime.cores import available_cores
 from stages.runtime.errors import InputError
+from stages.runtime.job import INIT_METHOD
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -55,7 +56,14 @@ def process_group(runtime: RuntimeConfig) -> Iterator[World]:
         # CPU tensors go through gloo on every machine, so that a flag can be shared without a wait for the GPU.
         on_cuda = device.type == "cuda"
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if on_cuda else None)
+        dist.init_process_group(
+            backend,
+            init_method=os.environ.get(INIT_METHOD),
+            rank=rank,
+            world_size=size,
+            timeout=_TIMEOUT,
+            device_id=device if on_cuda else None,
+        )
     try:
         yield World(rank, size, device)
     finally:

@@ -29,6 +29,9 @@ Inputs = Mapping[str, Path]
 Config = TypeVar("Config", bound=Section)
 StageFunction = Callable[[Config, Inputs, Path, RuntimeConfig], None]
 ERROR_FILE = Path(RECORD) / "error.json"
+INIT_METHOD = (
+    "DPAR_INIT_METHOD"  # variable: where the processes meet, as torch.distributed takes it; unset is MASTER_ADDR
+)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -67,7 +70,9 @@ def main(function: StageFunction[Config], config_type: type[Config]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     _configure_logging(rank, runtime)
     _die_with_parent()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # SIGUSR1 comes before the time limit of a Slurm job. A stage that can save in between sets its own handlers.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: sys.exit(143))
     try:
         function(config_type.model_validate(job.config), job.inputs, job.output, runtime)
     except Interrupted as stop:

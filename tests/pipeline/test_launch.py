@@ -1,4 +1,4 @@
-"""A stage's process under a real torchrun: messages when a worker fails, and no worker outlives a cancellation."""
+"""A stage's process, alone and under a real torchrun: messages of failures, and nothing outlives a cancellation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from conf.runtime import RuntimeConfig
-from pipeline import launch as launching
 from pipeline.graph import Stage
 from pipeline.launch import StageFailed, launch
+from pipeline.launchers import local
+from stages.runtime.errors import InputError
 from stages.runtime.job import Job
 
 pytestmark = pytest.mark.slow
@@ -54,9 +55,16 @@ def run(tmp_path: Path) -> Iterator[Run]:
     shutil.copy(ROOT / "stages" / "__init__.py", tmp_path / "stages")
     lock = os.open(tmp_path / "lock", os.O_CREAT)
 
-    def run(body: str, *, imports: str = "", processes: int = 1, on_progress: Callable[[Any], None] = id) -> None:
+    def run(
+        body: str,
+        *,
+        imports: str = "",
+        processes: int = 1,
+        nodes: int = 1,
+        on_progress: Callable[[Any], None] = id,
+    ) -> None:
         (tmp_path / "stages/alpha.py").write_text(MODULE.format(body=body, imports=imports))
-        runtime = RuntimeConfig(home=tmp_path, processes=processes)
+        runtime = RuntimeConfig(home=tmp_path, processes=processes, nodes=nodes, device="cpu")
         settings = runtime.model_dump(mode="json")
         job = Job(stage="alpha", config={}, inputs={}, output=tmp_path / "work", runtime=settings)
         launch(
@@ -122,7 +130,7 @@ def test_a_killed_worker_is_the_cause_and_not_the_error_it_gives_another(run: Ru
 
 
 def test_no_worker_outlives_a_cancel_even_if_it_ignores_sigterm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "GRACE_S", 1.0)
+    monkeypatch.setattr(local, "GRACE_S", 1.0)
     workers: list[psutil.Process] = []
 
     def cancel(progress: dict[str, Any]) -> None:
@@ -134,6 +142,48 @@ def test_no_worker_outlives_a_cancel_even_if_it_ignores_sigterm(run: Run, monkey
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert len(workers) == 1
     assert alive == []
+
+
+def test_processes_of_one_machine_open_no_port_to_others(run: Run, tmp_path: Path) -> None:
+    """Who reaches a port of torchrun's store runs code as this user. gloo's own sockets listen on the loopback."""
+    body = """import psutil, torch
+    from stages.runtime.distributed import all_reduce_sum, barrier, process_group
+    with process_group(runtime) as world:
+        assert all_reduce_sum(torch.ones(1)).item() == world.size == 2
+        if world.is_main:
+            family = [psutil.Process().parent(), *psutil.Process().parent().children()]
+            sockets = [socket for each in family for socket in each.net_connections() if socket.status == "LISTEN"]
+            (output / "listening").write_text(" ".join(sorted({socket.laddr.ip for socket in sockets})))
+        barrier()"""
+    run(body, processes=2)
+    assert (tmp_path / "work/listening").read_text() == "127.0.0.1"
+
+
+def test_a_killed_launcher_leaves_nothing_in_the_way(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "work/record/torchrun").mkdir(parents=True)
+    for name in ("agents", "ranks"):  # files of a rendezvous that never ended
+        (tmp_path / "work/record/torchrun" / name).write_bytes(b"old")
+    body = """from stages.runtime.distributed import process_group
+    with process_group(runtime) as world:
+        assert world.size == 2"""
+    run(body, processes=2)
+
+
+def test_one_process_is_alone_whatever_started_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    run('assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")')
+
+
+def test_the_allocator_of_the_user_stays(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run('assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"')
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    run('assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"')
+
+
+def test_two_machines_need_a_cluster(run: Run) -> None:
+    with pytest.raises(InputError, match=r"runtime.nodes is 2 and runtime.launcher is local: set runtime.nodes=1, or"):
+        run("pass", nodes=2)
 
 
 @pytest.mark.parametrize("body", ["pass", "os._exit(7)"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
@@ -212,7 +212,14 @@ class CacheMachine(RuleBasedStateMachine):
             assert set(manifest.files) == {"number.json"}
 
 
-def check(make_tiny: Callable[[Path], Tiny], monkeypatch: pytest.MonkeyPatch, *, examples: int, steps: int) -> None:
+def check(
+    make_tiny: Callable[[Path], Tiny],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    examples: int,
+    steps: int,
+    shrink: bool = True,
+) -> None:
     monkeypatch.setattr("pipeline.runner.launch", run_here)
     monkeypatch.setattr(
         "stages.runtime.artifact.os.fsync", lambda descriptor: None
@@ -227,6 +234,7 @@ def check(make_tiny: Callable[[Path], Tiny], monkeypatch: pytest.MonkeyPatch, *,
             deadline=None,
             database=None,
             derandomize=True,
+            phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
             suppress_health_check=list(HealthCheck),
         ),
     )
@@ -238,3 +246,12 @@ def test_any_sequence_ends_with_the_right_numbers(
 ) -> None:
     examples, steps = os.environ.get("CACHE_MACHINE", "12x14").split("x")  # 100x30 for a change of the cache
     check(make_tiny, monkeypatch, examples=int(examples), steps=int(steps))
+
+
+@pytest.mark.slow
+def test_the_walk_notices_that_inputs_are_not_checked(
+    make_tiny: Callable[[Path], Tiny], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.caching.input_checks.require_undamaged", lambda *_: None)
+    with pytest.raises(AssertionError):
+        check(make_tiny, monkeypatch, examples=12, steps=14, shrink=False)

@@ -1,0 +1,249 @@
+"""Stages as jobs of a real Slurm: results, failures, cancellation, and a launcher that comes and goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from slurm_cluster import NODES, Cluster, wait_for
+
+from conf.runtime import RuntimeConfig
+from conf.schema import Settings
+from pipeline.garbage import find_garbage
+from pipeline.graph import STAGES, inputs_read
+from pipeline.launch import StageFailed, launch
+from pipeline.project import DPAR
+from pipeline.runner import run_stage
+from stages.runtime.errors import InputError
+from stages.runtime.job import Job
+from stages.stores.samples import SampleStore
+from stages.stores.tokens import TokenStore
+
+pytestmark = pytest.mark.slow
+
+ATTEMPT = "Slurm job "  # first words of the log of every attempt
+
+
+def start(tiny: Any) -> tuple[subprocess.Popen[str], Path]:
+    """Run `alpha` from another process, and wait until its job works. Returns the process and the work folder."""
+    tiny.gate("alpha")
+    launcher = tiny.start("alpha")
+    wait_for(lambda: list(tiny.home.glob(".work/*/record/steps")), 30)
+    (steps,) = tiny.home.glob(".work/*/record/steps")
+    return launcher, steps.parent.parent
+
+
+def open_gate(tiny: Any) -> None:
+    (tiny.home / "gate-alpha").unlink()
+
+
+def attempts(folder: Path) -> int:
+    return (folder / "record/log.txt").read_text().count(ATTEMPT)
+
+
+def test_a_job_makes_the_artifact_and_leaves_its_script(jobs: Any) -> None:
+    result = jobs.run("alpha")
+    assert (result.state, json.loads((result.path / "number.json").read_text())) == ("ran", 2)
+    record = {path.name for path in (result.path / "record").iterdir()}
+    assert record == {"log.txt", "slurm.sbatch"}
+    assert attempts(result.path) == 1
+    assert jobs.run("alpha").state == "cached"
+
+
+def test_a_killed_launcher_costs_nothing_and_the_next_one_attaches(jobs: Any, cluster: Cluster) -> None:
+    launcher, work = start(jobs)
+    launcher.kill()
+    launcher.communicate()
+    (number,) = cluster.jobs()
+    with pytest.raises(InputError, match=rf"Slurm job {number} may still be making {work.name}: run with"):
+        run_stage(
+            jobs.module.GRAPH["alpha"],
+            jobs.settings(),
+            RuntimeConfig(home=jobs.home, launcher="local"),
+            project=jobs.project,
+        )
+    garbage = find_garbage(jobs.settings(), jobs.runtime, {}, older_than_s=-60, project=jobs.project).garbage
+    assert [entry.path for entry in garbage] == []
+    second = jobs.start("alpha")
+    assert second.stderr is not None
+    assert second.stderr.readline().startswith(f"attached to Slurm job {number}, which is making alpha-")
+    open_gate(jobs)
+    assert second.communicate()[0].strip() == "ran"
+    assert attempts(jobs.run("alpha").path) == 1
+
+
+def test_a_job_that_ended_while_nobody_looked_is_committed(jobs: Any, cluster: Cluster) -> None:
+    launcher, _ = start(jobs)
+    launcher.kill()
+    launcher.communicate()
+    open_gate(jobs)
+    wait_for(lambda: not cluster.jobs(), 30)
+    result = jobs.run("alpha")
+    assert (result.state, attempts(result.path)) == ("ran", 1)
+
+
+def test_a_job_is_found_by_its_name_if_its_number_was_never_written(jobs: Any, cluster: Cluster) -> None:
+    launcher, work = start(jobs)
+    launcher.kill()
+    launcher.communicate()
+    (work / "record/slurm.json").unlink()
+    open_gate(jobs)
+    assert attempts(jobs.run("alpha").path) == 1
+
+
+def test_ctrl_c_cancels_the_job_and_a_rerun_goes_on(jobs: Any, cluster: Cluster) -> None:
+    launcher, work = start(jobs)
+    os.kill(launcher.pid, signal.SIGINT)
+    assert "KeyboardInterrupt" in launcher.communicate()[1]
+    assert cluster.jobs() == []
+    assert not (work / "record/slurm.json").exists()
+    done = (work / "record/steps").stat().st_size
+    open_gate(jobs)
+    result = jobs.run("alpha")
+    assert (attempts(result.path), (result.path / "record/steps").stat().st_size) == (2, done)
+
+
+def test_a_job_cancelled_by_others_is_named(jobs: Any, cluster: Cluster) -> None:
+    launcher, _ = start(jobs)
+    (number,) = cluster.jobs()
+    cluster.call("scancel", str(number))
+    assert f"stage alpha failed: Slurm job {number}: it was cancelled; run again" in launcher.communicate()[1]
+
+
+@pytest.mark.parametrize("how", ["requeue", "limit"])
+def test_a_job_put_back_into_the_queue_goes_on(jobs: Any, cluster: Cluster, how: str) -> None:
+    launcher, _ = start(jobs)
+    (number,) = cluster.jobs()
+    if how == "requeue":  # as after a preemption, or the failure of a node
+        cluster.call("scontrol", "requeue", str(number))
+    else:  # what Slurm sends to the script before the time limit
+        cluster.call("scancel", "--batch", "--signal=USR1", str(number))
+    open_gate(jobs)
+    assert launcher.communicate()[0].strip() == "ran"
+    assert attempts(jobs.run("alpha").path) == 2
+
+
+def test_an_error_of_the_stage_is_one_line(jobs: Any) -> None:
+    jobs.home.mkdir()
+    (jobs.home / "fail-alpha").touch()
+    with pytest.raises(StageFailed, match=r"stage alpha failed: the test asked for it") as caught:
+        jobs.run("alpha")
+    assert caught.value.code == 2
+    (jobs.home / "fail-alpha").unlink()
+    assert jobs.run("alpha").state == "ran"
+
+
+def test_what_slurm_refuses_is_one_line(jobs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPAR_SLURM__PARTITION", "nowhere")
+    with pytest.raises(InputError, match=r"sbatch refused the job of alpha: .*invalid partition specified: nowhere"):
+        jobs.run("alpha")
+
+
+def test_a_node_without_the_shared_home_is_named_before_the_first_step(
+    jobs: Any, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPAR_NODES", "2")
+    jobs.gate("alpha")
+    cluster.stop_node(NODES[1])
+    cluster.start_node(NODES[1], without=jobs.home)
+    try:
+        with pytest.raises(
+            StageFailed, match=rf"node {NODES[1]} does not see the files in .*: set runtime.home"
+        ) as caught:
+            jobs.run("alpha")
+    finally:
+        cluster.stop_node(NODES[1])
+        cluster.start_node(NODES[1])
+    assert caught.value.code == 2
+    assert not list(jobs.home.glob(".work/*/record/steps"))
+
+
+def test_a_node_whose_daemon_restarts_keeps_its_job(jobs: Any, cluster: Cluster) -> None:
+    launcher, _ = start(jobs)
+    for node in NODES:
+        cluster.stop_node(node, signal.SIGKILL)
+    for node in NODES:
+        cluster.start_daemon(node)
+    open_gate(jobs)
+    assert launcher.communicate()[0].strip() == "ran"
+    assert attempts(jobs.run("alpha").path) == 1
+
+
+def test_a_job_goes_on_after_the_loss_of_its_node(jobs: Any, cluster: Cluster) -> None:
+    launcher, work = start(jobs)
+    (number,) = cluster.jobs()
+    lost = cluster.node_of(number)
+    cluster.lose_node(lost, number)
+    wait_for(lambda: cluster.state(number) in ("PENDING", "RUNNING") and attempts(work) == 1, 60)
+    cluster.start_daemon(lost)
+    open_gate(jobs)
+    assert launcher.communicate()[0].strip() == "ran"
+    assert attempts(jobs.run("alpha").path) == 2
+
+
+@pytest.mark.parametrize(("who", "ranks"), [("rank", 4), ("agent", 2)])
+def test_a_killed_process_ends_all_and_is_named(
+    jobs: Any, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, who: str, ranks: int
+) -> None:
+    monkeypatch.setenv("DPAR_NODES", "2")
+    monkeypatch.setenv("DPAR_PROCESSES", str(ranks // 2))
+    launcher, _ = start(jobs)
+    wait_for(lambda: len(processes_of(jobs, "stages.alpha")) == ranks + 2, 60)  # and two agents
+    workers = [each for each in processes_of(jobs, "stages.alpha") if "torch.distributed.run" not in each.cmdline()]
+    victim = workers[-1] if who == "rank" else workers[-1].parent()
+    assert victim is not None
+    victim.kill()
+    _, errors = launcher.communicate()
+    assert "ended by SIGKILL, possibly out of memory" in errors, errors
+    wait_for(lambda: not processes_of(jobs, "stages.alpha"), 30)
+    open_gate(jobs)
+    monkeypatch.setenv("DPAR_NODES", "1")  # the other nodes need not come back
+    monkeypatch.setenv("DPAR_PROCESSES", "1")
+    assert jobs.run("alpha").state == "ran"
+
+
+def processes_of(tiny: Any, module: str) -> list[psutil.Process]:
+    """Processes of the small project's job that run a module."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        own = any(str(tiny.home) in word for word in words) and module in words and words[0].endswith("python")
+        if own and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_stages_on_two_nodes_make_what_one_process_makes(
+    cluster: Cluster, tmp_path: Path, image_root: Path, tiny_settings: Settings, tiny_artifacts: dict[str, Path]
+) -> None:
+    runtime = RuntimeConfig(home=tmp_path, nodes=2, processes=2)
+
+    def run(name: str, **changes: object) -> Path:
+        stage, config = STAGES[name], getattr(tiny_settings, name).model_copy(update=changes)
+        inputs = {source: tiny_artifacts[source] for source in inputs_read(stage, tiny_settings)}
+        job = Job(
+            stage=name,
+            config=config.model_dump(mode="json"),
+            inputs=inputs | ({"images": image_root} if stage.reads_images else {}),
+            output=tmp_path / name,
+            runtime=runtime.model_dump(mode="json"),
+        )
+        launch(name, stage.entry[0], job, runtime, code_root=DPAR.code_root, locks=(), spmd=True)
+        return job.output
+
+    assert TokenStore.open(run("tokenize") / "tokens.zarr").digest == TokenStore.of(tiny_artifacts).digest
+    four, one = (SampleStore.open(path / "samples.zarr") for path in (run("sample"), tiny_artifacts["sample"]))
+    assert np.array_equal(four.tokens, one.tokens)
+    assert np.array_equal(four.labels, one.labels)
+    trained = run("train", dropout=0.0, class_dropout_prob=0.0)
+    losses = [json.loads(line)["loss"] for line in (trained / "record/metrics.jsonl").read_text().splitlines()[:-1]]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
