@@ -31,7 +31,7 @@ SCRIPTS = {
     "data": ("data_stores.py", "data_loader.py", "image_stages.py", "stage_memory.py"),
     "structure": ("structure.py",),
 }
-NAMES = ("demo", "cli", *SCRIPTS)
+NAMES = ("demo", "cli", "plan", *SCRIPTS)
 Relation = Literal["<", ">"]
 Figures = dict[str, dict[str, float]]  # values by column and row of a table
 BOUNDS: tuple[tuple[str, Relation, float], ...] = (
