@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
 from conf.runtime import RuntimeConfig
 from conf.train import TrainConfig
+from models.attention import packed_backend
+from models.dpar import DPAR
 from stages.families import RECIPES, Model, Objective, new_model, pretrained_model
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
@@ -20,6 +23,8 @@ from stages.training.loop import train_model
 from stages.training.validation import heldout_by_position, heldout_loss, write_positions
 from stages.weights.own import save_head, save_model
 from stages.weights.pretrained import write_source
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
@@ -66,6 +71,10 @@ def _train(
     seed_torch(config.seed, Purpose.WEIGHTS)
     model = new_model(config, data.store)
     objective = RECIPES[config.family].objective(config, model.module, data)
+    if isinstance(model.module, DPAR):
+        dtype = getattr(torch, config.training.precision)
+        backend = packed_backend(world.device, dtype, model.module.head_dim)
+        logger.info("packed attention in training: %s", backend)
     run = data.training(
         model.module,
         objective.module,
