@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, sample and score a DPAR model from a folder of images. Unchanged stages are not run again.",
 )
-for group in (run, plan, cluster, doctor, measure, patches, sample, upkeep):
+for group in (run, plan, doctor, cluster, measure, patches, sample, upkeep):
     app.add_typer(group.app)
 
 
