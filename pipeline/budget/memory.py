@@ -22,6 +22,7 @@ _BLOCK_BYTES = {"bfloat16": 55, "float32": 76}  # a row and channel of a block
 _ENDS_BYTES = {"bfloat16": 7, "float32": 9}  # a row and channel of embedding, last norm and head
 _VQ_BYTES = {"bfloat16": 170, "float32": 205}  # a pixel and base channel
 _VQ_PASS = 20  # bytes a pixel and base channel that a pass without gradients holds at once, float32
+DECODED_PIXELS = 2**20  # at a time, see stages/images/from_tokens.py
 _WORKSPACE = 1.1  # gradients and temporary tensors on top of what is saved
 CONTEXT = 1e9  # bytes of CUDA's context and libraries on the device
 _PROCESS, _HOST_CUDA = 0.7e9, 2e9  # bytes of a stage's process on the host; more of one that uses CUDA
@@ -106,11 +107,11 @@ def forwards(settings: Settings, shape: Shape) -> dict[str, float]:
     sampled = transformer_parameters(model, tokens, conditional=True) * _width(sample.precision)
     found = settings.entropy_head.batch_size * cache_bytes(model, shape, "float32")
     return {
-        "tokenize": _vq_pass(vq, tokenize.image_size, tokenize.batch_size),
+        "tokenize": _encoding(vq, tokenize.image_size, tokenize.batch_size),
         "entropy_map": _forward(entropy_model, entropy_map.batch_size, tokens, entropy_map.precision),
         "entropy_head": transformer_parameters(model, tokens, conditional=True) * WEIGHT + found,
-        "sample": sampled + max(caches, _vq_pass(vq, tokenize.image_size, sample.batch_size)),
-        "evaluate": _vq_pass(vq, tokenize.image_size, settings.evaluate.batch_size),
+        "sample": sampled + max(caches, _decoding(vq, tokenize.image_size, sample.batch_size)),
+        "evaluate": _decoding(vq, tokenize.image_size, settings.evaluate.batch_size),
     }
 
 
@@ -131,9 +132,15 @@ def host_memory(settings: Settings, shape: Shape, processes: int, *, cuda: bool)
     return held
 
 
-def _vq_pass(config: VQConfig, image_size: int, batch: int) -> float:
-    """Bytes of encoding or decoding a batch without gradients, float32."""
+def _encoding(config: VQConfig, image_size: int, batch: int) -> float:
+    """Bytes of encoding a batch without gradients, float32."""
     return vq_parameters(config) * WEIGHT + batch * image_size**2 * config.channels * _VQ_PASS
+
+
+def _decoding(config: VQConfig, image_size: int, batch: int) -> float:
+    """Bytes of decoding a batch in parts, float32."""
+    together = max(1, min(batch, DECODED_PIXELS // image_size**2))
+    return _encoding(config, image_size, together)
 
 
 def _forward(size: GPTSize, batch: int, tokens: TokenShape, precision: str) -> float:
