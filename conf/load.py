@@ -1,4 +1,7 @@
-"""Resolve settings: defaults <- base.yaml <- preset <- ablation <- `--set stage.field=value`, each checked."""
+"""Resolve settings: defaults <- base.yaml <- preset <- ablation <- `--set stage.field=value`, each checked.
+
+A preset may extend another one. Its part `families` holds settings for one value of `train.family` each.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pydantic import ValidationError
 
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
-from conf.train import DEFAULT_FAMILY, without_other_families
+from conf.train import DEFAULT_FAMILY, FAMILIES, without_other_families
 
 CONF_DIR = Path(__file__).resolve().parent
 _PLAIN_FIELDS = ("seed",)  # settings of no section
@@ -37,7 +40,7 @@ def load_settings(
     """
     start, change = _read_yaml(CONF_DIR / "base.yaml"), dict[str, Any]()
     if preset is not None:
-        start = _merge(start, _read_yaml(_named_file("preset", preset)))
+        start = _merge(start, _read_preset(preset))
     if ablation is not None:
         change = _read_yaml(_named_file("ablation", ablation))
     for override in overrides:
@@ -65,6 +68,15 @@ def _named_file(kind: str, name: str) -> Path:
     if name not in names(kind):
         raise SettingsError(f"{kind} is {name!r}, expected one of {', '.join(names(kind)) or 'none (there are none)'}")
     return CONF_DIR / kind / f"{name}.yaml"
+
+
+def _read_preset(name: str, *extending: str) -> dict[str, Any]:
+    """A preset over the one that it extends, if any. `extending` are the presets that extend it."""
+    if name in extending:
+        raise SettingsError(f"preset {' extends '.join([*extending, name])}, expected one that extends none at the end")
+    tree = _read_yaml(_named_file("preset", name))
+    extends = tree.pop("extends", None)
+    return tree if extends is None else _merge(_read_preset(extends, *extending, name), tree)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -109,13 +121,18 @@ def _family(tree: Mapping[str, Any]) -> Any:
 
 
 def _for_family(tree: dict[str, Any], family: Any) -> dict[str, Any]:
-    """A preset as it stands for another family than its own: what only its own family has is left out.
+    """A preset as it stands for a family: with its settings for this family, without those that only others have.
 
     An ablation or an override that gives such a setting is refused by the section: it would have no effect.
     """
-    if family == _family(tree):
-        return tree
-    return tree | {"train": without_other_families(tree.get("train") or {}, family)}
+    tree = dict(tree)
+    families = tree.pop("families", {})
+    for name in families:
+        if name not in FAMILIES:
+            raise SettingsError(f"families has settings for {name}, expected one of {', '.join(FAMILIES)}")
+    if family != _family(tree):
+        tree["train"] = without_other_families(tree.get("train") or {}, family)
+    return _merge(tree, families.get(family, {}))
 
 
 def _absolute_paths(tree: dict[str, Any]) -> dict[str, Any]:

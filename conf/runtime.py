@@ -47,7 +47,7 @@ class RuntimeConfig(BaseSettings):
     """How and where a run happens. Set by `DPAR_*` variables or `--set runtime.name=value`; never in a key."""
 
     model_config = SettingsConfigDict(env_prefix="DPAR_", env_nested_delimiter="__", extra="forbid", frozen=True)
-    STAGES_READ: ClassVar[tuple[str, ...]] = ("device", "threads", "compile", "log_level", "lpips_weights")
+    STAGES_READ: ClassVar[tuple[str, ...]] = ("device", "threads", "compile", "attention", "log_level", "lpips_weights")
 
     home: Path = Field(Path("artifacts"), description="Root of artifacts, locks, logs and server databases.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run; `auto` takes a GPU if any.")
@@ -61,6 +61,10 @@ class RuntimeConfig(BaseSettings):
     compile: bool = Field(
         False,
         description="Whether to train with torch.compile, which changes rounding; on a CPU it needs a C++ compiler.",
+    )
+    attention: Literal["auto", "xformers", "varlen", "padded"] = Field(
+        "auto",
+        description="Backend of DPAR's packed attention on CUDA; `auto` is xformers, else torch's varlen, else padded.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages shown.")
     tracking: bool = Field(True, description="Whether runs are recorded in MLflow.")

@@ -53,8 +53,8 @@ class TrainingConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="Steps in which the learning rate rises linearly from zero.")
     decay: Literal["constant", "cosine", "linear_tail"] = Field(
         "constant",
-        description="Learning rate after the warm-up: `constant`; `cosine`, down to zero; or `linear_tail`, down to a "
-        "tenth over the last fifth of the steps.",
+        description="Learning rate after the warm-up: `constant`; `cosine`, down to zero; or NPP's `linear_tail`, down "
+        "to a tenth over the last fifth of the steps, after a warm-up whose first step has rate 0.",
     )
     betas: tuple[Probability, Probability] = Field(
         (0.9, 0.95), description="AdamW's decay rates of the moving averages of gradients and their squares."

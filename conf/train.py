@@ -40,7 +40,7 @@ class TrainConfig(Section):
         DEFAULT_FAMILY, description="DPAR on patches, or a baseline on tokens: LlamaGen, or LlamaGen trained by NPP."
     )
     training: TrainingConfig = Field(
-        default_factory=lambda: TrainingConfig(steps=1_500_000), description="Optimisation of the model."
+        default_factory=lambda: TrainingConfig(steps=1_501_200), description="Optimisation of the model."
     )
     seed: Seed = 0
 

@@ -203,6 +203,7 @@ class NextPatchSchedule:
     Attributes:
         levels: Number of levels. The side of the blocks halves from level to level. The last level is single tokens.
         rate: A level ends at this share of the step at which the next level ends. The last level ends the training.
+        epoch_steps: Steps of an epoch. Every level but the last ends with a whole epoch, rounded down.
 
     Source: arXiv 2412.15321; its published recipe is two levels at rate 0.5.
     """
@@ -211,10 +212,13 @@ class NextPatchSchedule:
 
     levels: int = 2
     rate: float = 0.5
+    epoch_steps: int = 1
 
     def __post_init__(self) -> None:
         if not (1 <= self.levels <= 4 and 0 < self.rate < 1):
             raise ValueError(f"levels is {self.levels} and rate {self.rate}, expected 1..4 levels and 0 < rate < 1")
+        if self.epoch_steps < 1:
+            raise ValueError(f"epoch_steps is {self.epoch_steps}, expected at least 1")
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -223,7 +227,8 @@ class NextPatchSchedule:
 
     def ends(self, steps: int) -> tuple[int, ...]:
         """Number of steps after which each level ends, in a training of `steps` steps."""
-        return tuple(int(steps * self.rate**level) for level in reversed(range(self.levels)))
+        earlier = (int(steps * self.rate**level) for level in reversed(range(1, self.levels)))
+        return (*(end - end % self.epoch_steps for end in earlier), steps)
 
     def side(self, step: int, steps: int) -> int:
         """Side of the blocks, in tokens, in step `step` of `steps`, counted from 0."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Maps queries, keys and values (..., H, K) to attended values (..., H, K). It holds the mask, packing or cache."""
@@ -21,8 +22,19 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 _ROPE_BASE = 10000.0
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype in which linear layers compute on `x`: that of autocast if it is on, otherwise of `x`."""
+    kind = x.device.type
+    if is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 and cast back before the weight."""
+    """Root-mean-square norm with a weight, computed in float32 and rounded once.
+
+    Under autocast the result has the dtype of the products that read it, so that it is cast once for all of them.
+    """
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -30,8 +42,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """Normalised features."""
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
+        """Normalised features, in `product_dtype`."""
+        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(product_dtype(x))
 
 
 class Attention(nn.Module):
@@ -127,11 +140,21 @@ def init_weights(module: nn.Module) -> None:
 def apply_rope(x: Float[Tensor, "... H K"], rope: Float[Tensor, "... F 2"]) -> Float[Tensor, "... H K"]:
     """Rotate adjacent pairs of channels in float32. A row of zeros in `rope` gives zeros.
 
-    A pair is treated as a complex number: its rotation is one product, one kernel instead of six.
+    A pair is a complex number, and its rotation one product: one kernel instead of six. The compiler fuses the six into
+    one, but cannot generate code for complex numbers.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (..., H, F)
-    rotated = pairs * torch.view_as_complex(rope).unsqueeze(-2)
-    return torch.view_as_real(rotated).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (..., H, F, 2)
+    rotated = _rotate(pairs, rope) if torch.compiler.is_compiling() else _rotate_complex(pairs, rope)
+    return rotated.flatten(-2).type_as(x)
+
+
+def _rotate_complex(pairs: Float[Tensor, "... H F 2"], rope: Float[Tensor, "... F 2"]) -> Float[Tensor, "... H F 2"]:
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope).unsqueeze(-2))
+
+
+def _rotate(pairs: Float[Tensor, "... H F 2"], rope: Float[Tensor, "... F 2"]) -> Float[Tensor, "... H F 2"]:
+    (real, imaginary), (cos, sin) = pairs.unbind(-1), rope.unsqueeze(-3).unbind(-1)
+    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
 
 
 def rope_of(angles: Float[Tensor, "... F"]) -> Float[Tensor, "... F 2"]:

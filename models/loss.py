@@ -7,11 +7,14 @@ eighth of the rows at a time. Only the gradient of the logits is kept for the ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from models.layers import product_dtype
 
 _SLICES = 8
 
@@ -23,11 +26,9 @@ def head_cross_entropy(
 
     Each row has C target classes. They count equally, as if the row were repeated for each of them.
     """
-    kind = features.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        features, weight = features.to(dtype), weight.to(dtype)
-    return _HeadCrossEntropy.apply(features, weight, targets)
+    dtype = product_dtype(weight)
+    apply: Callable[..., Tensor] = _HeadCrossEntropy.apply
+    return apply(features.to(dtype), weight.to(dtype), targets)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):

@@ -3,6 +3,7 @@
 The modules run on torch's meta device, which computes shapes only, under FlopCounterMode, which counts matrix products.
 There are two kinds of MACs: linear layers (products of two matrices) and attention (batched products of queries with
 keys and of weights with values). The attention of a forward pass counts the full square, as a dense layout computes it.
+Networks that work on pixels have one number, which is mostly convolutions.
 
 Not counted: element-wise operations, and the pooling of tokens into patches, which consists of sums (2 T D per layer).
 """
@@ -21,12 +22,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.config import DPARConfig, EntropyHeadConfig, GPTConfig, NextPatchSchedule
+from models.config import DPARConfig, EntropyHeadConfig, GPTConfig, NextPatchSchedule, VQConfig
+from models.discriminator import PatchDiscriminator
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead
 from models.gpt import GPT
+from models.lpips import LPIPS
 from models.npp import next_patch_loss
 from models.packed_patches import pack_patches
+from models.vq import VQModel
 
 _META = torch.device("meta")
 _LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm}
@@ -40,6 +44,11 @@ class Macs:
 
     linear: float
     attention: float
+
+    @property
+    def total(self) -> float:
+        """MACs of both kinds."""
+        return self.linear + self.attention
 
     def __add__(self, other: Macs) -> Macs:
         return Macs(linear=self.linear + other.linear, attention=self.attention + other.attention)
@@ -106,6 +115,23 @@ class DPARCost(Cost):
     """
 
     own_entropy: Sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageCost:
+    """MACs of the networks that work on one image.
+
+    Attributes:
+        encode: From pixels to tokens.
+        decode: From tokens to pixels.
+        perceptual: The features of one image in the perceptual loss.
+        discriminator: The discriminator's logits of one image.
+    """
+
+    encode: float
+    decode: float
+    perceptual: float
+    discriminator: float
 
 
 _Mean = TypeVar("_Mean", Macs, Sampling)
@@ -176,6 +202,27 @@ def dpar_cost(config: DPARConfig, mean_length: float) -> DPARCost:
         sampling=_mean(closed, lambda patches: images[patches].sampling),
         own_entropy=_mean(closed, lambda patches: images[patches].own_entropy),
     )
+
+
+def image_cost(config: VQConfig, image_size: int) -> ImageCost:
+    """Cost of an image of `image_size` pixels in the tokenizer and in the networks of its losses."""
+    with _META:
+        model, lpips, discriminator = VQModel(config), LPIPS(), PatchDiscriminator().eval()
+        pixels = torch.empty(1, 3, image_size, image_size)
+        tokens = torch.empty(1, (image_size // config.downsample) ** 2, dtype=torch.int64)
+    nearest = tokens.numel() * config.codebook_size * config.codebook_dim  # the meta device has no autocast for it
+    compared = _products(lambda: lpips(pixels, pixels))
+    return ImageCost(
+        encode=_products(lambda: model.quant_conv(model.encoder(pixels))) + nearest,
+        decode=_products(lambda: model.decode(tokens)),
+        perceptual=compared / 2,
+        discriminator=_products(lambda: discriminator(pixels)),
+    )
+
+
+def _products(run: Callable[[], object]) -> float:
+    """MACs of all kinds of products of a call."""
+    return _count(run)[_ALL].total
 
 
 def _dpar_image(model: DPAR, patches: int) -> DPARCost:

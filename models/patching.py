@@ -35,10 +35,10 @@ class PatchRule:
 def cuts(rule: PatchRule, positions: Int[Tensor, "*#B"], entropies: Float[Tensor, "*B"]) -> Bool[Tensor, "*B"]:
     """Cuts: tokens that open a patch whatever the open patch is, by entropy, by row, or as token 0 or 1.
 
-    The comparison is `not entropy <= threshold`, so that a NaN entropy cuts too.
+    The comparison is `not entropy <= threshold`, so that a NaN entropy cuts too. Torch rounds the threshold to the
+    dtype of the entropies. It stays a Python number: copying it to a GPU would force a sync at every token.
     """
-    threshold = torch.tensor(rule.threshold, dtype=torch.float32, device=entropies.device)
-    cut = ~(entropies.float() <= threshold) | (positions < 2)
+    cut = ~(entropies.float() <= rule.threshold) | (positions < 2)
     return cut | (positions % rule.grid == 0) if rule.row_boundary else cut
 
 

@@ -60,11 +60,13 @@ class VQModel(nn.Module):
     def encode(self, pixels: Float[Tensor, "B 3 height width"]) -> Int[Tensor, "B T"]:
         """Tokens of images in [-1, 1], in raster order, int64.
 
+        Pixels are cast to the dtype of the weights. In bfloat16 some tokens are others than in float32.
+
         Raises:
             ValueError: A side of the images is not a multiple of the downsampling.
         """
         self._check_size(pixels)
-        return self.quantize.lookup(self.quant_conv(self.encoder(pixels)))
+        return self.quantize.lookup(self.quant_conv(self.encoder(pixels.type_as(self.encoder.conv_in.weight))))
 
     def decode(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B 3 height width"]:
         """Images of tokens, roughly in [-1, 1]: the decoder does not clamp.
@@ -76,7 +78,7 @@ class VQModel(nn.Module):
         if grid * grid != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens an image, expected a square number")
         check_tokens(tokens, self.config.codebook_size)
-        latents = self.quantize.codes()[tokens]  # (B, T, E)
+        latents = self.quantize.codes()[tokens].type_as(self.post_quant_conv.weight)  # (B, T, E)
         latents = latents.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         return self.decoder(self.post_quant_conv(latents))
 

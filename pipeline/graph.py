@@ -64,7 +64,12 @@ STAGES: dict[str, Stage] = {
             reads_images=True,
             packages=("torch", "pillow"),
         ),
-        Stage(name="entropy_model", inputs=("tokenize",), summary="unconditional model of the tokens"),
+        Stage(
+            name="entropy_model",
+            inputs=("tokenize",),
+            summary="unconditional model of the tokens",
+            external="checkpoint",
+        ),
         Stage(name="entropy_map", inputs=("tokenize", "entropy_model"), summary="next-token entropies, nats"),
         Stage(
             name="patch_index",

@@ -8,7 +8,6 @@ by little more than the index itself.
 from __future__ import annotations
 
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,6 +22,7 @@ from stages.images.decode import DecodeError, decode
 from stages.images.listing import Listing, list_images
 from stages.images.sources import archive_path, read_image
 from stages.runtime.artifact import RECORD, read_arrays, write_atomic, write_json
+from stages.runtime.cores import available_cores
 from stages.runtime.errors import InputError
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
@@ -81,7 +81,7 @@ def _check_all(
     facts = np.zeros(len(images), dtype=FACTS)
     reasons: dict[int, str] = {}
     progress = Progress(output, "images", len(images))
-    pool = ThreadPoolExecutor(runtime.threads or os.cpu_count())
+    pool = ThreadPoolExecutor(runtime.threads or available_cores())
     try:
         for start in range(0, len(images), BLOCK):
             listed = images[start : start + BLOCK]

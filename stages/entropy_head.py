@@ -31,6 +31,7 @@ from stages.runtime.arrays import Entropies, Indices
 from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.randomness import Purpose, seed_torch
+from stages.runtime.transfer import to_device
 from stages.stores.entropies import EntropyStore
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
@@ -49,16 +50,17 @@ def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtim
     ones, has no source of its own and gets no thresholds.
     """
     with process_group(runtime) as world:
-        model = load_model(inputs["train"], world.device)
-        if not isinstance(model, DPAR) or SavedRule.of(inputs).mode == "static":
-            if world.is_main:
-                Thresholds({}).save(output)
-            return
-        head = _head(config, inputs, model, output, world)
-        if world.is_main:
-            if head is not None:
-                save_head(output, head)
-            _calibrate(Sources.of(config, inputs, model, head, world.device), config, output)
+        loaded = load_model(inputs["train"], world.device)
+        model = loaded if isinstance(loaded, DPAR) and SavedRule.of(inputs).mode != "static" else None
+        head = None if model is None else _head(config, inputs, model, output, world)
+    if not world.is_main:
+        return
+    if model is None:
+        Thresholds({}).save(output)
+        return
+    if head is not None:
+        save_head(output, head)
+    _calibrate(Sources.of(config, inputs, model, head, world.device), config, output)
 
 
 def _head(config: EntropyHeadConfig, inputs: Inputs, model: DPAR, output: Path, world: World) -> EntropyHead | None:
@@ -122,8 +124,8 @@ class Sources:
         parts = [np.empty((0, self.store.num_tokens), np.float32)]
         for first in range(0, len(images), self.batch_size):
             rows, of_view = images[first : first + self.batch_size], views[first : first + self.batch_size]
-            tokens = torch.from_numpy(self.store.fetch(rows, of_view).astype(np.int64)).to(self.device)
-            labels = torch.from_numpy(self.store.labels[rows].astype(np.int64)).to(self.device)
+            tokens = to_device(torch.from_numpy(self.store.fetch(rows, of_view).astype(np.int64)), self.device)
+            labels = to_device(torch.from_numpy(self.store.labels[rows].astype(np.int64)), self.device)
             images_here = KnownImages(tokens, labels, torch.from_numpy(self.index.starts(rows, of_view)))
             parts.append(CALIBRATIONS[source].entropies(self.model, self.head, images_here).cpu().numpy())
         return np.concatenate(parts)

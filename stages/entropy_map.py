@@ -5,24 +5,27 @@ Source: paper, section 3.1: H(x_i | x_<i) under the unconditional entropy model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from conf.entropy_map import EntropyMapConfig
 from conf.runtime import RuntimeConfig
 from models.gpt import GPT
 from stages.runtime.artifact import file_sha256
 from stages.runtime.distributed import World, process_group
-from stages.runtime.errors import ArtifactError
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
+from stages.runtime.transfer import Download, one_behind, to_device
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.tokens import TokenStore
 from stages.stores.writing import write_units
+from stages.weights.matching import require_fit
 from stages.weights.own import MODEL_FILE, load_gpt
 
 STORE = EntropyStore.FILE
@@ -37,7 +40,7 @@ def entropy_map(config: EntropyMapConfig, inputs: Inputs, output: Path, runtime:
     with process_group(runtime) as world:
         store = TokenStore.of(inputs)
         model = load_gpt(inputs["entropy_model"], world.device)
-        _check_model(model, store, inputs["entropy_model"])
+        require_fit("entropy model", model.config, inputs["entropy_model"], store)
         writer = entropy_writer(output / STORE, _facts(config, store, inputs["entropy_model"]))
         mapper = Mapper(model, store, config, world)
         write_units(
@@ -49,6 +52,8 @@ def entropy_map(config: EntropyMapConfig, inputs: Inputs, output: Path, runtime:
             world=world,
             per_row=store.num_views,
         )
+    if world.is_main:
+        writer.finish()
 
 
 @dataclass(frozen=True)
@@ -65,30 +70,25 @@ class Mapper:
         """Entropies (rows, A, T) of one unit, in nats."""
         rows = self.store.rows(unit)
         out = np.empty((rows.stop - rows.start, self.store.num_views, self.store.num_tokens), dtype=np.float32)
+        for view, first, entropies in one_behind(self._started(unit)):
+            batch = entropies.numpy()
+            out[first : first + len(batch), view] = batch
+            progress.update(progress.done + len(batch))
+        return out
+
+    def _started(self, unit: int) -> Iterator[tuple[int, int, Download]]:
+        """View, first row and entropies of each batch of a unit."""
         for view in range(self.store.num_views):
             block = self.store.read_block(unit, view)
             for first in range(0, len(block), self.config.batch_size):
-                batch = block[first : first + self.config.batch_size]
-                out[first : first + len(batch), view] = self._batch(batch)
-                progress.update(progress.done + len(batch))
-        return out
+                yield view, first, Download(self.batch(block[first : first + self.config.batch_size]))
 
-    def _batch(self, block: NDArray[np.uint16]) -> NDArray[np.float32]:
+    def batch(self, block: NDArray[np.uint16]) -> Tensor:
+        """Entropies (B, T) of tokens, float32, on the device. Does not wait for them."""
         device = self.world.device
-        tokens = torch.from_numpy(block.astype(np.int64)).to(device)
+        tokens = to_device(torch.from_numpy(block.astype(np.int64)), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            entropies: NDArray[np.float32] = self.model.entropy(tokens).float().cpu().numpy()
-        return entropies
-
-
-def _check_model(model: GPT, store: TokenStore, artifact: Path) -> None:
-    found = (model.config.num_tokens, model.config.codebook_size, model.config.num_classes)
-    wanted = (store.num_tokens, store.codebook_size, None)
-    if found != wanted:
-        raise ArtifactError(
-            f"{artifact} holds a model for (tokens, codes, classes) {found}, {store.location} needs {wanted}: "
-            "train the entropy model on these tokens"
-        )
+            return self.model.entropy(tokens).float()
 
 
 def _facts(config: EntropyMapConfig, store: TokenStore, model: Path) -> EntropyFacts:

@@ -1,47 +1,77 @@
-"""Stage `entropy_model`: an unconditional LlamaGen transformer, trained to predict the next token.
+"""Stage `entropy_model`: an unconditional LlamaGen transformer that predicts the next token, trained or imported.
 
 The entropy of its predictions decides where patches start. Source: paper, section 3.1.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import torch
 
 from conf.entropy_model import EntropyModelConfig
 from conf.runtime import RuntimeConfig
 from models.config import GPTConfig
 from models.gpt import GPT
-from stages.runtime.distributed import process_group
+from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.randomness import Purpose, seed_torch
 from stages.stores.tokens import TokenStore
 from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
+from stages.training.log import MetricLog
 from stages.training.loop import train_model
+from stages.training.validation import heldout_loss
 from stages.weights.own import GPT_FAMILY, save_model
+from stages.weights.pretrained import read_gpt_checkpoint, write_source
 
 
 def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `model.safetensors` and its config; the record holds its held-out loss."""
+    """Write `model.safetensors` and its config.
+
+    The record holds its held-out loss. For imported weights, it also holds `source.json` with the SHA-256 of the
+    weights file.
+
+    Raises:
+        InputError: The weights to import do not fit the settings, or belong to other tokens.
+    """
     with process_group(runtime) as world:
-        data = TokenData(TokenStore.of(inputs))
-        seed_torch(config.seed, Purpose.WEIGHTS)
-        model = GPT(
-            GPTConfig(
-                **asdict(config.model),
-                codebook_size=data.store.codebook_size,
-                num_tokens=data.store.num_tokens,
-                num_classes=None,
-                dropout=config.dropout,
-            )
-        )
-        if runtime.compile:
-            compile_blocks(model)
-        objective = GPTObjective(model)
-        train_model(data.training(model, objective, config.training, config.seed, world), output, world)
-        if world.is_main:
-            save_model(output, GPT_FAMILY, model, model.config)
+        store = TokenStore.of(inputs)
+        if config.imported is None:
+            model = _train(config, store, output, runtime, world)
+        else:
+            model = _import(config, config.imported, store, output, world)
+    if world.is_main:
+        if config.imported is not None:
+            write_source(output, config.imported)
+        save_model(output, GPT_FAMILY, model, model.config, store.facts.vq_sha256)
+
+
+def _train(config: EntropyModelConfig, store: TokenStore, output: Path, runtime: RuntimeConfig, world: World) -> GPT:
+    data = TokenData(store)
+    seed_torch(config.seed, Purpose.WEIGHTS)
+    model = GPT(replace(_shape(config, store), dropout=config.dropout))
+    if runtime.compile:
+        compile_blocks(model)
+    train_model(data.training(model, GPTObjective(model), config.training, config.seed, world), output, world)
+    return model
+
+
+def _import(config: EntropyModelConfig, path: Path, store: TokenStore, output: Path, world: World) -> GPT:
+    """Import weights, and write their held-out loss on these tokens to the record."""
+    shape = _shape(config, store)
+    model = read_gpt_checkpoint(path, shape, section="entropy_model", tokenizer=store.facts.vq_sha256)
+    model.to(world.device).eval()
+    with torch.no_grad():
+        loss = heldout_loss(TokenData(store), GPTObjective(model), world)
+    MetricLog(output, 0, enabled=world.is_main).write(0, loss)
+    return model
+
+
+def _shape(config: EntropyModelConfig, store: TokenStore) -> GPTConfig:
+    of_tokens = {"codebook_size": store.codebook_size, "num_tokens": store.num_tokens}
+    return GPTConfig(**asdict(config.model), **of_tokens, num_classes=None)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ from conf.evaluate import EvaluateConfig
 from conf.runtime import RuntimeConfig
 from models.vq import VQModel
 from stages.images.decode import center_crop, decode
-from stages.images.tensors import float_to_pixels
+from stages.images.from_tokens import images_of_tokens
 from stages.runtime.arrays import Features, Indices, PixelBatch, Tokens
 from stages.runtime.artifact import RECORD, read_arrays, write_atomic
 from stages.runtime.distributed import World, barrier, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
 from stages.runtime.randomness import Purpose, stream
+from stages.runtime.transfer import to_device
 from stages.scores.feature_sets import ExtractorInfo, FeatureSets
 from stages.scores.features import INCEPTION_SHA256, Extractor, Inception, Lite0
 from stages.scores.statistics import FeatureStats
@@ -33,6 +34,7 @@ from stages.scores.unigram import sample_marginals
 from stages.stores.image_index import ImageIndex
 from stages.stores.samples import SampleStore
 from stages.stores.tokens import TokenStore
+from stages.weights.matching import require_tokenizer
 from stages.weights.own import load_vq
 
 _UNIT = 512  # images in a feature file, the unit of work and of resume
@@ -45,6 +47,7 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: Runt
 
     Raises:
         InputError: The feature network's weights are missing or damaged.
+        ArtifactError: The tokens were made by another tokenizer.
     """
     with process_group(runtime) as world:
         extractor = _extractor(config, world)
@@ -59,22 +62,8 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, output: Path, runtime: Runt
             write_atomic(_unit_path(folder, name, unit), lambda file, a=arrays: np.savez(file, **a))  # type: ignore[misc]
             progress.update(done, name)
         barrier()
-        if world.is_main:
-            reference = Reference.collect(folder, sets.pop("reference"), config.compared)
-            found = {name: _collected(folder, name, images) for name, images in sets.items()}
-            info = ExtractorInfo(
-                name=extractor.name,
-                weights_sha256=extractor.sha256,
-                fid_inception=extractor.sha256 == INCEPTION_SHA256,
-                input_size=extractor.input_size,
-            )
-            FeatureSets(
-                extractor=info,
-                features={name: arrays["features"] for name, arrays in found.items()},
-                samples_logits=found["samples"]["logits"],
-                reference=reference.stats,
-                compared=reference.compared,
-            ).write(output)
+    if world.is_main:
+        _collect_sets(folder, sets, extractor, config.compared).write(output)
 
 
 @dataclass(frozen=True)
@@ -121,7 +110,11 @@ class ImageSets:
 
     @classmethod
     def open(cls, config: EvaluateConfig, inputs: Inputs, world: World) -> dict[str, ImageSet]:
-        """The reference and the samples; also the rungs of the ladder if images are held out."""
+        """The reference and the samples; also the rungs of the ladder if images are held out.
+
+        Raises:
+            ArtifactError: An artifact is damaged, or the tokens were made by another tokenizer.
+        """
         self = cls(inputs, world, config.seed)
         training = np.arange(self.index.num_train)
         if config.max_reference is not None and len(training) > config.max_reference:
@@ -133,6 +126,7 @@ class ImageSets:
         heldout = np.arange(self.index.num_train, len(self.index))[: len(self.samples)]
         if not config.ladder or not len(heldout):
             return sets
+        require_tokenizer(inputs["tokenizer"], self.tokens)
         count = len(heldout)
         blocks = self.tokens.training_blocks()
         marginals = sample_marginals(blocks, self.index.num_train, self.tokens.num_tokens, count, self.seed)
@@ -152,9 +146,10 @@ class ImageSets:
     def _reconstructed(self, rows: Indices) -> PixelBatch:
         return self._decode(self.tokens.fetch(rows, np.zeros_like(rows)))
 
-    @torch.inference_mode()
     def _decode(self, tokens: Tokens) -> PixelBatch:
-        return float_to_pixels(self.vq.decode(torch.from_numpy(tokens.astype(np.int64)).to(self.device)))
+        """Images of tokens, resized as the samples are."""
+        here = to_device(torch.from_numpy(tokens.astype(np.int64)), self.device)
+        return images_of_tokens(self.vq, here, self.samples.facts.image_size)
 
 
 def _extractor(config: EvaluateConfig, world: World) -> Extractor:
@@ -195,6 +190,24 @@ class Reference:
         stats = reduce(FeatureStats.merge, map(FeatureStats.of, features()))
         compared = [part[chosen[chosen // _UNIT == unit] % _UNIT] for unit, part in enumerate(features())]
         return cls(stats, np.concatenate(compared))
+
+
+def _collect_sets(folder: Path, sets: dict[str, ImageSet], extractor: Extractor, compared: int) -> FeatureSets:
+    """Features of all sets from their finished units, those of the reference summarised."""
+    reference = Reference.collect(folder, sets["reference"], compared)
+    found = {name: _collected(folder, name, images) for name, images in sets.items() if name != "reference"}
+    return FeatureSets(
+        extractor=ExtractorInfo(
+            name=extractor.name,
+            weights_sha256=extractor.sha256,
+            fid_inception=extractor.sha256 == INCEPTION_SHA256,
+            input_size=extractor.input_size,
+        ),
+        features={name: arrays["features"] for name, arrays in found.items()},
+        samples_logits=found["samples"]["logits"],
+        reference=reference.stats,
+        compared=reference.compared,
+    )
 
 
 def _collected(folder: Path, name: str, images: ImageSet) -> dict[str, Features]:

@@ -222,7 +222,7 @@ def _next_patch_batches(settings: NPPSettings, store: TokenStore, inputs: Inputs
 def _pretrained_gpt(settings: LlamaGenSettings, path: Path, store: TokenStore) -> Model:
     """Import LlamaGen weights. Their dropout is unknown, so the config keeps the default."""
     config = GPTConfig(**asdict(settings.model), **_of_tokens(store))
-    return Model(settings.family, read_gpt_checkpoint(path, config), config)
+    return Model(settings.family, read_gpt_checkpoint(path, config, tokenizer=store.facts.vq_sha256), config)
 
 
 RECIPES: dict[str, Recipe] = for_every_family(

@@ -53,8 +53,9 @@ def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeC
 
         pending = writer.pending(world.rank, world.size)
         write_units(writer, make, pending=pending, output=output, what="images", world=world)
-        if world.is_main:
-            write_json(output / "boundaries.json", sampler.rule)
+    if world.is_main:
+        writer.finish()
+        write_json(output / "boundaries.json", sampler.rule)
 
 
 def sample_labels(

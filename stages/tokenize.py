@@ -29,6 +29,7 @@ from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.prefetch import prefetch
 from stages.runtime.progress import Progress
+from stages.runtime.transfer import Download, one_behind
 from stages.stores.image_index import CLASSES_FILE, ImageIndex
 from stages.stores.layout import Array
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
@@ -61,8 +62,9 @@ def tokenize(config: TokenizeConfig, inputs: Inputs, output: Path, runtime: Runt
                 return {"tokens": tokens, "labels": index.labels[rows]}
 
             write_units(writer, make, pending=pending, output=output, what="images", world=world)
-        if world.is_main:
-            shutil.copyfile(inputs["dataset"] / CLASSES_FILE, output / CLASSES_FILE)
+    if world.is_main:
+        writer.finish()
+        shutil.copyfile(inputs["dataset"] / CLASSES_FILE, output / CLASSES_FILE)
 
 
 @dataclass(frozen=True)
@@ -99,24 +101,16 @@ class Encoder:
         """Tokens (images, A, T) of images, each given as its views (A, height, width, 3)."""
         done, views_done = progress.done, 0
         encoded: list[NDArray[np.uint16]] = []
-        for tokens in self._one_behind(batches(pictures, self.config.batch_size)):
-            encoded.append(tokens.cpu().numpy().astype(np.uint16))
-            views_done += len(tokens)
+        started = (Download(self.encode(batch)) for batch in batches(pictures, self.config.batch_size))
+        for tokens in one_behind(started):
+            encoded.append(tokens.numpy().astype(np.uint16))
+            views_done += len(encoded[-1])
             progress.update(done + views_done // self.num_views)
         together = np.concatenate(encoded)
         return together.reshape(-1, self.num_views, together.shape[1])
 
-    def _one_behind(self, batches: Iterable[PixelBatch]) -> Iterator[Tensor]:
-        """Tokens of each batch, one batch late, so that a GPU works while the CPU prepares the next batch."""
-        running: Tensor | None = None
-        for batch in batches:
-            if running is not None:
-                yield running
-            running = self._encode(batch)
-        if running is not None:
-            yield running
-
-    def _encode(self, batch: PixelBatch) -> Tensor:
+    def encode(self, batch: PixelBatch) -> Tensor:
+        """Tokens (B, T) of views, on the device. Does not wait for them."""
         pixels = pixels_to_float(batch, self.world.device)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             return self.model.encode(pixels)

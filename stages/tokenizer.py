@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
+
 from conf.runtime import RuntimeConfig
 from conf.tokenizer import TokenizerConfig
 from models.discriminator import PatchDiscriminator
@@ -37,14 +39,22 @@ def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: Ru
     with process_group(runtime) as world:
         images = ImageFiles(ImageIndex.open(inputs["dataset"]), inputs["images"], config.image_size)
         if config.source == "checkpoint":
-            model = read_vq_checkpoint(config.checkpoint, config.model).to(world.device).eval()
-            MetricLog(output, 0, enabled=world.is_main).write(0, reconstruction_scores(model, images, world))
-            if world.is_main and config.checkpoint is not None:
-                write_source(output, config.checkpoint)
+            model = _import(config, images, output, world)
         else:
             model = _train(config, images, output, runtime, world)
-        if world.is_main:
-            save_vq(output, model)
+    if world.is_main:
+        save_vq(output, model)
+
+
+def _import(config: TokenizerConfig, images: ImageFiles, output: Path, world: World) -> VQModel:
+    """Import weights, and write their scores and origin to the record."""
+    model = read_vq_checkpoint(config.checkpoint, config.model).to(world.device).eval()
+    with torch.inference_mode():
+        scores = reconstruction_scores(model, images, world)
+    MetricLog(output, 0, enabled=world.is_main).write(0, scores)
+    if world.is_main and config.checkpoint is not None:
+        write_source(output, config.checkpoint)
+    return model
 
 
 def _train(config: TokenizerConfig, images: ImageFiles, output: Path, runtime: RuntimeConfig, world: World) -> VQModel:

@@ -34,14 +34,15 @@ def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeCon
         data = RECIPES[config.family].batches(config, store, inputs)
         if config.imported is not None:
             model = _import(config, config.imported, data, output, world)
-            if world.is_main:
-                write_source(output, config.imported)
+            head = None
         else:
             model, head = _train(config, data, output, world, compiled=runtime.compile)
-            if head is not None and world.is_main:
-                save_head(output, head)
-        if world.is_main:
-            save_model(output, model.family, model.module, model.config)
+    if world.is_main:
+        if config.imported is not None:
+            write_source(output, config.imported)
+        if head is not None:
+            save_head(output, head)
+        save_model(output, model.family, model.module, model.config, store.facts.vq_sha256)
 
 
 def _import(config: TrainConfig, path: Path, data: TokenData, output: Path, world: World) -> Model:

@@ -21,6 +21,7 @@ from jaxtyping import install_import_hook
 CHECKED = (
     "models",
     "stages.images.decode",
+    "stages.images.from_tokens",
     "stages.images.tensors",
     "stages.patches",
     "stages.sampling",

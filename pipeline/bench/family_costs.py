@@ -10,8 +10,16 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from conf.train import for_every_family
-from models.config import DPAR_SIZES, GPT_SIZES, DPARConfig, GPTConfig, NextPatchSchedule
+from conf.train import DPARSettings, LlamaGenSettings, NPPSettings, for_every_family
+from models.config import (
+    DPAR_SIZES,
+    GPT_SIZES,
+    DPARConfig,
+    DPARSize,
+    GPTConfig,
+    GPTSize,
+    NextPatchSchedule,
+)
 from pipeline.bench.boundary_costs import BOUNDARY_COSTS, SampledModels
 from stages.runtime.errors import InputError
 
@@ -70,12 +78,17 @@ class FamilyCost:
         sizes: Names of its model sizes.
         baseline: Maps a size to the LlamaGen size it is compared with; None for LlamaGen itself.
         count: Returns the cost of a model, and the costs of patches if it has patches.
+        size: Returns width and depth of the model in a family's section of the settings; its memory follows from them.
+        trained: Returns the cost of the model in a family's section of the settings. Further arguments: codebook size,
+            tokens of an image and number of classes by name, and the mean patch length.
         note: Note on its rows in the training table; None if the general note is enough.
     """
 
     sizes: tuple[str, ...]
     baseline: Callable[[str], str] | None
     count: Callable[[CostRequest], tuple[Cost, PatchCost | None]]
+    size: Callable[[Any], GPTSize | DPARSize]
+    trained: Callable[[Any, Mapping[str, int], float], Cost]
     note: str | None
 
 
@@ -120,6 +133,29 @@ def _dpar(request: CostRequest) -> tuple[DPARCost, PatchCost]:
     return cost, PatchCost(mean_length=length, length_source=source, boundaries=boundaries)
 
 
+def _size(config: LlamaGenSettings | DPARSettings) -> GPTSize | DPARSize:
+    return config.model
+
+
+def _trained_llamagen(config: LlamaGenSettings, tokens: Mapping[str, int], length: float) -> Cost:
+    from models import macs
+
+    return macs.gpt_cost(GPTConfig(**asdict(config.model), **tokens))
+
+
+def _trained_npp(config: NPPSettings, tokens: Mapping[str, int], length: float) -> Cost:
+    from models.macs import npp_cost
+
+    return npp_cost(GPTConfig(**asdict(config.model), **tokens), config.npp, config.training.steps)
+
+
+def _trained_dpar(config: DPARSettings, tokens: Mapping[str, int], length: float) -> Cost:
+    from models.macs import dpar_cost
+
+    shape = DPARConfig(**asdict(config.model), position_embedding=config.position_embedding, **tokens)
+    return dpar_cost(shape, length)
+
+
 def _length(request: CostRequest) -> tuple[float, LengthSource]:
     size = request.image_size
     if request.mean_length is not None:
@@ -142,18 +178,27 @@ def _token_fields(num_tokens: int) -> dict[str, Any]:
 # Notes are wrapped by hand at 80 columns, the width of the tables.
 FAMILY_COSTS: dict[str, FamilyCost] = for_every_family(
     {
-        "llamagen": FamilyCost(sizes=tuple(GPT_SIZES), baseline=None, count=_llamagen, note=None),
+        "llamagen": FamilyCost(
+            sizes=tuple(GPT_SIZES), baseline=None, count=_llamagen, size=_size, trained=_trained_llamagen, note=None
+        ),
         "npp": FamilyCost(
             sizes=tuple(GPT_SIZES),
             baseline=lambda size: size,
             count=_npp,
+            size=_size,
+            trained=_trained_npp,
             note="""\
 npp: LlamaGen trained by Next Patch Prediction, half of its steps on blocks of
 2 x 2 tokens. linear, attn: mean over its training steps. Its paper (arXiv
 2412.15321) reports about 0.6 of LlamaGen's training cost, i.e. 40% saved.""",
         ),
         "dpar": FamilyCost(
-            sizes=tuple(DPAR_SIZES), baseline=lambda size: size.partition("-")[0], count=_dpar, note=None
+            sizes=tuple(DPAR_SIZES),
+            baseline=lambda size: size.partition("-")[0],
+            count=_dpar,
+            size=_size,
+            trained=_trained_dpar,
+            note=None,
         ),
     }
 )

@@ -30,8 +30,9 @@ SCRIPTS = {
     "sample": ("sample_speed.py", "sample_parts.py"),
     "data": ("data_stores.py", "data_loader.py", "image_stages.py", "stage_memory.py"),
     "structure": ("structure.py",),
+    "gpu": ("gpu_check.py",),
 }
-NAMES = ("demo", "cli", *SCRIPTS)
+NAMES = ("demo", "cli", "plan", *SCRIPTS)
 Relation = Literal["<", ">"]
 Figures = dict[str, dict[str, float]]  # values by column and row of a table
 BOUNDS: tuple[tuple[str, Relation, float], ...] = (
@@ -106,7 +107,7 @@ def run_scripts(name: str) -> tuple[list[Gate], Figures]:
             raise ArtifactError(
                 f"{script} of benchmark {name} ended with exit code {done.returncode}: its output is above"
             )
-        said = json.loads(done.stdout)
+        said = json.loads(done.stdout.splitlines()[-1])  # lines before it are findings as they came
         gates += [Gate(**gate) for gate in said["gates"]]
         figures |= said["figures"]
     return gates, figures

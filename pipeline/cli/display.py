@@ -16,6 +16,7 @@ from rich.text import Text
 from pipeline.plan import StageStatus
 from pipeline.report import Report, Score
 from pipeline.runner import Observer, StageResult
+from pipeline.text import duration
 
 LINE_PERIOD_S = 15.0
 KEY_CHARACTERS = 10  # shown of a key's hash
@@ -156,30 +157,9 @@ def progress_text(progress: Mapping[str, Any]) -> str:
     return "  ".join([*parts, progress["note"]]).rstrip()
 
 
-def duration(seconds: float) -> str:
-    """Seconds as text with at most two units: `0.4 s`, `31 s`, `2 min 5 s`, `3 h 12 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s"
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{minutes} min {rest} s" if hours < 1 else f"{hours} h {minutes_left} min"
-
-
 def short_key(key: str | None) -> str:
     """The first characters of a key's hash, without the stage; `-` if there is no key."""
     return "-" if key is None else key.rpartition("-")[2][:KEY_CHARACTERS]
-
-
-def size(count: int) -> str:
-    """Bytes as text: `812 B`, `3.4 MB`."""
-    amount, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if amount < 1000:
-            break
-        amount, unit = amount / 1000, larger
-    return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
 
 
 def status_table(statuses: Iterable[StageStatus]) -> Table:

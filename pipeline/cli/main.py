@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import cluster, measure, patches, run, sample, upkeep
+from pipeline.cli import cluster, doctor, measure, patches, plan, run, sample, upkeep
 from pipeline.cli.failures import describe_failure
 
 logger = logging.getLogger("pipeline")
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, sample and score a DPAR model from a folder of images. Unchanged stages are not run again.",
 )
-for group in (run, cluster, measure, patches, sample, upkeep):
+for group in (run, plan, doctor, cluster, measure, patches, sample, upkeep):
     app.add_typer(group.app)
 
 

@@ -30,7 +30,8 @@ def bench(
 ) -> None:
     """Compare measured numbers with their bounds.
 
-    demo: scores of the finished demo. cli: run time of dpar commands. The others run scripts in tests/benchmarks, which
+    demo: scores of the finished demo. cli: run time of dpar commands. plan: planned times of the finished demo beside
+    measured ones. The others run scripts in tests/benchmarks, which
     take minutes. Exit code 1 if a bound is missed.
     """
     figures: gates.Figures = {}
@@ -41,6 +42,8 @@ def bench(
         measured = gates.cli_gates(overrides)
     elif name == "demo":
         measured = gates.demo_gates(numbers(collect(_demo_artifacts(overrides))))
+    elif name == "plan":
+        measured, figures = _planned_times(overrides)
     else:
         raise InputError(f"benchmark is {name!r}, expected one of {', '.join(gates.NAMES)}")
     if as_json:
@@ -55,6 +58,16 @@ def _demo_artifacts(overrides: Sequence[str]) -> dict[str, Path]:
     """Artifacts of the finished demo, by stage."""
     settings, runtime = load("demo", overrides=overrides)
     return require_cached(settings, runtime, select(settings), "dpar run --preset demo")
+
+
+def _planned_times(overrides: Sequence[str]) -> tuple[list[gates.Gate], gates.Figures]:
+    """Gates on planned times of the demo's stages, and the times."""
+    from pipeline.budget.cards import measure_cpu
+    from pipeline.budget.check import check, plan_gates
+
+    _demo_artifacts(overrides)
+    settings, runtime = load("demo", overrides=overrides)
+    return plan_gates(check(settings, runtime, measure_cpu()))
 
 
 @app.command()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -20,11 +22,22 @@ LABELS = {
     "share_at_limit": "share of patches with the maximum length",
     "share_by_row": "share of patches opened by a row boundary, not by an uncertain token",
     "png_correlation": "correlation of patches per image and PNG size (paper, ImageNet: 0.54)",
+    "entropy_correlation": "correlation of the entropies and the compared ones (paper, other models: 0.85 to 0.88)",
 }
 
 
 @app.command()
-def patches(*, preset: Preset = None, ablation: Ablation = None, overrides: Overrides, as_json: AsJson = False) -> None:
+def patches(
+    *,
+    preset: Preset = None,
+    ablation: Ablation = None,
+    overrides: Overrides,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Another entropy_map artifact of the same tokens, to correlate with."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show statistics and pictures of the patches of real images."""
     settings, runtime = load(preset, ablation, overrides)
     names = {*INPUTS, *inputs_read(STAGES["patch_index"], settings)}
@@ -33,7 +46,7 @@ def patches(*, preset: Preset = None, ablation: Ablation = None, overrides: Over
 
     output = runtime.home / "reports" / inputs["patch_index"].name
     with display.make_console(stderr=True).status("reading images"):
-        numbers = asdict(patch_report(inputs | {"images": image_root(settings.dataset)}, output))
+        numbers = asdict(patch_report(inputs | {"images": image_root(settings.dataset)}, output, compare))
     if as_json:
         show_json({"output": str(output), **numbers})
         return

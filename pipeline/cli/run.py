@@ -60,6 +60,7 @@ def run(
         _show_statuses(statuses, as_json)
         return
     if any(status.state != "cached" for status in statuses):
+        _warn(settings, runtime, preset, [status.stage for status in statuses if status.state != "cached"])
         from pipeline.serving.local import run_pipeline
 
         with display.make_screen(display.make_console(stderr=as_json)) as screen:
@@ -100,6 +101,7 @@ def stage(
     if dry_run:
         _show_statuses(statuses, as_json)
         return
+    _warn(settings, runtime, preset, [status.stage for status in statuses if status.state != "cached"])
     with display.make_screen(display.make_console(stderr=as_json)) as screen:
         run_stage(STAGES[name], settings, runtime, force=force, observer=screen)
     _show_report(selected_statuses(plan(settings, runtime), [name], settings), runtime, as_json)
@@ -197,6 +199,14 @@ def presets(as_json: AsJson = False) -> None:
     for kind, described in found.items():
         for name, purpose in described.items():
             typer.echo(f"--{kind} {name:<18} {purpose}")
+
+
+def _warn(settings: Settings, runtime: RuntimeConfig, preset: str | None, stages: Sequence[str]) -> None:
+    """Warn of what will be slow or will not fit, one line each, before the stages start."""
+    from pipeline.budget.advice import advice
+
+    for line in advice(settings, runtime, preset, stages):
+        typer.echo(f"warning: {line}", err=True)
 
 
 def _draw(wanted: list[str], settings: Settings, runtime: RuntimeConfig, *, force: bool) -> None:

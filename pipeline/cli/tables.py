@@ -89,7 +89,7 @@ def training_table(rows: Iterable[CostRow]) -> Table:
             f"{row.cost.parameters / 1e6:,.0f}M",
             _giga(forward.linear),
             _giga(forward.attention),
-            _giga(training.linear + training.attention),
+            _giga(training.total),
             "-" if row.paper_gmacs is None else f"{row.paper_gmacs:.2f}",
             "-" if row.paper_difference_percent is None else f"{row.paper_difference_percent:+.2f}%",
             _percent(row.saved_percent),

@@ -9,10 +9,10 @@ import typer
 
 from conf.load import load_settings, names
 from pipeline import garbage, upkeep
-from pipeline.cli import display
 from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, StageName, load, show_json
 from pipeline.graph import STAGES
 from pipeline.selection import known_stage
+from pipeline.text import size
 
 app = typer.Typer(rich_markup_mode=None)
 mlflow_app = typer.Typer(rich_markup_mode=None, help="Commands for the MLflow store.")
@@ -72,7 +72,7 @@ def gc(
         return
     for entry in found.garbage:
         about = "; ".join(filter(None, (entry.why, entry.belongs)))
-        typer.echo(f"{display.size(entry.bytes):>9}  {entry.path}  ({about})")
+        typer.echo(f"{size(entry.bytes):>9}  {entry.path}  ({about})")
     for path, what in found.left_alone:
         typer.echo(f"left alone {path}: {what}")
     _say_total(found.garbage, removed, yes=yes)
@@ -83,9 +83,9 @@ def _say_total(found: list[garbage.Garbage], removed: list[garbage.Garbage], *, 
         typer.echo("nothing to remove")
     elif yes:
         in_use = f", kept {len(found) - len(removed)} in use" if len(removed) < len(found) else ""
-        typer.echo(f"removed {display.size(sum(entry.bytes for entry in removed))}{in_use}")
+        typer.echo(f"removed {size(sum(entry.bytes for entry in removed))}{in_use}")
     else:
-        typer.echo(f"{display.size(sum(entry.bytes for entry in found))} can be removed: dpar gc --yes")
+        typer.echo(f"{size(sum(entry.bytes for entry in found))} can be removed: dpar gc --yes")
 
 
 @app.command()

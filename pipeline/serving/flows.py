@@ -25,6 +25,7 @@ from pydantic import Field
 from conf.load import SettingsError, load_settings, names
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
+from pipeline.budget.advice import advice
 from pipeline.graph import STAGES, Stage, inputs_read
 from pipeline.launch import StageFailed
 from pipeline.plan import plan
@@ -168,6 +169,8 @@ def _run(
         get_run_logger().info("%s is %s: %s", status.stage, status.state, status.reason)
     if dry_run:
         return Completed(message=_count(status.state for status in statuses))
+    for line in advice(settings, runtime, chosen[0], [status.stage for status in statuses if status.state != "cached"]):
+        get_run_logger().warning("%s", line)
     observers: list[Observer] = [LogRelay(get_run_logger), SCREEN.get(NullObserver())]
     with ExitStack() as stack:
         if runtime.tracking:

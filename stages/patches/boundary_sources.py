@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,7 +17,6 @@ from conf.boundary_sources import BOUNDARY_SOURCES, for_every_source
 from conf.entropy_head import EntropyHeadConfig
 from conf.sample import SampleConfig
 from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
-from models.config import EntropyHeadConfig as HeadShape
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead, entropies_of
 from models.patching import PatchRule, static_patch_starts
@@ -26,11 +24,12 @@ from stages.patches.calibration import SourceEntropies, Thresholds
 from stages.patches.own_entropy import own_entropies
 from stages.patches.rule import SavedRule
 from stages.patches.thresholds import EntropySample
-from stages.runtime.errors import ArtifactError, InputError
+from stages.runtime.errors import InputError
 from stages.runtime.job import Inputs
 from stages.stores.entropies import EntropyStore
 from stages.stores.tokens import TokenStore
-from stages.weights.own import ModelConfig, load_gpt, load_head
+from stages.weights.matching import require_fit
+from stages.weights.own import load_gpt, load_head
 
 Loaded = tuple[Boundaries, nn.Module | None]
 """The boundaries, and the network that they use besides the sampled model, if any."""
@@ -119,23 +118,6 @@ def entropy_sample(source: str, inputs: Inputs) -> EntropySample:
     found = SOURCES[source]
     assert isinstance(found, EntropySource), f"{source} has no entropies"
     return found.entropies(inputs)
-
-
-def require_fit(name: str, config: ModelConfig | HeadShape, artifact: Path, store: TokenStore) -> None:
-    """Check that a network was trained on the tokens of this store: in another store, codes mean something else.
-
-    Raises:
-        ArtifactError: The number of tokens, the codebook or the classes differ.
-    """
-    wanted = {"num_tokens": store.num_tokens, "codebook_size": store.codebook_size}
-    if getattr(config, "num_classes", None) is not None:
-        wanted["num_classes"] = store.num_classes
-    for field, value in wanted.items():
-        if getattr(config, field) != value:
-            raise ArtifactError(
-                f"the {name} in {artifact} has {field} {getattr(config, field)}, expected {value} as in "
-                f"{store.location}: use one that was trained on these tokens"
-            )
 
 
 def _load_head(given: Materials, rule: PatchRule) -> Loaded:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from conf.runtime import RuntimeConfig
+from models.attention import use_backend
 from stages.runtime.errors import InputError
 from stages.runtime.job import INIT_METHOD
 
@@ -37,6 +38,7 @@ def process_group(runtime: RuntimeConfig) -> Iterator[World]:
     """Context that joins the process group of torchrun's environment and leaves it at the end."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(runtime)
+    _use_attention(runtime, device)
     torch.set_num_threads(
         runtime.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     )
@@ -51,6 +53,13 @@ def process_group(runtime: RuntimeConfig) -> Iterator[World]:
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def _use_attention(runtime: RuntimeConfig, device: torch.device) -> None:
+    try:
+        use_backend(runtime.attention, device)
+    except ValueError as error:
+        raise InputError(f"runtime.{error}") from error
 
 
 def barrier() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from PIL import Image
 
 from stages.runtime.arrays import Pixels
 from stages.runtime.artifact import write_atomic
+from stages.runtime.cores import available_cores
 from stages.runtime.errors import InputError
 from stages.stores.samples import SampleStore
 
@@ -43,7 +43,7 @@ def export_png(store: SampleStore, folder: Path, on_progress: OnProgress) -> Non
     shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted export
     partial.mkdir(parents=True)
     done = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL while it compresses
+    with ThreadPoolExecutor(available_cores()) as pool:  # Pillow releases the GIL while it compresses
         for block in store.blocks():
             paths = [partial / f"{number:06d}.png" for number in range(done, done + len(block))]
             list(pool.map(_write_png, paths, block))

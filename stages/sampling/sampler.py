@@ -12,7 +12,6 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64, UInt16
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -24,13 +23,15 @@ from models.packed_linear import pack_linear_layers
 from models.token_sampling import SamplingOptions
 from models.vq import VQModel
 from stages.families import Model
-from stages.images.tensors import float_to_pixels, pixels_to_float
-from stages.patches.boundary_sources import load_boundaries, require_fit
+from stages.images.from_tokens import images_of_tokens
+from stages.images.tensors import pixels_to_float
+from stages.patches.boundary_sources import load_boundaries
 from stages.runtime.arrays import PixelBatch
-from stages.runtime.errors import ArtifactError
 from stages.runtime.job import Inputs
 from stages.runtime.randomness import Purpose, stream
+from stages.runtime.transfer import Download, to_device
 from stages.stores.tokens import TokenStore
+from stages.weights.matching import require_fit, require_tokenizer
 from stages.weights.own import load_vq
 
 logger = logging.getLogger(__name__)
@@ -60,17 +61,13 @@ class Sampler:
         """Load the finished models among `inputs`, and only the boundary source that the settings name.
 
         Raises:
-            ArtifactError: An artifact is damaged, or a model was trained on other tokens.
+            ArtifactError: An artifact is damaged, a model was trained on other tokens, or another tokenizer made them.
             InputError: The patch index or the entropies cannot give the boundaries that the settings ask for.
         """
+        require_tokenizer(inputs["tokenizer"], store)
         model, vq = Model.load(inputs["train"], device), load_vq(inputs["tokenizer"], device)
-        prepare_for_sampling(model.module, config)
         require_fit("model", model.config, inputs["train"], store)
-        if vq.config.codebook_size != store.codebook_size:
-            raise ArtifactError(
-                f"the tokenizer in {inputs['tokenizer']} has codebook_size {vq.config.codebook_size}, expected "
-                f"{store.codebook_size} as in {store.location}: use the tokenizer that made these tokens"
-            )
+        prepare_for_sampling(model.module, config)
         if not FAMILIES[model.family].has_patches:
             return cls(config, model, vq, None, device)
         boundaries, network = load_boundaries(config, inputs, store, device)
@@ -102,25 +99,25 @@ class Sampler:
             top_k=self.config.top_k,
             top_p=self.config.top_p,
         )
-        classes = torch.from_numpy(labels).to(self.device)
-        uniforms = self._uniforms(numbers).to(self.device)
+        classes = to_device(torch.from_numpy(labels), self.device)
+        uniforms = to_device(self._uniforms(numbers), self.device)
         tokens, starts = self.model.sample(classes, uniforms, options, self.boundaries, prefix)
+        codes, opens = Download(tokens), Download(starts)
         return {
             "images": self.decode(tokens),
             "labels": labels.astype(np.uint16),
-            "tokens": tokens.cpu().numpy().astype(np.uint16),
-            "patch_starts": starts.cpu().numpy(),
+            "tokens": codes.numpy().astype(np.uint16),
+            "patch_starts": opens.numpy().astype(np.bool_),
         }
 
     @torch.inference_mode()
     def encode(self, pixels: PixelBatch) -> Int[Tensor, "B T"]:
         """Tokens of images that have the size of the tokenised images."""
-        return self.vq.encode(pixels_to_float(pixels).to(self.device))
+        return self.vq.encode(pixels_to_float(pixels, self.device))
 
-    @torch.inference_mode()
     def decode(self, tokens: Int[Tensor, "B T"]) -> PixelBatch:
         """Images of tokens, at the size in the settings."""
-        return float_to_pixels(resize(self.vq.decode(tokens), self.config.image_size))
+        return images_of_tokens(self.vq, tokens, self.config.image_size)
 
     def _uniforms(self, numbers: Int64[NDArray[np.int64], " B"]) -> Float[Tensor, "B T"]:
         """Uniform numbers in [0, 1) for each sample and position, from each sample's own random stream."""
@@ -134,13 +131,3 @@ def prepare_for_sampling(model: nn.Module, config: SampleConfig) -> None:
     if config.precision == "bfloat16":
         model.bfloat16()
     pack_linear_layers(model)
-
-
-def resize(images: Float[Tensor, "B 3 _ _"], size: int) -> Float[Tensor, "B 3 {size} {size}"]:
-    """Decoded images at the evaluation size, `size` pixels.
-
-    Source: LlamaGen's evaluation of 384 px models: bicubic without antialiasing, on floats.
-    """
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images.float(), size=(size, size), mode="bicubic")

@@ -17,6 +17,7 @@ from torch import nn
 from stages.runtime.arrays import PixelBatch
 from stages.runtime.artifact import file_sha256
 from stages.runtime.errors import InputError
+from stages.runtime.transfer import to_device
 from stages.scores.table import ExtractorName
 
 Extracted = tuple[Float32[NDArray[np.float32], "B D"], Float32[NDArray[np.float32], "B classes"]]
@@ -65,7 +66,7 @@ class Lite0:
     @torch.inference_mode()
     def extract(self, images: PixelBatch) -> Extracted:
         """Resize bicubically with antialiasing, and scale as in the network's training: (x - 127) / 128."""
-        pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float()
+        pixels = to_device(torch.from_numpy(images), self._device).permute(0, 3, 1, 2).float()
         size = (self.input_size, self.input_size)
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp_(0, 255)
         maps = self._network.extract_features((pixels - 127) / 128)  # type: ignore[operator]
@@ -95,7 +96,7 @@ class Inception:
     @torch.inference_mode()
     def extract(self, images: PixelBatch) -> Extracted:
         """Resize inside the network, as TensorFlow 1 does."""
-        pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self._device)
+        pixels = to_device(torch.from_numpy(images), self._device).permute(0, 3, 1, 2).contiguous()
         features, logits = self._network(pixels)
         return features.float().cpu().numpy(), logits.float().cpu().numpy()
 

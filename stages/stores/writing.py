@@ -1,4 +1,4 @@
-"""Loop that writes a store: each process writes its share of the units, the main process completes the store."""
+"""Loop that writes a store: each process writes its share of the units. One process then calls `UnitWriter.finish`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_units(
     world: World,
     per_row: int = 1,
 ) -> None:
-    """Write this process's units, wait for the other processes, and mark the store as complete.
+    """Write this process's units, and wait for the other processes.
 
     Args:
         writer: Writer of the store.
@@ -38,5 +38,3 @@ def write_units(
     for unit in pending:
         writer.write(unit, **make(unit, progress))
     barrier()
-    if world.is_main:
-        writer.finish()

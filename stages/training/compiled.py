@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 
 from models.layers import Block
@@ -15,8 +13,6 @@ def compile_blocks(model: nn.Module) -> None:
     Only blocks are compiled: they do nearly all of the work, and one compiled block serves all layers of a stack. The
     code around them depends on the patches of a batch and would be recompiled for each batch.
     """
-    # Complex rotary products run on torch's own kernels, which are fast: the warning is of no use.
-    warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex operators")
     for block in model.modules():
         if isinstance(block, Block):
             block.compile(dynamic=True)

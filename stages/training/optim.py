@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from conf.section import TrainingConfig
+if TYPE_CHECKING:  # `dpar bench gpu` runs on machines without pydantic
+    from conf.section import TrainingConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -25,13 +27,14 @@ def learning_rate(step: int, config: TrainingConfig, restarts: Sequence[int] = (
     """Learning rate of optimiser step `step`, counted from 0: linear warm-up, then `config.decay`.
 
     The decay is constant, a cosine to zero, or NPP's linear tail (constant, then linear to a tenth over the last
-    fifth). The schedule starts again at each step in `restarts`.
+    fifth; its published warm-up begins with a step at rate 0). The schedule starts again at each step in `restarts`.
     """
     first = max((start for start in restarts if start <= step), default=0)
     steps = min((start for start in restarts if start > step), default=config.steps) - first
     step -= first
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        done = step if config.decay == "linear_tail" else step + 1
+        return config.learning_rate * done / config.warmup_steps
     if config.decay == "cosine":
         progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

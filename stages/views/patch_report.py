@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from stages.images.decode import Views, decode, views
 from stages.patches.rule import SavedRule
 from stages.runtime.arrays import Entropies, Pixels
 from stages.runtime.artifact import write_json
+from stages.runtime.cores import available_cores
+from stages.runtime.errors import InputError
 from stages.runtime.job import Inputs
 from stages.stores.entropies import EntropyStore
 from stages.stores.image_index import ImageIndex
@@ -47,17 +48,21 @@ class PatchReport:
     """Share of the patches that open at the start of a grid row although the entropy is not above the threshold."""
     png_correlation: float | None
     """Pearson correlation of the number of patches and the PNG size; None if either is constant."""
+    entropy_correlation: float | None = None
+    """Pearson correlation of the entropies and those of another map, over predicted tokens; None if none is given."""
 
 
-def patch_report(inputs: Inputs, output: Path) -> PatchReport:
+def patch_report(inputs: Inputs, output: Path, compared: Path | None = None) -> PatchReport:
     """Write `histograms.png`, `png_size.png`, `extremes.png` and `report.json`, and return the numbers.
 
     At most MAX_IMAGES evenly spread images are evaluated. Reads the artifacts of dataset, tokenize, patch_index and,
-    unless patches are static, entropy_map, and the images.
+    unless patches are static, entropy_map, and the images. `compared` is another entropy_map artifact, whose entropies
+    are compared with these.
 
     Raises:
         ArtifactError: An artifact is damaged, or the artifacts do not belong together.
-        InputError: An image is missing, or differs from the indexed file.
+        InputError: An image is missing, or differs from the indexed file; or `compared` holds no entropies of these
+            tokens; or patches are static, and there is nothing to compare.
     """
     tokens = TokenStore.of(inputs)
     index = PatchIndex.of(inputs, tokens)
@@ -82,6 +87,7 @@ def patch_report(inputs: Inputs, output: Path) -> PatchReport:
         share_at_limit=_share_at_limit(histograms.lengths, rule),
         share_by_row=_share_by_row(starts, entropy, tokens.grid, rule),
         png_correlation=correlation,
+        entropy_correlation=None if compared is None else _entropy_correlation(entropy, compared, tokens, rows),
     )
     write_json(output / "report.json", vars(report))
     return report
@@ -102,7 +108,7 @@ class Crops:
 
     def png_bytes(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
         """Size of each image as a PNG file, bytes. Threads help, because Pillow releases the GIL."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(available_cores()) as pool:
             return np.array(list(pool.map(self._png_bytes, images)))
 
     def _png_bytes(self, image: np.int64) -> int:
@@ -118,6 +124,24 @@ def _entropies(inputs: Inputs, index: PatchIndex, rows: NDArray[np.int64]) -> En
     store = EntropyStore.of(inputs)
     index.require_entropies(store.digest)
     return store.fetch(rows, np.zeros_like(rows))
+
+
+def _entropy_correlation(
+    entropies: Entropies | None, compared: Path, tokens: TokenStore, rows: NDArray[np.int64]
+) -> float:
+    """Correlation with the entropies in another artifact of the same tokens, without the first token of an image."""
+    if entropies is None:
+        raise InputError(f"patches are static and were made from no entropies to compare with those in {compared}")
+    if not (compared / EntropyStore.FILE).is_dir():
+        raise InputError(f"{compared} holds no {EntropyStore.FILE}, expected a finished artifact of stage entropy_map")
+    other = EntropyStore.of({"entropy_map": compared})
+    if other.tokens_digest != tokens.digest:
+        raise InputError(
+            f"{other.location} belongs to the tokens {other.tokens_digest[:12]}, expected {tokens.digest[:12]}: only "
+            f"entropies of the tokens in {tokens.location} can be compared"
+        )
+    found = other.fetch(rows, np.zeros_like(rows))
+    return float(np.corrcoef(entropies[:, 1:].ravel(), found[:, 1:].ravel())[0, 1])
 
 
 def _correlation(first: NDArray[np.int64], second: NDArray[np.int64]) -> float | None:

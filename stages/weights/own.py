@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ VQ_FILE = "vq.safetensors"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 HEAD_FILE, HEAD_CONFIG_FILE = "entropy_head.safetensors", "entropy_head.json"
+_TOKENIZER = "tokenizer_sha256"  # in the metadata of a weights file
 GPT_FAMILY = "gpt"  # family of the unconditional entropy model; the other families are those of stage `train`
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -59,9 +60,19 @@ def load_vq(artifact: Path, device: torch.device | str = "cpu") -> VQModel:
     return load_weights(VQModel(VQConfig(**config)), artifact / VQ_FILE).to(device).eval()
 
 
-def save_model(artifact: Path, family: str, model: nn.Module, config: ModelConfig) -> None:
-    """Write a trained model's weights (float32) and config. `family` is that of stage `train`, or `GPT_FAMILY`."""
-    _save(artifact / MODEL_FILE, model)
+def save_model(
+    artifact: Path, family: str, model: nn.Module, config: ModelConfig, tokenizer: str | None = None
+) -> None:
+    """Write a trained model's weights (float32) and config.
+
+    Args:
+        artifact: Folder of the artifact.
+        family: That of stage `train`, or `GPT_FAMILY`.
+        model: The model.
+        config: Its config.
+        tokenizer: SHA-256 of the tokenizer whose tokens it was trained on, kept in the weights file; None if unknown.
+    """
+    _save(artifact / MODEL_FILE, model, {} if tokenizer is None else {_TOKENIZER: tokenizer})
     write_json(artifact / CONFIG_FILE, {"family": family, "config": asdict(config)})
 
 
@@ -78,6 +89,21 @@ def saved_config(artifact: Path, families: Iterable[str]) -> tuple[str, dict[str
             "it is the artifact of another stage"
         )
     return saved["family"], saved["config"]
+
+
+def tokenizer_sha256(weights: Path) -> str | None:
+    """SHA-256 of the tokenizer whose tokens a model was trained on, from its weights file; None if it does not say.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    if not weights.is_file():
+        return None
+    try:
+        with safe_open(weights, framework="pt") as opened:
+            return (opened.metadata() or {}).get(_TOKENIZER)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(weights, error) from error
 
 
 def load_gpt(artifact: Path, device: torch.device | str = "cpu") -> GPT:
@@ -128,15 +154,20 @@ def load_weights(model: Module, path: Path) -> Module:
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+        raise _damaged(path, error) from error
     if problem := state_dict_mismatch(state, model.state_dict()):
         raise ArtifactError(f"{path} does not fit the model that {CONFIG_FILE} beside it describes: {problem}")
     model.load_state_dict(state)
     return model
 
 
-def _save(path: Path, model: nn.Module) -> None:
+def _damaged(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{path} is damaged: {' '.join(str(error).split())[:200]}")
+
+
+def _save(path: Path, model: nn.Module, metadata: dict[str, str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, partial)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, partial, metadata)
     partial.replace(path)

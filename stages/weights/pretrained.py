@@ -26,7 +26,7 @@ from models.lpips import LPIPS
 from models.vq import VQModel
 from stages.runtime.artifact import RECORD, file_sha256, write_json
 from stages.runtime.errors import InputError
-from stages.weights.own import state_dict_mismatch
+from stages.weights.own import state_dict_mismatch, tokenizer_sha256
 
 logger = logging.getLogger(__name__)
 _LPIPS_VGG16_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
@@ -53,27 +53,41 @@ def read_vq_checkpoint(path: Path | None, config: VQConfig) -> VQModel:
     return model
 
 
-def read_gpt_checkpoint(path: Path, config: GPTConfig) -> GPT:
-    """Import LlamaGen's class-conditional weights, of any float type, released for any image size.
+def read_gpt_checkpoint(path: Path, config: GPTConfig, *, section: str = "train", tokenizer: str | None = None) -> GPT:
+    """Import the weights of a transformer, of any float type, trained at any image size.
 
     The number of tokens and the number of heads cannot be read from the weights. Rotary positions are recomputed.
 
+    Args:
+        path: A weights file: LlamaGen's, or `model.safetensors` of an artifact.
+        config: Config of the model. Without classes, it is an entropy model.
+        section: Section of the settings that names the file, for error messages.
+        tokenizer: SHA-256 of the tokenizer that made the tokens. Files that name another one are refused.
+
     Raises:
-        InputError: The file is missing or unreadable, or its state dict does not match `config`.
+        InputError: The file is missing or unreadable, its state dict does not match `config`, or it was trained on the
+            tokens of another tokenizer.
     """
     if not path.is_file():
-        raise InputError(f"train.checkpoint is {path}, expected a file: give LlamaGen's weights, e.g. c2i_B_256.pt")
+        example = "LlamaGen's weights, e.g. c2i_B_256.pt" if config.num_classes else "an artifact's model.safetensors"
+        raise InputError(f"{section}.checkpoint is {path}, expected a file: give {example}")
     state = _read_state(path)
+    trained_on = tokenizer_sha256(path) if path.suffix == ".safetensors" else None
+    if tokenizer is not None and trained_on not in (None, tokenizer):
+        raise InputError(
+            f"{path} was trained on tokens of the tokenizer with sha256 {trained_on}, expected {tokenizer}, which made "
+            "these tokens: their codes mean different images"
+        )
     state.pop("freqs_cis", None)  # old files hold the rotary table
     with torch.device("meta"):
         model = GPT(config)
-    if problem := _other_gpt(state, config) or state_dict_mismatch(state, model.state_dict()):
-        raise InputError(f"{path} does not fit train.model and these tokens: {problem}")
+    if problem := _other_gpt(state, config, section) or state_dict_mismatch(state, model.state_dict()):
+        raise InputError(f"{path} does not fit {section}.model and these tokens: {problem}")
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return model
 
 
-def _other_gpt(state: dict[str, Tensor], config: GPTConfig) -> str | None:
+def _other_gpt(state: dict[str, Tensor], config: GPTConfig, section: str) -> str | None:
     """Description of the model in the file, if it explains a mismatch better than the first differing tensor does."""
     for prefix, kind in (("local_encoder.", "a DPAR model"), ("quantize.", "a VQ tokenizer")):
         if any(name.startswith(prefix) for name in state):
@@ -81,17 +95,20 @@ def _other_gpt(state: dict[str, Tensor], config: GPTConfig) -> str | None:
     tokens, classes = (state.get(f"{name}.weight") for name in ("tok_embeddings", "cls_embedding.embedding_table"))
     if tokens is None or tokens.ndim != 2:
         return None
-    if classes is None:
+    if classes is None and config.num_classes is not None:
         return "it has no class embedding, expected the class-conditional transformer (c2i)"
+    if classes is not None and config.num_classes is None:
+        return "it has a class embedding, expected an entropy model, which has none"
     layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
     if (tokens.shape[1], layers) != (config.dim, config.num_layers):
         return (
             f"it is {tokens.shape[1]} wide with {layers} layers, expected {config.dim} wide with {config.num_layers} "
-            f"layers: set train.model to {gpt_size_name(tokens.shape[1], layers) or 'that size'}"
+            f"layers: set {section}.model to {gpt_size_name(tokens.shape[1], layers) or 'that size'}"
         )
-    found, wanted = (len(tokens), len(classes) - 1), (config.codebook_size, config.num_classes)
-    if found != wanted:
-        return f"it has {found[0]} codes and {found[1]} classes, expected the tokens' {wanted[0]} and {wanted[1]}"
+    if len(tokens) != config.codebook_size:
+        return f"it has {len(tokens)} codes, expected the tokens' {config.codebook_size}"
+    if classes is not None and len(classes) - 1 != config.num_classes:
+        return f"it has {len(classes) - 1} classes, expected the tokens' {config.num_classes}"
     return None
 
 

@@ -19,6 +19,7 @@ TINY_SAMPLERS = ("--batches", "1", "--entropy-models", "tiny")
 TOY: dict[str, tuple[str, ...]] = {
     "data_loader.py": ("--images", "512", "--rounds", "1"),
     "data_stores.py": ("--chunks", "1", "--rounds", "1"),
+    "gpu_check.py": ("--tiny",),
     "image_stages.py": (
         *("--images", "1", "--batch-size", "1", "--pixels", "32", "--demo-images", "4"),
         *("--few", "20", "--rounds", "1"),
@@ -69,6 +70,36 @@ def test_a_script_prints_what_bench_reads(name: str, tmp_path: Path) -> None:
     options = ("--curve", str(tmp_path / "curve.png")) if name == "sample_parts.py" else ()
     done = subprocess.run(
         [sys.executable, FILES[name], *TOY[name], *options],
+        # Code for one step would be compiled for a minute.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1]), "TORCH_COMPILE_DISABLE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    gates = [Gate(**gate) for gate in told["gates"]]
+    assert bool(gates) == (name not in WITHOUT_GATES)
+    assert len({gate.name for gate in gates}) == len(gates)
+    assert all(math.isfinite(gate.value) and math.isfinite(gate.bound) for gate in gates)
+    assert told["figures"]
+    assert all(math.isfinite(value) for column in told["figures"].values() for value in column.values())
+
+
+@pytest.mark.slow
+def test_the_gpu_check_runs_without_the_packages_of_stages_and_pipeline(tmp_path: Path) -> None:
+    """On a machine lent for ten minutes there is torch, and not much else."""
+    blocked = ("zarr", "pydantic", "pydantic_settings", "xformers", "pyarrow", "yaml", "prefect", "mlflow", "typer")
+    program = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({blocked!r}))
+sys.argv = ["gpu_check.py", "--tiny", "--parts", "device", "attention", "training"]
+sys.path.insert(0, {str(FOLDER)!r})
+runpy.run_path({str(FOLDER / "gpu_check.py")!r}, run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1])},
         cwd=tmp_path,
         capture_output=True,
@@ -76,10 +107,21 @@ def test_a_script_prints_what_bench_reads(name: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)
-    gates = [Gate(**gate) for gate in told["gates"]]
-    assert bool(gates) == (name not in WITHOUT_GATES)
-    assert len({gate.name for gate in gates}) == len(gates)
-    assert all(math.isfinite(gate.value) and math.isfinite(gate.bound) for gate in gates)
-    assert told["figures"]
-    assert all(math.isfinite(value) for column in told["figures"].values() for value in column.values())
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["part"] for line in lines[:-1]} == {"device", "attention", "training"}
+    assert not any("failed" in line for line in lines[:-1])
+
+
+@pytest.mark.slow
+def test_the_gpu_check_ends_in_time_and_a_failed_part_stops_no_other(tmp_path: Path) -> None:
+    """Without the part `device` there is nothing to compare training with."""
+    command = [sys.executable, str(FOLDER / "gpu_check.py"), "--tiny", "--parts", "training", "attention"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1])}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert "the part `device` has not run" in next(line["failed"] for line in lines if "failed" in line)
+    assert any(line.get("part") == "attention" for line in lines)
+    late = subprocess.run([*command, "--seconds", "0.001"], env=environment, capture_output=True, text=True, check=True)
+    told, report = (json.loads(line) for line in late.stdout.splitlines())
+    assert told["unfinished"] == ["training", "attention"]
+    assert [gate["met"] for gate in report["gates"]] == [False]

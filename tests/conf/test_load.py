@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from conf.load import SettingsError, describe, load_settings, names
 from conf.schema import Settings
-from conf.train import DPARSettings, LlamaGenSettings
-from models.config import GPT_SIZES
+from conf.train import DPARSettings, LlamaGenSettings, NPPSettings
+from models.config import DPAR_SIZES, GPT_SIZES
 
 
 def test_later_layers_win() -> None:
@@ -90,6 +91,59 @@ def test_a_preset_stands_for_another_family_without_its_own_familys_settings(
     ):
         with pytest.raises(SettingsError, match=r"train\.position_embedding is set and train\.family llamagen"):
             load_settings("p", ablation, overrides)
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Write presets, given as YAML by name, over a base of nine steps."""
+    for kind in ("preset", "ablation"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "base.yaml").write_text(
+        "train: {training: {steps: 9}}\nfamilies: {npp: {seed: 4, evaluate: {seed: 5}}}"
+    )
+    monkeypatch.setattr("conf.load.CONF_DIR", tmp_path)
+
+    def write(**presets: str) -> None:
+        for name, text in presets.items():
+            (tmp_path / "preset" / f"{name}.yaml").write_text(text)
+
+    return write
+
+
+def test_a_preset_changes_the_one_that_it_extends(layers: Callable[..., None]) -> None:
+    layers(
+        first="train: {model: L, dropout: 0.2}",
+        second="extends: first\ntrain: {dropout: 0.3}",
+        third="extends: second\ntrain: {seed: 1}",
+    )
+    section = load_settings("third", None, ["train.seed=2"])[0].train
+    assert isinstance(section, DPARSettings)
+    assert (section.model, section.dropout, section.seed, section.training.steps) == (DPAR_SIZES["L"], 0.3, 2, 9)
+
+
+def test_what_cannot_be_extended_is_one_line(layers: Callable[..., None]) -> None:
+    layers(a="extends: b", b="extends: a", lost="extends: nowhere")
+    with pytest.raises(SettingsError, match="preset a extends b extends a, expected"):
+        load_settings("a")
+    with pytest.raises(SettingsError, match="preset is 'nowhere', expected one of a, b, lost"):
+        load_settings("lost")
+
+
+def test_settings_of_a_family_are_laid_over_its_preset_and_under_changes(layers: Callable[..., None]) -> None:
+    layers(
+        p="seed: 1\nfamilies: {npp: {evaluate: {seed: 6}, train: {npp: {levels: 3}}}, dpar: {train: {model: L}}}",
+        q="extends: p\nfamilies: {npp: {train: {npp: {rate: 0.4}}}}",
+    )
+    plain = load_settings("q")[0]
+    assert (plain.seed, plain.train.model) == (1, DPAR_SIZES["L"])
+    for overrides, levels in (([], 3), (["train.npp.levels=1"], 1)):
+        settings = load_settings("q", None, ["train.family=npp", *overrides])[0]
+        assert isinstance(settings.train, NPPSettings)
+        assert (settings.seed, settings.evaluate.seed, settings.train.npp.levels) == (4, 6, levels)
+        assert settings.train.npp.rate == 0.4
+    layers(p="families: {gpt: {seed: 1}}")
+    with pytest.raises(SettingsError, match="families has settings for gpt, expected one of dpar, llamagen, npp"):
+        load_settings("p")
 
 
 def test_unknown_presets_and_ablations_name_those_there_are() -> None:

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from conf.dataset import DatasetConfig
+from conf.entropy_model import EntropyModelConfig
 from conf.evaluate import EvaluateConfig
 from conf.patch_index import PatchIndexConfig
 from conf.runtime import RuntimeConfig
@@ -86,11 +87,13 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (DatasetConfig, {"source": "twemoji", "root": "here"}, "finds its images itself"),
         (EvaluateConfig, {"extractor": "inception"}, "weights file with inception"),
         (TrainConfig, {"model": "Z"}, "expected one of B, L"),
+        (EntropyModelConfig, {"source": "checkpoint"}, "entropy_model.checkpoint None, expected the model.safetensors"),
         (TrainConfig, {"family": "dpar", "model": GPT_SIZES["B"]}, "GPTSize and train.family dpar"),
         (TrainConfig, {"model": {**DPAR_B, "num_heads": 32}}, "head width 24 .*multiple of 16 for dynamic position"),
         (TrainConfig, {"family": "npp", "npp": {"levels": 5}}, r"levels is 5 .*expected 1\.\.4"),
         (TrainConfig, {"family": "npp", "npp": {"rate": 1.0}}, "rate 1.0, expected .*0 < rate < 1"),
         (TrainConfig, {"family": "npp", "npp": {"level": 2}}, "Unexpected keyword"),
+        (TrainConfig, {"family": "npp", "npp": {"epoch_steps": 0}}, "epoch_steps is 0, expected at least 1"),
         (
             TrainConfig,
             {"entropy_head": {"kind": "linear"}, "training": {"steps": 9, "warmup_steps": 0, "ema_decay": 0.9}},

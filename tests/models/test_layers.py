@@ -36,6 +36,31 @@ def test_rmsnorm_is_its_formula_and_keeps_the_type() -> None:
     assert RMSNorm(8).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_rmsnorm_of_bfloat16_is_that_of_float32_rounded_once(weight_dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (5 * torch.randn(64, 96)).bfloat16()
+    norm = RMSNorm(96)
+    norm.weight.data.uniform_(0.5, 1.5)
+    norm = norm.to(weight_dtype)
+    exact = RMSNorm(96)
+    exact.load_state_dict(norm.state_dict())
+    assert torch.equal(norm(x), exact(x.float()).bfloat16())
+
+
+def test_rmsnorm_under_autocast_has_the_dtype_of_products_and_rounds_once() -> None:
+    torch.manual_seed(0)
+    x, norm = torch.randn(4, 8, requires_grad=True), RMSNorm(8)
+    exact = norm(x)
+    assert exact.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x)
+    assert torch.equal(found, exact.bfloat16())
+    found.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("dim", "hidden"),
     [(512, 1536), (768, 2048), (1024, 2816), (1280, 3584), (1536, 4096), (2048, 5632), (3200, 8704), (4096, 11008)],
@@ -91,6 +116,27 @@ def test_rotation_keeps_lengths() -> None:
         index_rope(first, 32),
     ):
         torch.testing.assert_close(apply_rope(x, rope).norm(dim=-1), x.norm(dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rotation_that_is_compiled_equals_the_complex_product(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    rope, weights = grid_rope(3, 16, CPU, class_row=True), torch.randn(2, 10, 4, 16)
+    x = torch.randn(2, 10, 4, 16, dtype=dtype)
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        leaf = x.clone().requires_grad_()
+        rotated = apply_rope(leaf, rope)
+        (rotated.float() * weights).sum().backward()
+        found.append((rotated.detach(), leaf.grad))
+    (complex_values, complex_grads), (real_values, real_grads) = found
+    torch.testing.assert_close(real_values, complex_values)
+    torch.testing.assert_close(real_grads, complex_grads)
+    one, expected = apply_rope(x[0, 3], rope[3]), complex_values[0, 3]
+    torch.testing.assert_close(one, expected)
 
 
 def test_dynamic_rope_holds_row_start_end_end_start() -> None:

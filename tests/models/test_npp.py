@@ -154,6 +154,15 @@ def test_levels_end_where_they_are_published_to(levels: int, ends: tuple[int, ..
         assert {schedule.side(step, 300) for step in (first, end - 1)} == {side}
 
 
+@pytest.mark.parametrize(
+    ("levels", "epochs"), [(1, (300,)), (2, (150, 300)), (3, (75, 150, 300)), (4, (37, 75, 150, 300))]
+)
+def test_levels_in_steps_end_with_whole_epochs(levels: int, epochs: tuple[int, ...]) -> None:
+    schedule = NextPatchSchedule(levels=levels, epoch_steps=5004)
+    assert schedule.ends(300 * 5004) == tuple(5004 * epoch for epoch in epochs)
+    assert schedule.ends(300 * 5004 + 7)[-1] == 300 * 5004 + 7, "the last level ends the training"
+
+
 @pytest.mark.parametrize(("side", "width"), [(3, TOKENS), (16, TOKENS), (2, 16)])
 def test_blocks_that_do_not_fit_the_grid_are_refused(side: int, width: int) -> None:
     with pytest.raises(ValueError, match=rf"{width} tokens an image and blocks of {side} x {side}, expected 64 tokens"):

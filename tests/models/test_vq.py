@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,29 @@ def test_training_forward_decodes_the_tokens_it_reports() -> None:
         reconstruction, quantized = model(pixels)
         torch.testing.assert_close(model.decode(quantized.tokens), reconstruction, atol=1e-5, rtol=1e-4)
         assert torch.equal(model.encode(pixels), quantized.tokens)
+
+
+def test_bfloat16_weights_and_channels_last_decode_nearly_the_same_images() -> None:
+    torch.manual_seed(0)
+    model = VQModel(TINY).eval()
+    tokens = torch.randint(64, (2, 64))
+    with torch.no_grad():
+        exact = model.decode(tokens)
+        reordered = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        torch.testing.assert_close(reordered.decode(tokens), exact, atol=1e-5, rtol=1e-4)
+        rounded = reordered.bfloat16().decode(tokens)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)
+
+
+def test_bfloat16_weights_encode_float32_pixels_to_nearly_the_same_tokens() -> None:
+    torch.manual_seed(0)
+    model = VQModel(TINY).eval()
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        exact = model.encode(pixels)
+        rounded = copy.deepcopy(model).bfloat16().encode(pixels)
+    assert (rounded == exact).float().mean() > 0.8
 
 
 def test_the_last_tokens_of_training_are_remembered() -> None:

@@ -30,7 +30,7 @@ from stages.scores.unigram import best_unigram_loss
 from stages.training.data import TokenBatch
 
 PACKAGES = ("stages.patches", "stages.sampling", "stages.scores")
-MODULES = ("stages.images.decode", "stages.images.tensors")
+MODULES = ("stages.images.decode", "stages.images.from_tokens", "stages.images.tensors")
 ZEROS = np.zeros((5, 3))
 COUNTS = ZEROS.astype(np.int64)
 LITE0 = ExtractorInfo(name="lite0", weights_sha256="", fid_inception=False, input_size=8)
@@ -112,7 +112,11 @@ def bare_arrays(hint: Any) -> bool:
 
 def test_every_public_signature_states_its_shapes() -> None:
     found = dict(public())
-    wanted = {"stages.scores.feature_sets.FeatureSets", "stages.images.decode.views", "stages.sampling.sampler.resize"}
+    wanted = {
+        "stages.scores.feature_sets.FeatureSets",
+        "stages.images.decode.views",
+        "stages.images.from_tokens.resize",
+    }
     assert wanted <= set(found)
     bare = [
         f"{name}: {parameter}"

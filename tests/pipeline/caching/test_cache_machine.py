@@ -220,7 +220,8 @@ def check(
     steps: int,
     shrink: bool = True,
 ) -> None:
-    monkeypatch.setattr("pipeline.runner.launch", run_here)
+    for caller in ("runner", "views"):
+        monkeypatch.setattr(f"pipeline.{caller}.launch", run_here)
     monkeypatch.setattr(
         "stages.runtime.artifact.os.fsync", lambda descriptor: None
     )  # the disk is not what is tried here
@@ -244,7 +245,7 @@ def check(
 def test_any_sequence_ends_with_the_right_numbers(
     make_tiny: Callable[[Path], Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    examples, steps = os.environ.get("CACHE_MACHINE", "12x14").split("x")  # 100x30 for a change of the cache
+    examples, steps = os.environ.get("CACHE_MACHINE", "24x20").split("x")  # 100x30 for a change of the cache
     check(make_tiny, monkeypatch, examples=int(examples), steps=int(steps))
 
 

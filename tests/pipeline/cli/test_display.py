@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.cli import display
-from pipeline.cli.display import BarScreen, LineScreen, duration, make_screen, number, progress_text, size
+from pipeline.cli.display import BarScreen, LineScreen, make_screen, number, progress_text
 from pipeline.plan import StageStatus
 from pipeline.report import Report, Score
 from pipeline.runner import StageResult
@@ -81,19 +81,6 @@ def test_progress_tells_rate_and_time_left_when_known() -> None:
     assert progress_text(STEPS) == "steps 250/1,000  3.3/s  3 min 47 s left  loss 3.21"
     assert progress_text(STEPS | {"per_second": 0.0, "note": ""}) == "steps 250/1,000"
     assert progress_text(STEPS | {"done": 1000}) == "steps 1,000/1,000  3.3/s  loss 3.21"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(9.94, "9.9 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (11_520, "3 h 12 min")],
-)
-def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(("count", "text"), [(812, "812 B"), (3_400_000, "3.4 MB"), (250_000, "250 kB"), (0, "0 B")])
-def test_sizes_are_in_the_unit_that_fits(count: int, text: str) -> None:
-    assert size(count) == text
 
 
 @pytest.mark.parametrize(

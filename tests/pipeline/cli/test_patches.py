@@ -29,14 +29,16 @@ def test_the_report_is_made_from_cached_artifacts_and_shown(
     monkeypatch.setattr("pipeline.plan.plan", lambda *_: found)
     numbers = PatchReport(images=45, mean_length=1.84, share_at_limit=0.2, share_by_row=None, png_correlation=0.5)
 
-    def report(inputs: dict[str, Path], output: Path) -> PatchReport:
+    def report(inputs: dict[str, Path], output: Path, compared: Path | None) -> PatchReport:
+        assert compared == tmp_path / "map"
         assert inputs == {name: tmp_path / name for name in cli_patches.INPUTS} | {"images": image_root}
         assert output == tmp_path / "reports" / "patch_index"
         return numbers
 
     monkeypatch.setattr("stages.views.patch_report.patch_report", report)
     settings = ["--set", f"dataset.root={image_root}", "--set", f"runtime.home={tmp_path}"]
-    assert run_command(["patches", "--preset", "tiny", *settings, *(["--json"] if as_json else [])]) == 0
+    options = ["--compare", str(tmp_path / "map"), *(["--json"] if as_json else [])]
+    assert run_command(["patches", "--preset", "tiny", *settings, *options]) == 0
     said = capsys.readouterr().out
     if as_json:
         assert json.loads(said) == {"output": str(tmp_path / "reports" / "patch_index"), **vars(numbers)}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,9 @@ from stages.patches.boundary_sources import entropy_sample
 from stages.patches.calibration import Thresholds
 from stages.patches.rule import IndexRule, SavedRule
 from stages.runtime.errors import ArtifactError, InputError
-from stages.sampling.sampler import Sampler, resize
+from stages.sampling.sampler import Sampler
 from stages.stores.tokens import TokenStore
-from stages.weights.own import GPT_FAMILY, load_gpt, save_model
+from stages.weights.own import GPT_FAMILY, load_gpt, save_model, save_vq
 
 CPU = torch.device("cpu")
 SHAPE = {"codebook_size": 64, "num_tokens": 64}
@@ -91,37 +90,6 @@ def test_a_sample_depends_on_its_number_and_seed_and_not_on_its_place(random_sam
     assert np.array_equal(moved, first[::-1])
     assert len(np.unique(first, axis=0)) == 4
     assert not np.array_equal(random_sampler(seed=1).sample(np.array([7, 1, 900_000, 2]), labels)["tokens"], first)
-
-
-def cubic_weight(distance: np.ndarray) -> np.ndarray:
-    """Keys' cubic convolution kernel at a = -0.75."""
-    a, x = -0.75, np.abs(distance)
-    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
-    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
-
-
-def resampling_matrix(old: int, new: int) -> np.ndarray:
-    """Bicubic weights (new, old) of four neighbours, edges repeated. Smaller images do not widen the kernel."""
-    matrix = np.zeros((new, old))
-    for row in range(new):
-        place = (row + 0.5) * old / new - 0.5
-        for neighbour in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
-            matrix[row, np.clip(neighbour, 0, old - 1)] += cubic_weight(np.array(place - neighbour))
-    return matrix
-
-
-@pytest.mark.parametrize("size", [5, 6, 12])
-def test_resizing_is_bicubic_without_antialiasing(size: int) -> None:
-    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    matrix = resampling_matrix(8, size)
-    expected = np.einsum("ij,bcjk,lk->bcil", matrix, images.double().numpy(), matrix)
-    np.testing.assert_allclose(resize(images, size).numpy(), expected, atol=1e-5)
-
-
-def test_nothing_is_resized_at_equal_size() -> None:
-    images = torch.rand(1, 3, 8, 8)
-    assert resize(images, 8) is images
 
 
 def test_pixels_are_made_as_published(random_sampler: Callable[..., Sampler]) -> None:
@@ -252,20 +220,26 @@ def test_static_patches_of_a_model_by_entropy_have_its_mean_length(
     assert 64 / int(sampler.boundaries.starts.sum()) == pytest.approx(wanted, rel=0.03)
 
 
-def test_a_model_of_other_classes_and_a_tokenizer_of_another_codebook_are_refused(
+def test_a_model_of_other_classes_or_tokens_is_refused(
     tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path
 ) -> None:
     config = GPTConfig(dim=32, num_layers=1, num_heads=2, num_classes=7, **SHAPE)
     save_model(tmp_path / "train", "llamagen", GPT(config), config)
     with pytest.raises(ArtifactError, match=r"model in .* has num_classes 7, expected 3"):
         load(tiny_artifacts | {"train": tmp_path / "train"}, tiny_settings.sample)
-    shutil.copytree(tiny_artifacts["tokenize"], tmp_path / "tokenize")
-    metadata = tmp_path / "tokenize" / "tokens.zarr" / "zarr.json"
-    attributes = json.loads(metadata.read_text())
-    attributes["attributes"]["dpar"]["codebook_size"] = 100
-    metadata.write_text(json.dumps(attributes))
-    with pytest.raises(ArtifactError, match=r"codebook_size 64, expected 100|codebook of 64, .* 100"):
-        load(tiny_artifacts | {"tokenize": tmp_path / "tokenize"}, tiny_settings.sample)
+    config = replace(config, num_classes=3)
+    save_model(tmp_path / "train", "llamagen", GPT(config), config, tokenizer="f" * 64)
+    with pytest.raises(ArtifactError, match=r"model in .* has tokenizer ffff.* trained on these tokens"):
+        load(tiny_artifacts | {"train": tmp_path / "train"}, tiny_settings.sample)
+
+
+def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(
+    tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path
+) -> None:
+    """It has the same shape: only its weights differ."""
+    save_vq(tmp_path, VQModel(tiny_settings.tokenizer.model))
+    with pytest.raises(ArtifactError, match=rf"the tokenizer in {tmp_path} has sha256 .*that made these tokens"):
+        load(tiny_artifacts | {"tokenizer": tmp_path}, tiny_settings.sample)
 
 
 def test_a_model_without_patches_needs_no_entropy_model(

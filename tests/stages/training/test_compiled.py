@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import jaxtyping
@@ -85,20 +86,24 @@ def test_twenty_compiled_steps_have_the_losses_of_eager_ones() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_new_mask_at_every_step_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The road that CUDA takes, with a dense softmax under xformers' own mask in place of its kernel."""
+@pytest.mark.parametrize("backend", ["xformers", "varlen", "padded"])
+def test_new_lengths_at_every_step_compile_nothing_anew(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA runs, with a dense softmax under the same mask in place of its kernels."""
 
-    class DenseOps:
-        fmha = models.attention._xformers().fmha
+    def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = torch.einsum("qhk,phk->hqp", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("hqp,phk->qhk", (scores + mask).softmax(-1), v)
 
-        @staticmethod
-        def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any) -> Tensor:
-            mask = attn_bias.materialize((1, 1, q.shape[1], q.shape[1]))[0, 0]
-            scores = torch.einsum("bqhk,bphk->bhqp", q, k) / q.shape[-1] ** 0.5 + mask
-            return torch.einsum("bhqp,bphk->bqhk", scores.softmax(-1), v)
+    def xformers(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any) -> Tensor:
+        return dense(q[0], k[0], v[0], attn_bias.materialize((1, 1, q.shape[1], q.shape[1]))[0, 0])[None]
 
-    monkeypatch.setattr(models.attention, "_xformers", lambda: DenseOps)
-    monkeypatch.setattr("models.dpar.packed_causal_attention", models.attention._xformers_attention)
+    def varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, *_: object, is_causal: bool) -> Tensor:
+        image = torch.bucketize(torch.arange(len(q)), ends[1:], right=True)
+        seen = (image[:, None] == image) & torch.ones(len(q), len(q), dtype=torch.bool).tril()
+        return dense(q, k, v, torch.where(seen, 0.0, -torch.inf))
+
+    monkeypatch.setattr("xformers.ops.memory_efficient_attention", xformers)
+    monkeypatch.setattr(models.attention, "_causal_varlen", lambda: partial(varlen, is_causal=True))
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
@@ -107,7 +112,9 @@ def test_a_new_mask_at_every_step_compiles_nothing_anew(monkeypatch: pytest.Monk
     for block in (*traced.local_encoder.layers, *traced.layers, *traced.local_decoder.layers):
         block.compile(dynamic=True, backend="eager")  # traced as ever, but no code is made: that takes half a minute
     cpu = torch.device("cpu")
-    assert losses(traced, cpu, bfloat16=False) == pytest.approx(losses(eager, cpu, bfloat16=False), rel=1e-5)
+    expected = losses(eager, cpu, bfloat16=False)
+    monkeypatch.setattr(models.attention, "packed_backend", lambda *_: backend)
+    assert losses(traced, cpu, bfloat16=False) == pytest.approx(expected, rel=1e-5)
     # Rectangular and packed rows, before and after the break at the operator; not one more for twenty masks.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from conf.patch_index import PatchIndexConfig
 from conf.runtime import RuntimeConfig
 from stages.images.decode import center_crop, decode
 from stages.patch_index import patch_index
-from stages.runtime.errors import ArtifactError
-from stages.stores.entropies import EntropyStore
+from stages.runtime.errors import ArtifactError, InputError
+from stages.stores.entropies import EntropyStore, entropy_writer
 from stages.stores.image_index import ImageIndex
 from stages.stores.patches import PatchIndex
 from stages.stores.tokens import TokenStore
@@ -76,6 +77,42 @@ def test_static_patches_have_no_correlation_and_no_limit(inputs: dict[str, Path]
     assert report == PatchReport(
         images=report.images, mean_length=2.0, share_at_limit=None, share_by_row=None, png_correlation=None
     )
+
+
+def test_entropies_are_correlated_with_those_of_another_model(inputs: dict[str, Path], tmp_path: Path) -> None:
+    store = EntropyStore.of(inputs)
+    rows = np.arange(len(store))
+    entropies = store.fetch(rows, 0 * rows)
+    noise = np.random.default_rng(0).normal(0, entropies[:, 1:].std(), (len(store), store.num_views, store.num_tokens))
+    noise[:, :, 0] = 1e3  # the first token has no prediction and must not count
+    writer = entropy_writer(tmp_path / "other" / EntropyStore.FILE, store.facts)
+    for unit in writer.pending():
+        views = [store.read_block(unit, view) for view in range(store.num_views)]
+        here = store.rows(unit)
+        writer.write(unit, entropy=(np.stack(views, axis=1) + noise[here]).astype(np.float32))
+    writer.finish()
+    found = patch_report(inputs, tmp_path / "report", tmp_path / "other").entropy_correlation
+    wanted = np.corrcoef(entropies[:, 1:].ravel(), (entropies + noise[:, 0])[:, 1:].ravel())[0, 1]
+    assert found == pytest.approx(wanted, abs=1e-6)
+    assert 0.5 < wanted < 0.9
+    assert patch_report(inputs, tmp_path / "same", inputs["entropy_map"]).entropy_correlation == pytest.approx(1.0)
+    assert patch_report(inputs, tmp_path / "alone").entropy_correlation is None
+
+
+def test_what_cannot_be_compared_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
+    facts = replace(EntropyStore.of(inputs).facts, tokens_digest="e" * 64)
+    writer = entropy_writer(tmp_path / "other" / EntropyStore.FILE, facts)
+    shape = (facts.num_images, facts.num_views, facts.num_tokens)
+    for unit in writer.pending():
+        writer.write(unit, entropy=np.zeros(shape, np.float32)[writer.spec.rows(unit)])
+    writer.finish()
+    with pytest.raises(InputError, match="belongs to the tokens eeeeeeeeeeee, expected"):
+        patch_report(inputs, tmp_path / "report", tmp_path / "other")
+    with pytest.raises(InputError, match=r"none holds no entropies\.zarr, expected a finished artifact"):
+        patch_report(inputs, tmp_path / "report", tmp_path / "none")
+    static = indexed(inputs, tmp_path / "index", mode="static", static_length=2.0)
+    with pytest.raises(InputError, match="patches are static"):
+        patch_report(static, tmp_path / "report", inputs["entropy_map"])
 
 
 def test_an_index_of_other_entropies_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:

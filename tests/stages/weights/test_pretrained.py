@@ -164,8 +164,8 @@ def test_other_models_are_refused_by_what_they_are(
         (dict(DPAR(dpar).state_dict()), GPT_TINY, "holds a DPAR model, expected LlamaGen's transformer"),
         (state, GPT_TINY, "holds a VQ tokenizer, expected LlamaGen's transformer"),
         (classless, GPT_TINY, "no class embedding, expected the class-conditional"),
-        (gpt_state, replace(GPT_TINY, codebook_size=128), "64 codes and 5 classes, expected the tokens' 128 and 5"),
-        (gpt_state, replace(GPT_TINY, num_classes=9), "64 codes and 5 classes, expected the tokens' 64 and 9"),
+        (gpt_state, replace(GPT_TINY, codebook_size=128), "has 64 codes, expected the tokens' 128"),
+        (gpt_state, replace(GPT_TINY, num_classes=9), "has 5 classes, expected the tokens' 9"),
         (
             gpt_state,
             replace(GPT_TINY, num_layers=3),

@@ -1,0 +1,63 @@
+"""Checks of the network on this machine: host name, proxies, ports."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Late
+from urllib.request import getproxies_environment, proxy_bypass
+
+from conf.runtime import RuntimeConfig
+from pipeline.doctor.finding import Finding, ok, warning
+from pipeline.processes import HOST, listener
+from pipeline.servers import running
+
+_PATIENCE_S = 3.0  # torchrun asks several times
+_LOOPBACK = (HOST, "localhost")
+
+
+def check_host_name(name: str, resolve: Callable[[str], object] = socket.gethostbyname) -> Finding:
+    """Whether the machine's own name resolves, and fast: torchrun asks for it."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        pool.submit(resolve, name).result(_PATIENCE_S)
+    except (OSError, Late):
+        return warning(
+            "host name",
+            f"{name} does not resolve: torchrun may wait for minutes",
+            f"add a line `127.0.0.1 {name}` to /etc/hosts",
+        )
+    finally:
+        pool.shutdown(wait=False)
+    return ok("host name", f"{name} resolves")
+
+
+def check_proxies() -> Finding:
+    """Whether a proxy would catch requests to servers of this machine."""
+    proxies = {name: value for name, value in getproxies_environment().items() if name in ("http", "all")}
+    caught = [host for host in _LOOPBACK if proxies and not proxy_bypass(host)]
+    if caught:
+        return warning(
+            "proxies",
+            f"the proxy of {', '.join(f'{name}_proxy' for name in proxies)} catches {' and '.join(caught)}",
+            f"set NO_PROXY={','.join(_LOOPBACK)}",
+        )
+    return ok("proxies", "none for this machine's servers")
+
+
+def check_ports(
+    runtime: RuntimeConfig, owner: Callable[[int], str | None] = listener, *, ours: bool | None = None
+) -> Iterator[Finding]:
+    """Whether the ports of `dpar up` are free, or in use by its servers."""
+    up = running(runtime) is not None if ours is None else ours
+    for name, port in (("prefect", runtime.prefect_port), ("mlflow", runtime.mlflow_port)):
+        used_by = owner(port)
+        if used_by is None:
+            yield ok(f"port {port}", f"free for {name}")
+        elif up:
+            yield ok(f"port {port}", f"{name} of `dpar up`")
+        else:
+            yield warning(
+                f"port {port}", f"in use by {used_by}", f"for `dpar up`, set DPAR_{name.upper()}_PORT={port + 100}"
+            )
