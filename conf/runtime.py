@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Word = Annotated[str, Field(pattern=r"^[^\s\"'\\$`]+$")]
@@ -19,10 +19,11 @@ class SlurmConfig(BaseModel):
 
     partition: Word | None = Field(None, description="Partition of the jobs; null is the cluster's default.")
     account: Word | None = Field(None, description="Account that the jobs are charged to; null is the user's default.")
-    hours: PositiveFloat | None = Field(
+    hours: float | None = Field(
         None,
-        description="Time limit of a job, hours; null is the partition's default. Near it a stage saves its state, "
-        "and its job goes back into the queue.",
+        ge=0.25,
+        description="Time limit of a job, hours; null is the partition's default. Five minutes before it a stage saves "
+        "its state, and its job goes back into the queue.",
     )
     options: tuple[Option, ...] = Field(
         (), description="More options of sbatch, e.g. `--exclusive`. They come last, so they win."
