@@ -152,7 +152,8 @@ def _trained_npp(config: NPPSettings, tokens: Mapping[str, int], length: float) 
 def _trained_dpar(config: DPARSettings, tokens: Mapping[str, int], length: float) -> Cost:
     from models.macs import dpar_cost
 
-    return dpar_cost(DPARConfig(**asdict(config.model), **tokens), length)
+    shape = DPARConfig(**asdict(config.model), position_embedding=config.position_embedding, **tokens)
+    return dpar_cost(shape, length)
 
 
 def _length(request: CostRequest) -> tuple[float, LengthSource]:

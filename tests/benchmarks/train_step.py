@@ -35,6 +35,7 @@ from stages.training.data import GPTObjective, TokenBatch
 from stages.training.loop import Training, train_step
 from stages.training.patched import DPARObjective, PatchedBatch
 from stages.training.state import TrainingState
+from stages.training.stream import Part
 
 TOKENS, CLASSES, MEAN_LENGTH = 256, 1000, 1.81
 FAMILIES = ("llamagen", "dpar")
@@ -103,7 +104,7 @@ def training_step(family: str, task: Task) -> Step:
     run = Training(
         model=model,
         objective=objective,
-        batch=lambda step: data,
+        batch=lambda step, part: data,
         data_state=lambda steps: {},
         validate=dict,
         config=config,
@@ -111,7 +112,7 @@ def training_step(family: str, task: Task) -> Step:
     )
     state = TrainingState(model, {}, config)
     objective.train()
-    return lambda: train_step(run, objective, state, data, 0, CPU)
+    return lambda: train_step(run, objective, state, [(Part(0, task.images), data)], 0, CPU)
 
 
 def llamagen_published(task: Task) -> tuple[Step, float]:
