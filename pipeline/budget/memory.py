@@ -100,21 +100,18 @@ def trainings(settings: Settings, shape: Shape, devices: int) -> dict[str, Train
 
 def forwards(settings: Settings, shape: Shape) -> dict[str, float]:
     """Bytes of the other stages that use a device, at the batch sizes of the settings."""
-    from stages.images.from_tokens import DECODED_PIXELS
-
     tokenize, entropy_map, sample = settings.tokenize, settings.entropy_map, settings.sample
     tokens, vq = shape.tokens, settings.tokenizer.model
     entropy_model, model = settings.entropy_model.model, model_size(settings)
     caches = sample.batch_size * (2 if sample.cfg_scale > 1 else 1) * cache_bytes(model, shape, sample.precision)
     sampled = transformer_parameters(model, tokens, conditional=True) * _width(sample.precision)
     found = settings.entropy_head.batch_size * cache_bytes(model, shape, "float32")
-    decoded = max(1, DECODED_PIXELS // tokenize.image_size**2)
     return {
-        "tokenize": _vq_pass(vq, tokenize.image_size, tokenize.batch_size),
+        "tokenize": _encoding(vq, tokenize.image_size, tokenize.batch_size),
         "entropy_map": _forward(entropy_model, entropy_map.batch_size, tokens, entropy_map.precision),
         "entropy_head": transformer_parameters(model, tokens, conditional=True) * WEIGHT + found,
-        "sample": sampled + max(caches, _vq_pass(vq, tokenize.image_size, min(decoded, sample.batch_size))),
-        "evaluate": _vq_pass(vq, tokenize.image_size, min(decoded, settings.evaluate.batch_size)),
+        "sample": sampled + max(caches, _decoding(vq, tokenize.image_size, sample.batch_size)),
+        "evaluate": _decoding(vq, tokenize.image_size, settings.evaluate.batch_size),
     }
 
 
@@ -135,9 +132,17 @@ def host_memory(settings: Settings, shape: Shape, processes: int, *, cuda: bool)
     return held
 
 
-def _vq_pass(config: VQConfig, image_size: int, batch: int) -> float:
-    """Bytes of encoding or decoding a batch without gradients, float32."""
+def _encoding(config: VQConfig, image_size: int, batch: int) -> float:
+    """Bytes of encoding a batch without gradients, float32."""
     return vq_parameters(config) * WEIGHT + batch * image_size**2 * config.channels * _VQ_PASS
+
+
+def _decoding(config: VQConfig, image_size: int, batch: int) -> float:
+    """Bytes of decoding a batch in parts, float32."""
+    from stages.images.from_tokens import DECODED_PIXELS
+
+    together = max(1, min(batch, DECODED_PIXELS // image_size**2))
+    return _encoding(config, image_size, together)
 
 
 def _forward(size: GPTSize, batch: int, tokens: TokenShape, precision: str) -> float:

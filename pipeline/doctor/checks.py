@@ -32,7 +32,8 @@ def examine(runtime: RuntimeConfig) -> list[Finding]:
             lambda: cpu.check_memory(memory, psutil.virtual_memory().available),
             lambda: cpu.check_compiler(runtime),
             lambda: home.check_home(runtime.home),
-            lambda: network.check_host_name(socket.gethostname()),
+            lambda: network.check_host_name(socket.gethostname(), runtime),
+            lambda: network.check_slurm(runtime),
             network.check_proxies,
             lambda: network.check_ports(runtime),
         ]

@@ -175,3 +175,11 @@ def test_guidance_doubles_the_caches_and_processes_the_memory_of_the_host(monkey
     one, four = (host_memory(settings, sizes, processes, cuda=True) for processes in (1, 4))
     assert four["train"] == pytest.approx(4 * one["train"])
     assert one["train"] > one["entropy_model"], "the patch index is in memory"
+
+
+def test_images_are_decoded_in_parts_of_a_bounded_size() -> None:
+    settings, _ = load_settings("imagenet256-l")
+    many, _ = load_settings("imagenet256-l", None, ["evaluate.batch_size=512", "tokenize.batch_size=512"])
+    few, more = (forwards(each, shape_of(each, *IMAGENET, "")) for each in (settings, many))
+    assert few["evaluate"] == more["evaluate"]
+    assert few["tokenize"] < more["tokenize"], "encoding takes whole batches"
