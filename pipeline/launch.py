@@ -1,7 +1,6 @@
 """Launch the process of a stage where the runtime settings say, and watch it to its end.
 
-Only stages that run as several processes become Slurm jobs. The others, and all views, take minutes on one core and
-run here.
+Only stages that can run as several processes become Slurm jobs. The others, and all views, need no GPU and run here.
 """
 
 from __future__ import annotations

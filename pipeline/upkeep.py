@@ -13,8 +13,10 @@ from pipeline.caching.input_checks import is_chunk
 from pipeline.caching.manifest import Manifest, ManifestError, key_of, read_manifest
 from pipeline.caching.store import DAMAGE, Cache
 from pipeline.graph import Stage
+from pipeline.launchers import slurm
 from pipeline.plan import target
 from pipeline.project import DPAR, Project
+from stages.runtime.artifact import RECORD
 from stages.runtime.errors import InputError
 
 _MAY_DIFFER = {"code", "package"}  # kinds of change that `accept` ignores
@@ -90,6 +92,7 @@ def accept(
             ignored = lines(found)
             reason = f"accepted by {getpass.getuser()}; made as {manifest.key}; ignored: {'; '.join(ignored)}"
             with cache.lock(key_of(wanted.parts)):
+                slurm.require_no_job(cache.work(key_of(wanted.parts)) / RECORD)
                 return cache.accept(path, manifest, wanted.parts, reason, wanted.definitions), ignored
     _, found = nearest(undamaged, wanted) or (None, [])
     differ = "; ".join(change.line for change in found if change.kind not in _MAY_DIFFER)

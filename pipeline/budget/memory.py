@@ -22,7 +22,6 @@ _BLOCK_BYTES = {"bfloat16": 55, "float32": 76}  # a row and channel of a block
 _ENDS_BYTES = {"bfloat16": 7, "float32": 9}  # a row and channel of embedding, last norm and head
 _VQ_BYTES = {"bfloat16": 170, "float32": 205}  # a pixel and base channel
 _VQ_PASS = 20  # bytes a pixel and base channel that a pass without gradients holds at once, float32
-DECODED_PIXELS = 2**20  # at a time, see stages/images/from_tokens.py
 _WORKSPACE = 1.1  # gradients and temporary tensors on top of what is saved
 CONTEXT = 1e9  # bytes of CUDA's context and libraries on the device
 _PROCESS, _HOST_CUDA = 0.7e9, 2e9  # bytes of a stage's process on the host; more of one that uses CUDA
@@ -88,9 +87,10 @@ def trainings(settings: Settings, shape: Shape, devices: int) -> dict[str, Train
         config = settings.tokenizer
         found["tokenizer"] = vq_training(config.model, config.image_size, config.training, devices)
     entropy = settings.entropy_model
-    found["entropy_model"] = transformer_training(
-        entropy.model, shape, entropy.training, conditional=False, devices=devices
-    )
+    if entropy.imported is None:
+        found["entropy_model"] = transformer_training(
+            entropy.model, shape, entropy.training, conditional=False, devices=devices
+        )
     if settings.train.imported is None:
         found["train"] = transformer_training(
             model_size(settings), shape, settings.train.training, conditional=True, devices=devices
@@ -139,6 +139,8 @@ def _encoding(config: VQConfig, image_size: int, batch: int) -> float:
 
 def _decoding(config: VQConfig, image_size: int, batch: int) -> float:
     """Bytes of decoding a batch in parts, float32."""
+    from stages.images.from_tokens import DECODED_PIXELS
+
     together = max(1, min(batch, DECODED_PIXELS // image_size**2))
     return _encoding(config, image_size, together)
 

@@ -17,7 +17,7 @@ from conf.runtime import RuntimeConfig
 from pipeline.launchers.commands import Process
 from stages.runtime.job import ERROR_FILE
 
-WARNING_S = 300  # between SIGUSR1 and the time limit: a checkpoint of a large model takes a minute
+WARNING_S = 300  # between SIGUSR1 and the time limit: a step and a checkpoint of a large model take a minute or two
 BLIND = 66  # exit code when a node does not see the home
 _FIRST_PORT, _PORTS = 20000, 10000
 
@@ -27,6 +27,7 @@ _SCRIPT = """#!/bin/bash
 echo "Slurm job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, attempt $((${{SLURM_RESTART_COUNT:-0}} + 1))"
 rm -rf {exit} {error} {meeting}
 mkdir {meeting}
+touch {probe_file}
 {exports}
 
 trap 'interrupted=1; limit=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
@@ -40,10 +41,19 @@ srun --kill-on-bad-exit=1 --ntasks-per-node=1 ${{SLURM_CPUS_PER_TASK:+--cpus-per
     bash -c {step} &
 until interrupted=; wait $!; code=$?; [ -z "$interrupted" ]; do :; done
 
-if [ -n "$limit" ] && [ "$code" -ne 0 ] && scontrol requeue "$SLURM_JOB_ID"; then exit; fi
+if [ -n "$limit" ] && [ "$code" -ne 0 ]; then
+    # A stage that saves nothing would begin again for ever.
+    saved=$(find {output} -newer {probe_file} -type f {unsaved} -print -quit)
+    if [ -n "$saved" ] && scontrol requeue "$SLURM_JOB_ID"; then exit; fi
+    [ -n "$saved" ] || echo "nothing was saved before the time limit: set runtime.slurm.hours higher"
+fi
 echo "$code" > {exit}.partial && mv {exit}.partial {exit}
 exit "$code"
 """
+# What every attempt writes, whether it gets anywhere or not.
+_UNSAVED = "! -path '*/record/torchrun/*' ! -path '*/record/slurm.*'" + "".join(
+    f" ! -path '*/record/{name}'" for name in ("log.txt", "progress.json", "error.json")
+)
 # Files made a moment ago appear late on a network file system.
 _PROBE = """for attempt in 1 2 3 4 5 6 7 8 9 10; do
     [ "$(cat {path} 2> /dev/null)" = {token} ] && exit
@@ -70,6 +80,9 @@ def script(process: Process, runtime: RuntimeConfig, *, name: str, probe: Path, 
     return _SCRIPT.format(
         options="\n".join(f"#SBATCH {option}" for option in _options(process, runtime, name)),
         exit=shlex.quote(str(exit_file)),
+        probe_file=shlex.quote(str(probe)),
+        output=shlex.quote(str(process.job.output)),
+        unsaved=_UNSAVED,
         error=shlex.quote(str(process.job.output / ERROR_FILE)),  # of the attempt before the job was put back
         meeting=shlex.quote(str(process.rendezvous)),
         exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in variables.items()),
@@ -92,7 +105,7 @@ def _options(process: Process, runtime: RuntimeConfig, name: str) -> list[str]:
         "--open-mode=append",
         f"--chdir={shlex.quote(str(process.record))}",
         "--requeue",
-        f"--signal=B:USR1@{WARNING_S if slurm.hours is None else min(WARNING_S, int(slurm.hours * 900))}",
+        f"--signal=B:USR1@{WARNING_S}",
     ]
     if runtime.gpus_per_node:
         options.append(f"--gpus-per-node={runtime.gpus_per_node}")

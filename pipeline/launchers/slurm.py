@@ -50,6 +50,7 @@ _ENDED = {
 }
 _GONE = "gone"  # state of a job that Slurm does not know
 _AGAIN = "run again to resume"
+_ASKED = (signal.SIGTERM, signal.SIGUSR1)  # stages exit by themselves when they get these
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,8 @@ def _failure(process: Process, job: SlurmJob, state: str, code: int | None) -> S
         return StageFailed(name, f"Slurm job {number} ended as {state} without a line of output: {why}", 2, log)
     if code is None:
         return StageFailed(name, f"Slurm job {number} vanished ({state}, no exit code); {_AGAIN}", 1, log)
-    return failure(process, 128 - code if code > 128 else code, job.log_start)
+    by_signal = code > 128 and code - 128 not in _ASKED
+    return failure(process, 128 - code if by_signal else code, job.log_start)
 
 
 def _has_started(process: Process, job: SlurmJob) -> bool:

@@ -25,7 +25,6 @@ from pipeline.budget import memory
 from pipeline.budget.images import IMAGENET
 from pipeline.budget.memory import forwards, host_memory, rows, trainings, transformer_training, vq_training
 from pipeline.budget.shape import Shape, TokenShape, shape_of
-from stages.images import from_tokens
 
 SMALL = TokenShape(codebook_size=1024, num_tokens=64, num_classes=10)
 
@@ -152,6 +151,16 @@ def test_imported_models_are_not_trained() -> None:
     )
     found = [trainings(settings, shape_of(settings, *IMAGENET, ""), 1) for settings in (trained, imported)]
     assert [set(names) for names in found] == [{"tokenizer", "entropy_model", "train"}, {"entropy_model"}]
+    foreign, _ = load_settings("demo", None, ["entropy_model.source=checkpoint", "entropy_model.checkpoint=x"])
+    assert set(trainings(foreign, shape_of(foreign, *IMAGENET, ""), 1)) == {"train"}
+
+
+def test_samples_are_decoded_in_parts() -> None:
+    needed = [
+        forwards(load_settings("imagenet256-b", None, [f"evaluate.batch_size={size}"])[0], shape())["evaluate"]
+        for size in (8, 16, 64)
+    ]
+    assert needed[0] < needed[1] == needed[2]
 
 
 def test_guidance_doubles_the_caches_and_processes_the_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +177,7 @@ def test_guidance_doubles_the_caches_and_processes_the_memory_of_the_host(monkey
     assert one["train"] > one["entropy_model"], "the patch index is in memory"
 
 
-def test_images_are_decoded_in_parts_of_the_same_size() -> None:
-    assert memory.DECODED_PIXELS == from_tokens._DECODED_PIXELS
+def test_images_are_decoded_in_parts_of_a_bounded_size() -> None:
     settings, _ = load_settings("imagenet256-l")
     many, _ = load_settings("imagenet256-l", None, ["evaluate.batch_size=512", "tokenize.batch_size=512"])
     few, more = (forwards(each, shape_of(each, *IMAGENET, "")) for each in (settings, many))

@@ -57,10 +57,6 @@ def test_what_is_not_set_is_left_to_the_cluster(tmp_path: Path) -> None:
     assert not names & {"--partition", "--account", "--time", "--gpus-per-node"}
 
 
-def test_a_short_job_is_warned_within_its_time(tmp_path: Path) -> None:
-    assert "--signal=B:USR1@90" in options(rendered(tmp_path, slurm=SlurmConfig(hours=0.1)))
-
-
 @pytest.mark.parametrize("name", ["plain", "with space", "quote'd", 'double"d', "dollar$HOME", "per%cent", "back`tick"])
 def test_any_path_gives_valid_bash(tmp_path: Path, name: str) -> None:
     text = rendered(tmp_path / name, nodes=2, processes=2)
@@ -82,7 +78,7 @@ def test_several_machines_meet_at_the_first_and_one_machine_opens_no_port(tmp_pa
         ("slurm.partition='gpu; rm'", r"slurm\.partition"),
         (r'slurm.options=["--a\n#SBATCH --b"]', r"slurm\.options"),
         ("slurm.options=[exclusive]", r"slurm\.options"),
-        ("slurm.hours=0", r"slurm\.hours.*greater than 0"),
+        ("slurm.hours=0.1", r"slurm\.hours.*greater than or equal to 0.25"),
         ("slurm.time=3", r"slurm\.time: unknown setting"),
         ("nodes=0", "nodes.*greater than 0"),
     ],

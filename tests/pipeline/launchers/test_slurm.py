@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from slurm_cluster import NODES, Cluster, wait_for
 
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
+from conf.section import Section
 from pipeline.garbage import find_garbage
 from pipeline.graph import STAGES, inputs_read
 from pipeline.launch import StageFailed, launch
@@ -130,6 +132,16 @@ def test_a_job_put_back_into_the_queue_goes_on(jobs: Any, cluster: Cluster, how:
     assert attempts(jobs.run("alpha").path) == 2
 
 
+def test_a_stage_that_saves_nothing_is_not_started_again_and_again(jobs: Any, cluster: Cluster) -> None:
+    jobs.edit("alpha", 'steps.open("a").write("x")', "print('working', flush=True)")
+    jobs.gate("alpha")
+    launcher = jobs.start("alpha")
+    wait_for(lambda: any("working" in log.read_text() for log in jobs.home.glob(".work/*/record/log.txt")), 30)
+    cluster.call("scancel", "--batch", "--signal=USR1", str(cluster.jobs()[0]))
+    message = "exit code 143, last line: nothing was saved before the time limit: set runtime.slurm.hours higher"
+    assert message in launcher.communicate()[1]
+
+
 def test_an_error_of_the_stage_is_one_line(jobs: Any) -> None:
     jobs.home.mkdir()
     (jobs.home / "fail-alpha").touch()
@@ -220,14 +232,18 @@ def processes_of(tiny: Any, module: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.timeout(600)
-def test_stages_on_two_nodes_make_what_one_process_makes(
+Stages = Callable[..., Path]
+
+
+@pytest.fixture
+def on_two_nodes(
     cluster: Cluster, tmp_path: Path, image_root: Path, tiny_settings: Settings, tiny_artifacts: dict[str, Path]
-) -> None:
+) -> Stages:
+    """Run a stage of the tiny preset as two ranks on each of two nodes, on the artifacts of one process."""
     runtime = RuntimeConfig(home=tmp_path, nodes=2, processes=2)
 
-    def run(name: str, **changes: object) -> Path:
-        stage, config = STAGES[name], getattr(tiny_settings, name).model_copy(update=changes)
+    def run(name: str, config: Section, on_progress: Callable[[Any], Any] = id) -> Path:
+        stage = STAGES[name]
         inputs = {source: tiny_artifacts[source] for source in inputs_read(stage, tiny_settings)}
         job = Job(
             stage=name,
@@ -236,14 +252,53 @@ def test_stages_on_two_nodes_make_what_one_process_makes(
             output=tmp_path / name,
             runtime=runtime.model_dump(mode="json"),
         )
-        launch(name, stage.entry[0], job, runtime, code_root=DPAR.code_root, locks=(), spmd=True)
+        entry = stage.entry[0]
+        launch(name, entry, job, runtime, code_root=DPAR.code_root, locks=(), spmd=True, on_progress=on_progress)
         return job.output
 
-    assert TokenStore.open(run("tokenize") / "tokens.zarr").digest == TokenStore.of(tiny_artifacts).digest
-    four, one = (SampleStore.open(path / "samples.zarr") for path in (run("sample"), tiny_artifacts["sample"]))
+    return run
+
+
+@pytest.mark.timeout(600)
+def test_two_nodes_make_the_tokens_and_samples_of_one_process(
+    on_two_nodes: Stages, tiny_settings: Settings, tiny_artifacts: dict[str, Path]
+) -> None:
+    tokens = TokenStore.open(on_two_nodes("tokenize", tiny_settings.tokenize) / "tokens.zarr")
+    assert tokens.digest == TokenStore.of(tiny_artifacts).digest
+    output = on_two_nodes("sample", tiny_settings.sample)
+    four, one = (SampleStore.open(path / "samples.zarr") for path in (output, tiny_artifacts["sample"]))
     assert np.array_equal(four.tokens, one.tokens)
     assert np.array_equal(four.labels, one.labels)
-    trained = run("train", dropout=0.0, class_dropout_prob=0.0)
-    losses = [json.loads(line)["loss"] for line in (trained / "record/metrics.jsonl").read_text().splitlines()[:-1]]
-    assert len(losses) == 4
-    assert losses[-1] < losses[0]
+
+
+@pytest.mark.timeout(600)
+def test_training_on_two_nodes_saves_near_the_time_limit_and_goes_on(
+    on_two_nodes: Stages,
+    cluster: Cluster,
+    tiny_settings: Settings,
+    tiny_artifacts: dict[str, Path],
+    run_in_process: Any,
+) -> None:
+    training = tiny_settings.train.training.model_copy(update={"steps": 80})
+    # Without dropout nothing is random but the order of samples, which does not depend on the processes.
+    config = tiny_settings.train.model_copy(update={"dropout": 0.0, "class_dropout_prob": 0.0, "training": training})
+    warned: list[int] = []
+
+    def warn_once(progress: dict[str, Any]) -> None:
+        """Send what Slurm sends to the script before the time limit."""
+        if not warned and 4 <= progress["done"] < training.steps:
+            warned.extend(cluster.jobs())
+            cluster.call("scancel", "--batch", "--signal=USR1", str(warned[0]))
+
+    output = on_two_nodes("train", config, warn_once)
+    assert warned
+    assert attempts(output) == 2
+    assert "resuming from step" in (output / "record/log.txt").read_text()
+    interrupted, whole = (last_metrics(path) for path in (output, run_in_process("train", config, tiny_artifacts)))
+    assert interrupted["step"] == whole["step"] == training.steps
+    assert interrupted["heldout_loss"] == pytest.approx(whole["heldout_loss"], rel=1e-3)
+
+
+def last_metrics(artifact: Path) -> dict[str, float]:
+    lines = (artifact / "record/metrics.jsonl").read_text().splitlines()
+    return [metrics for line in lines if "heldout_loss" in (metrics := json.loads(line))][-1]
