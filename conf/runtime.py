@@ -47,7 +47,10 @@ class RuntimeConfig(BaseSettings):
     """How and where a run happens. Set by `DPAR_*` variables or `--set runtime.name=value`; never in a key."""
 
     model_config = SettingsConfigDict(env_prefix="DPAR_", env_nested_delimiter="__", extra="forbid", frozen=True)
-    STAGES_READ: ClassVar[tuple[str, ...]] = ("device", "threads", "compile", "attention", "log_level", "lpips_weights")
+    STAGES_READ: ClassVar[tuple[str, ...]] = (
+        *("device", "threads", "compile", "micro_batch", "checkpoint_activations", "checkpoint_minutes"),
+        *("attention", "log_level", "lpips_weights"),
+    )
 
     home: Path = Field(Path("artifacts"), description="Root of artifacts, locks, logs and server databases.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run; `auto` takes a GPU if any.")
@@ -58,9 +61,23 @@ class RuntimeConfig(BaseSettings):
     processes: PositiveInt = Field(1, description="Processes of a stage on each machine, usually one a GPU.")
     gpus_per_node: int = Field(0, ge=0, description="GPUs that Slurm or Kubernetes is asked for on each machine.")
     threads: int = Field(0, ge=0, description="Threads of one process; 0 shares the cores among the processes.")
-    compile: bool = Field(
+    compile: bool | None = Field(
+        None,
+        description="Whether to train with torch.compile, which changes rounding and needs a C++ compiler; null "
+        "compiles on CUDA only.",
+    )
+    micro_batch: PositiveInt | None = Field(
+        None,
+        description="Images that a process forwards at once in training; gradients of a step are summed. Null takes as "
+        "many as the GPU's memory holds, and on a CPU all of the process's share.",
+    )
+    checkpoint_activations: bool = Field(
         False,
-        description="Whether to train with torch.compile, which changes rounding; on a CPU it needs a C++ compiler.",
+        description="Whether training computes activations again in the backward pass, which saves memory and takes a "
+        "third more time; gradients stay equal to the bit.",
+    )
+    checkpoint_minutes: float = Field(
+        15.0, gt=0, description="Minutes between checkpoints, beside those every `checkpoint_every` steps."
     )
     attention: Literal["auto", "xformers", "varlen", "padded"] = Field(
         "auto",

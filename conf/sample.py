@@ -50,6 +50,9 @@ class SampleConfig(Section):
     batch_size: PositiveInt = Field(32, description="Samples in one batch, the unit of work and of resume.")
     image_size: int = Field(256, ge=16, le=1024, description="Side that decoded images are resized to, pixels.")
     precision: Precision = Field("bfloat16", description="Type of the model's weights; logits are float32.")
+    decoder_precision: Precision = Field(
+        "float32", description="Type of the tokenizer's decoder; bfloat16 is meant for GPUs and rounds pixels."
+    )
     grid_columns: PositiveInt = Field(8, description="Samples of each class in grid.png.")
     seed: Seed = 0
 

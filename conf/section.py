@@ -74,7 +74,9 @@ class TrainingConfig(Section):
     precision: Precision = Field(
         "bfloat16", description="Type of the forward pass under autocast; weights stay float32."
     )
-    checkpoint_every: PositiveInt = Field(5000, description="Steps between checkpoints.", json_schema_extra=NOT_IN_KEY)
+    checkpoint_every: PositiveInt = Field(
+        5000, description="Steps between checkpoints, each with the held-out loss.", json_schema_extra=NOT_IN_KEY
+    )
     log_every: PositiveInt = Field(
         100, description="Steps between lines of metrics.jsonl.", json_schema_extra=NOT_IN_KEY
     )

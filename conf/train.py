@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PositiveInt, field_validator, model_validator
 
 from conf.entropy_head import HeadChoice
 from conf.section import NOT_IN_KEY, Probability, Section, Seed, TrainingConfig
@@ -41,6 +41,11 @@ class TrainConfig(Section):
     )
     training: TrainingConfig = Field(
         default_factory=lambda: TrainingConfig(steps=1_501_200), description="Optimisation of the model."
+    )
+    preview_every: PositiveInt | None = Field(
+        None,
+        description="Steps between pictures of samples in the record; null draws none.",
+        json_schema_extra=NOT_IN_KEY,
     )
     seed: Seed = 0
 

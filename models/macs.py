@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -168,15 +167,25 @@ def npp_cost(config: GPTConfig, schedule: NextPatchSchedule, steps: int) -> Cost
     Raises:
         ValueError: A side of the schedule's blocks does not divide the grid of tokens.
     """
+    ends = (0, *schedule.ends(steps))
+    forward = _total(
+        block_macs(config, side) * ((end - begin) / steps)
+        for side, (begin, end) in zip(schedule.sides, pairwise(ends), strict=True)
+    )
+    llamagen = gpt_cost(config)
+    return Cost(parameters=llamagen.parameters, forward=forward, sampling=llamagen.sampling)
+
+
+def block_macs(config: GPTConfig, side: int) -> Macs:
+    """Cost of one image's forward pass in Next Patch Prediction on blocks of `side` x `side` tokens.
+
+    Raises:
+        ValueError: The side does not divide the grid of tokens.
+    """
     with _META:
         model = GPT(config)
     tokens, labels = _inputs(config.num_tokens)
-    ends = (0, *schedule.ends(steps))
-    forward = _total(
-        _count(partial(next_patch_loss, model, tokens, labels, side))[_ALL] * ((end - begin) / steps)
-        for side, (begin, end) in zip(schedule.sides, pairwise(ends), strict=True)
-    )
-    return Cost(parameters=_parameters(model), forward=forward, sampling=gpt_cost(config).sampling)
+    return _count(lambda: next_patch_loss(model, tokens, labels, side))[_ALL]
 
 
 def dpar_cost(config: DPARConfig, mean_length: float) -> DPARCost:

@@ -21,6 +21,7 @@ class Stage:
         external: External files that it reads, whose digest is in its key: the image files, or a weights file named
             by this setting.
         summary: One line for users.
+        previews_with: Stages whose artifacts it reads for pictures in its record, if they are cached; not in the key.
         shown_with: Stages whose artifacts its view reads in addition to `inputs`; not in the key. See `stages.views`.
     """
 
@@ -31,6 +32,7 @@ class Stage:
     spmd: bool = True
     packages: tuple[str, ...] = ("torch",)
     external: Literal["images", "checkpoint", "weights"] | None = None
+    previews_with: tuple[str, ...] = ()
     shown_with: tuple[str, ...] = ()
 
     @property
@@ -84,6 +86,7 @@ STAGES: dict[str, Stage] = {
             inputs=("tokenize", "entropy_map", "patch_index"),
             summary="class-conditional model",
             external="checkpoint",
+            previews_with=("tokenizer",),
         ),
         Stage(
             name="entropy_head",
@@ -114,7 +117,11 @@ NEUTRAL: dict[str, str] = {
     "stages.runtime": "running a stage's process, writing files, progress and logs",
     VIEWS: "views are drawn from finished artifacts",
     "stages.training.log": "metrics.jsonl is in the record, not in the content",
-    "stages.training.validation": "held-out losses go to metrics.jsonl; no weight depends on them",
+    "stages.training.meter": "speed and memory go to metrics.jsonl",
+    "stages.training.costs": "MACs are only reported",
+    "stages.training.finite": "a loss that is not finite stops the training",
+    "stages.training.validation": "held-out losses go to the record; no weight depends on them",
+    "stages.sampling.snapshots": "previews are in the record; no weight depends on them",
 }
 COUNTED = frozenset({"stages.runtime.randomness"})  # random numbers change results
 

@@ -152,12 +152,13 @@ class _Run:
         name, key = self.stage.name, key_of(parts)
         work = self.cache.begin(parts)
         self.observer.stage_started(name, key, work)
-        started = time.monotonic()
+        started, previews = time.monotonic(), _previews(self.stage, self.settings, self.runtime, self.project)
         try:
-            with self.cache.reading([manifest.key for manifest in inputs.values()]) as reading:
+            read = [*(manifest.key for manifest in inputs.values()), *(path.name for path in previews.values())]
+            with self.cache.reading(read) as reading:
                 input_checks.require_undamaged(self.cache, name, inputs)
                 self._require_external(parts, deep=True)
-                self._launch(work, inputs, lock, reading)
+                self._launch(work, inputs, previews, lock, reading)
                 input_checks.require_unchanged(self.cache, name, inputs)
                 self._require_external(parts, deep=False)
                 manifest = self.cache.commit(parts, time.monotonic() - started, self.code.definitions)
@@ -168,9 +169,17 @@ class _Run:
         view_error = views.draw(self.stage, self.settings, self.runtime, self.cache.path(key), known, self.project)
         return _result(self.cache, manifest, "ran", view_error)
 
-    def _launch(self, work: Path, inputs: dict[str, Manifest], lock: int, reading: tuple[int, ...]) -> None:
+    def _launch(
+        self,
+        work: Path,
+        inputs: dict[str, Manifest],
+        previews: dict[str, Path],
+        lock: int,
+        reading: tuple[int, ...],
+    ) -> None:
         """Run the process to its end. Damaged inputs and changed images that it reports are marked for the next run."""
-        name, job = self.stage.name, _job(self.stage, self.settings, self.runtime, work, _paths(self.cache, inputs))
+        name, paths = self.stage.name, previews | _paths(self.cache, inputs)
+        job = _job(self.stage, self.settings, self.runtime, work, paths)
         try:
             launch(
                 name,
@@ -215,7 +224,8 @@ def prepare(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: P
     digests = {name: found.digest for name, found in inputs.items()}
     parts = key_parts(stage, settings, cache.home, digests, project.fingerprint(stage, cache.home), deep=True)
     with cache.lock(key_of(parts), on_wait=lambda: logger.warning(_WAITING, key_of(parts))):
-        job = _job(stage, settings, runtime, cache.begin(parts), _paths(cache, inputs))
+        paths = _previews(stage, settings, runtime, project) | _paths(cache, inputs)
+        job = _job(stage, settings, runtime, cache.begin(parts), paths)
         process = process_of(stage.name, stage.entry[0], job, runtime, project.code_root, spmd=stage.spmd)
         slurm.require_no_job(process.record)
         process.prepare()
@@ -230,6 +240,12 @@ def _job(stage: Stage, settings: Settings, runtime: RuntimeConfig, work: Path, i
         output=work,
         runtime=runtime.model_dump(mode="json"),
     )
+
+
+def _previews(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: Project) -> dict[str, Path]:
+    """Cached artifacts that a stage reads only for pictures in its record."""
+    known = _cached_artifacts(settings, runtime, project) if stage.previews_with else {}
+    return {name: path for name, path in known.items() if name in stage.previews_with}
 
 
 def _paths(cache: Cache, inputs: dict[str, Manifest]) -> dict[str, Path]:

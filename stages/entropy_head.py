@@ -52,7 +52,7 @@ def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtim
     with process_group(runtime) as world:
         loaded = load_model(inputs["train"], world.device)
         model = loaded if isinstance(loaded, DPAR) and SavedRule.of(inputs).mode != "static" else None
-        head = None if model is None else _head(config, inputs, model, output, world)
+        head = None if model is None else _head(config, inputs, model, output, world, runtime)
     if not world.is_main:
         return
     if model is None:
@@ -63,7 +63,9 @@ def entropy_head(config: EntropyHeadConfig, inputs: Inputs, output: Path, runtim
     _calibrate(Sources.of(config, inputs, model, head, world.device), config, output)
 
 
-def _head(config: EntropyHeadConfig, inputs: Inputs, model: DPAR, output: Path, world: World) -> EntropyHead | None:
+def _head(
+    config: EntropyHeadConfig, inputs: Inputs, model: DPAR, output: Path, world: World, runtime: RuntimeConfig
+) -> EntropyHead | None:
     """The head trained jointly with the model, else a newly trained one; None if the settings want no head."""
     if (inputs["train"] / HEAD_FILE).exists():
         return load_head(inputs["train"], world.device)
@@ -71,14 +73,10 @@ def _head(config: EntropyHeadConfig, inputs: Inputs, model: DPAR, output: Path, 
         return None
     store = TokenStore.of(inputs)
     data = EntropyData(store, PatchIndex.of(inputs, store), EntropyStore.of(inputs))
-    return _train(config, model, data, output, world)
-
-
-def _train(config: EntropyHeadConfig, model: DPAR, data: EntropyData, output: Path, world: World) -> EntropyHead:
-    assert config.kind != "none"
     seed_torch(config.seed, Purpose.WEIGHTS)
     head = EntropyHead(HeadShape.of(model.config, config.kind))
-    train_model(data.training(head, HeadObjective(model, head), config.training, config.seed, world), output, world)
+    run = data.training(head, HeadObjective(model, head), config.training, config.seed, world)
+    train_model(run, output, world, runtime)
     return head.eval()
 
 

@@ -18,11 +18,10 @@ from stages.runtime.distributed import World, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.randomness import Purpose, seed_torch
 from stages.stores.tokens import TokenStore
-from stages.training.compiled import compile_blocks
 from stages.training.data import GPTObjective, TokenData
 from stages.training.log import MetricLog
 from stages.training.loop import train_model
-from stages.training.validation import heldout_loss
+from stages.training.validation import heldout_by_position, heldout_loss, write_positions
 from stages.weights.own import GPT_FAMILY, save_model
 from stages.weights.pretrained import read_gpt_checkpoint, write_source
 
@@ -30,8 +29,8 @@ from stages.weights.pretrained import read_gpt_checkpoint, write_source
 def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `model.safetensors` and its config.
 
-    The record holds its held-out loss. For imported weights, it also holds `source.json` with the SHA-256 of the
-    weights file.
+    The record holds its held-out loss, also by position. For imported weights, it also holds `source.json` with the
+    SHA-256 of the weights file.
 
     Raises:
         InputError: The weights to import do not fit the settings, or belong to other tokens.
@@ -42,7 +41,9 @@ def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runt
             model = _train(config, store, output, runtime, world)
         else:
             model = _import(config, config.imported, store, output, world)
+        by_position = heldout_by_position(TokenData(store), GPTObjective(model.eval()).token_losses, world)
     if world.is_main:
+        write_positions(output, by_position)
         if config.imported is not None:
             write_source(output, config.imported)
         save_model(output, GPT_FAMILY, model, model.config, store.facts.vq_sha256)
@@ -52,9 +53,8 @@ def _train(config: EntropyModelConfig, store: TokenStore, output: Path, runtime:
     data = TokenData(store)
     seed_torch(config.seed, Purpose.WEIGHTS)
     model = GPT(replace(_shape(config, store), dropout=config.dropout))
-    if runtime.compile:
-        compile_blocks(model)
-    train_model(data.training(model, GPTObjective(model), config.training, config.seed, world), output, world)
+    run = data.training(model, GPTObjective(model), config.training, config.seed, world)
+    train_model(run, output, world, runtime)
     return model
 
 

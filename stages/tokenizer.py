@@ -22,7 +22,7 @@ from stages.stores.image_index import ImageIndex
 from stages.training.images import ImageBatch, ImageFiles, VQObjective
 from stages.training.log import MetricLog
 from stages.training.loop import Training, train_model
-from stages.training.stream import SampleStream
+from stages.training.stream import Part, SampleStream
 from stages.training.validation import reconstruction_scores
 from stages.weights.own import save_vq
 from stages.weights.pretrained import read_lpips, read_vq_checkpoint, write_source
@@ -65,8 +65,12 @@ def _train(config: TokenizerConfig, images: ImageFiles, output: Path, runtime: R
     lpips = read_lpips(runtime.lpips_weights) if config.lpips_weight > 0 else None
     stream = SampleStream(images.index.num_train, config.training.global_batch_size, config.seed)
 
-    def batch(step: int) -> ImageBatch:
-        return ImageBatch(images.training_pixels(stream, step, world), step >= config.adversarial_start)
+    def batch(step: int, part: Part) -> ImageBatch:
+        return ImageBatch(images.training_pixels(stream, step, part), step >= config.adversarial_start)
+
+    def samples(step: int, part: Part) -> dict[str, list[int]]:
+        numbers, epochs = stream.samples(step, part)
+        return {"images": numbers.tolist(), "epochs": epochs.tolist()}
 
     run = Training(
         model=model,
@@ -77,8 +81,9 @@ def _train(config: TokenizerConfig, images: ImageFiles, output: Path, runtime: R
         config=config.training,
         seed=config.seed,
         auxiliary={} if discriminator is None else {"discriminator": discriminator},
+        samples=samples,
     )
-    train_model(run, output, world)
+    train_model(run, output, world, runtime)
     return model.eval()
 
 

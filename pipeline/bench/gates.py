@@ -26,7 +26,7 @@ ORDERED_PAIRS = (
 )
 SCRIPTS_FOLDER = Path(__file__).parents[2] / "tests" / "benchmarks"
 SCRIPTS = {
-    "train-step": ("train_step.py",),
+    "train-step": ("train_step.py", "loop_overhead.py"),
     "sample": ("sample_speed.py", "sample_parts.py"),
     "data": ("data_stores.py", "data_loader.py", "image_stages.py", "stage_memory.py"),
     "structure": ("structure.py",),

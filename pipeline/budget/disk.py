@@ -54,7 +54,8 @@ def _tokenizer(settings: Settings, shape: Shape) -> Disk:
 
 def _entropy_model(settings: Settings, shape: Shape) -> Disk:
     config = settings.entropy_model
-    return _trained(transformer_parameters(config.model, shape.tokens, conditional=False), config.training)
+    parameters = transformer_parameters(config.model, shape.tokens, conditional=False)
+    return _trained(parameters, config.training if config.imported is None else None)
 
 
 def _train(settings: Settings, shape: Shape) -> Disk:

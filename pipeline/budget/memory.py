@@ -16,6 +16,7 @@ from pipeline.budget.disk import MOMENTS, WEIGHT
 from pipeline.budget.parameters import num_layers, transformer_parameters, vq_parameters
 from pipeline.budget.shape import Shape, TokenShape, model_size
 from pipeline.graph import STAGES
+from stages.images.limits import DECODED_PIXELS
 
 # Bytes saved for the backward pass, counted on the real modules.
 _BLOCK_BYTES = {"bfloat16": 55, "float32": 76}  # a row and channel of a block
@@ -87,9 +88,10 @@ def trainings(settings: Settings, shape: Shape, devices: int) -> dict[str, Train
         config = settings.tokenizer
         found["tokenizer"] = vq_training(config.model, config.image_size, config.training, devices)
     entropy = settings.entropy_model
-    found["entropy_model"] = transformer_training(
-        entropy.model, shape, entropy.training, conditional=False, devices=devices
-    )
+    if entropy.imported is None:
+        found["entropy_model"] = transformer_training(
+            entropy.model, shape, entropy.training, conditional=False, devices=devices
+        )
     if settings.train.imported is None:
         found["train"] = transformer_training(
             model_size(settings), shape, settings.train.training, conditional=True, devices=devices
@@ -106,11 +108,11 @@ def forwards(settings: Settings, shape: Shape) -> dict[str, float]:
     sampled = transformer_parameters(model, tokens, conditional=True) * _width(sample.precision)
     found = settings.entropy_head.batch_size * cache_bytes(model, shape, "float32")
     return {
-        "tokenize": _vq_pass(vq, tokenize.image_size, tokenize.batch_size),
+        "tokenize": _encoding(vq, tokenize.image_size, tokenize.batch_size),
         "entropy_map": _forward(entropy_model, entropy_map.batch_size, tokens, entropy_map.precision),
         "entropy_head": transformer_parameters(model, tokens, conditional=True) * WEIGHT + found,
-        "sample": sampled + max(caches, _vq_pass(vq, tokenize.image_size, sample.batch_size)),
-        "evaluate": _vq_pass(vq, tokenize.image_size, settings.evaluate.batch_size),
+        "sample": sampled + max(caches, _decoding(vq, tokenize.image_size, sample.batch_size)),
+        "evaluate": _decoding(vq, tokenize.image_size, settings.evaluate.batch_size),
     }
 
 
@@ -131,9 +133,15 @@ def host_memory(settings: Settings, shape: Shape, processes: int, *, cuda: bool)
     return held
 
 
-def _vq_pass(config: VQConfig, image_size: int, batch: int) -> float:
-    """Bytes of encoding or decoding a batch without gradients, float32."""
+def _encoding(config: VQConfig, image_size: int, batch: int) -> float:
+    """Bytes of encoding a batch without gradients, float32."""
     return vq_parameters(config) * WEIGHT + batch * image_size**2 * config.channels * _VQ_PASS
+
+
+def _decoding(config: VQConfig, image_size: int, batch: int) -> float:
+    """Bytes of decoding a batch in parts, float32."""
+    together = max(1, min(batch, DECODED_PIXELS // image_size**2))
+    return _encoding(config, image_size, together)
 
 
 def _forward(size: GPTSize, batch: int, tokens: TokenShape, precision: str) -> float:

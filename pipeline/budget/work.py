@@ -167,7 +167,9 @@ def _tokenize(costs: Costs) -> Work:
 
 def _entropy_model(costs: Costs) -> Work:
     config = costs.settings.entropy_model
-    return _trained(costs, costs.entropy_model, config.model, config.training)
+    if config.imported is None:
+        return _trained(costs, costs.entropy_model, config.model, config.training)
+    return _scored(costs, costs.entropy_model)
 
 
 def _entropy_map(costs: Costs) -> Work:
@@ -191,8 +193,13 @@ def _train(costs: Costs) -> Work:
     config = costs.settings.train
     if config.imported is None:
         return _trained(costs, costs.model, costs.size, config.training)
+    return _scored(costs, costs.model)
+
+
+def _scored(costs: Costs, model: Cost) -> Work:
+    """Held-out loss of an imported model."""
     images = costs.shape.heldout
-    phase = Phase(kind="forward", flops=costs.share(FLOPS * costs.model.forward.total * images), precision="float32")
+    phase = Phase(kind="forward", flops=costs.share(FLOPS * model.forward.total * images), precision="float32")
     return Work(images=images, tokens=images * costs.shape.tokens.num_tokens, phases=(phase,))
 
 

@@ -32,20 +32,19 @@ def check_cuda(facts: TorchFacts, runtime: RuntimeConfig, driver: str | None, *,
     yield ok("cuda", f"CUDA {facts.cuda}, driver {driver or 'unknown'}, {number} device{'s' if number > 1 else ''}")
     if runtime.device == "cpu":
         yield warning("device", "runtime.device is cpu", "set DPAR_DEVICE=auto to use the GPU")
-    elif runtime.processes > len(facts.devices):
-        yield blocker(
-            "processes",
-            f"runtime.processes is {runtime.processes} and torch sees {len(facts.devices)} devices",
-            f"set DPAR_PROCESSES={len(facts.devices)}",
-        )
-    elif runtime.processes < len(facts.devices):
-        yield warning(
-            "processes",
-            f"runtime.processes is {runtime.processes} and torch sees {len(facts.devices)} devices",
-            f"set DPAR_PROCESSES={len(facts.devices)} to use all",
-        )
-    for number, device in enumerate(facts.devices):
-        yield from _device(f"cuda:{number}", device)
+    elif runtime.launcher == "local":
+        yield from _processes(runtime.processes, number)
+    for place, device in enumerate(facts.devices):
+        yield from _device(f"cuda:{place}", device)
+
+
+def _processes(processes: int, devices: int) -> Iterator[Finding]:
+    """Whether each device has one process."""
+    found, advice = f"runtime.processes is {processes}, and torch sees {devices}", f"set DPAR_PROCESSES={devices}"
+    if processes > devices:
+        yield blocker("processes", found, advice)
+    elif processes < devices:
+        yield warning("processes", found, f"{advice} to use all")
 
 
 def driver_version(path: Path = _DRIVER) -> str | None:

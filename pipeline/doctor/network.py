@@ -1,7 +1,8 @@
-"""Checks of the network on this machine: host name, proxies, ports."""
+"""Checks of how processes meet: host name, Slurm, proxies, ports."""
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,28 +10,43 @@ from concurrent.futures import TimeoutError as Late
 from urllib.request import getproxies_environment, proxy_bypass
 
 from conf.runtime import RuntimeConfig
-from pipeline.doctor.finding import Finding, ok, warning
+from pipeline.doctor.finding import Finding, blocker, ok, warning
 from pipeline.processes import HOST, listener
 from pipeline.servers import running
 
-_PATIENCE_S = 3.0  # torchrun asks several times
+_PATIENCE_S = 3.0
 _LOOPBACK = (HOST, "localhost")
 
 
-def check_host_name(name: str, resolve: Callable[[str], object] = socket.gethostbyname) -> Finding:
-    """Whether the machine's own name resolves, and fast: torchrun asks for it."""
+def check_host_name(
+    name: str, runtime: RuntimeConfig, resolve: Callable[[str], object] = socket.gethostbyname
+) -> Finding:
+    """Whether the machine's own name resolves, and fast. Processes of several machines meet under such names."""
     pool = ThreadPoolExecutor(1)
     try:
         pool.submit(resolve, name).result(_PATIENCE_S)
     except (OSError, Late):
+        if runtime.launcher == "local" and runtime.nodes == 1:
+            return ok("host name", f"{name} does not resolve, which only several machines need")
         return warning(
             "host name",
-            f"{name} does not resolve: torchrun may wait for minutes",
-            f"add a line `127.0.0.1 {name}` to /etc/hosts",
+            f"{name} does not resolve: torchrun on several machines may wait for ever",
+            f"add {name} with its address to /etc/hosts",
         )
     finally:
         pool.shutdown(wait=False)
     return ok("host name", f"{name} resolves")
+
+
+def check_slurm(runtime: RuntimeConfig, which: Callable[[str], str | None] = shutil.which) -> Iterator[Finding]:
+    """The commands of Slurm, if stages run as its jobs."""
+    if runtime.launcher != "slurm":
+        return
+    missing = [name for name in ("sbatch", "squeue", "scancel") if which(name) is None]
+    if missing:
+        yield blocker("slurm", f"no command {', '.join(missing)}", "run on a login node, or set DPAR_LAUNCHER=local")
+    else:
+        yield ok("slurm", "sbatch, squeue and scancel; checks of devices are of this machine, not of the nodes")
 
 
 def check_proxies() -> Finding:

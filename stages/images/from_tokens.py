@@ -9,11 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.vq import VQModel
+from stages.images.limits import DECODED_PIXELS
 from stages.images.tensors import float_to_bytes
 from stages.runtime.arrays import PixelBatch
 from stages.runtime.transfer import Download, one_behind
-
-_DECODED_PIXELS = 2**20  # at a time, 16 images of 256 px: VQ-16's decoder takes 2.6 KB a pixel, so 2.7 GB
 
 
 @torch.inference_mode()
@@ -23,7 +22,7 @@ def images_of_tokens(vq: VQModel, tokens: Int[Tensor, "B T"], size: int) -> Pixe
     Memory does not grow with the batch. Convolutions round differently for other numbers of images, on a CPU too: of
     10,000 bytes at most a few differ by one from those of another batch.
     """
-    most = max(1, _DECODED_PIXELS // (tokens.shape[1] * vq.config.downsample**2))
+    most = max(1, DECODED_PIXELS // (tokens.shape[1] * vq.config.downsample**2))
     parts = tokens.tensor_split(-(-len(tokens) // most))
     started = (Download(float_to_bytes(resize(vq.decode(part), size))) for part in parts)
     return np.concatenate([part.numpy() for part in one_behind(started)])

@@ -5,18 +5,23 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from conf.runtime import RuntimeConfig
 from models.attention import use_backend
+from stages.runtime.cores import available_cores
 from stages.runtime.errors import InputError
 from stages.runtime.job import INIT_METHOD
+
+_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -35,24 +40,56 @@ class World:
 
 @contextmanager
 def process_group(runtime: RuntimeConfig) -> Iterator[World]:
-    """Context that joins the process group of torchrun's environment and leaves it at the end."""
+    """Context that joins the process group of torchrun's environment and leaves it at the end.
+
+    Work of rank 0 alone, such as saving a model, belongs after the context: in it, the other ranks would wait in a
+    collective, which NCCL ends with a timeout.
+
+    Raises:
+        InputError: There is no CUDA device for this process.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(runtime)
     _use_attention(runtime, device)
-    torch.set_num_threads(
-        runtime.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    )
+    torch.set_num_threads(runtime.threads or available_cores())
     if size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        init_method = os.environ.get(INIT_METHOD)
+        # CPU tensors go through gloo on every machine, so that a flag can be shared without a wait for the GPU.
+        on_cuda = device.type == "cuda"
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         dist.init_process_group(
-            backend, init_method=init_method, rank=rank, world_size=size, timeout=timedelta(minutes=30)
+            backend,
+            init_method=os.environ.get(INIT_METHOD),
+            rank=rank,
+            world_size=size,
+            timeout=_TIMEOUT,
+            device_id=device if on_cuda else None,
         )
     try:
         yield World(rank, size, device)
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def data_parallel(objective: nn.Module, world: World) -> nn.Module:
+    """The module with gradients that are means over all processes; the module itself if there is one process.
+
+    Gradients are views of the buckets that are reduced, so that they are held once.
+    """
+    if world.size == 1:
+        return objective
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def own_gradients(objective: nn.Module) -> Iterator[None]:
+    """Context in which backward passes add to this process's gradients without a reduction over processes."""
+    if isinstance(objective, DistributedDataParallel):
+        with objective.no_sync():
+            yield
+    else:
+        yield
 
 
 def _use_attention(runtime: RuntimeConfig, device: torch.device) -> None:
@@ -68,12 +105,29 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum of `values` over all processes, on every process. The input is not changed."""
     total = values.clone()
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
+
+
+def start_max(values: Sequence[int]) -> Callable[[], list[int]]:
+    """Start to find the largest of each number over all processes. The returned function waits for the result.
+
+    The numbers stay on the CPU: there is no wait for a GPU.
+    """
+    largest = torch.tensor(values, dtype=torch.int64)
+    work = dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True) if dist.is_initialized() else None
+
+    def result() -> list[int]:
+        if work is not None:
+            work.wait()
+        numbers: list[int] = largest.tolist()
+        return numbers
+
+    return result
 
 
 def return_free_memory() -> None:
@@ -93,6 +147,12 @@ def _device(runtime: RuntimeConfig) -> torch.device:
     if wanted == "cuda":
         if not torch.cuda.is_available():
             raise InputError("runtime.device is cuda and torch sees no CUDA device: use runtime.device=cpu")
+        number, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local > number:
+            raise InputError(
+                f"{local} processes on a machine with {number} CUDA devices, expected at most one for each device: "
+                f"set runtime.processes={number}"
+            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from conf.runtime import RuntimeConfig
 from conf.section import Section
 from stages.runtime.artifact import RECORD, read_json, write_json
-from stages.runtime.errors import InputError
+from stages.runtime.errors import InputError, Interrupted
 
 logger = logging.getLogger(__name__)
 Inputs = Mapping[str, Path]
@@ -75,6 +75,10 @@ def main(function: StageFunction[Config], config_type: type[Config]) -> None:
         signal.signal(number, lambda *_: sys.exit(143))
     try:
         function(config_type.model_validate(job.config), job.inputs, job.output, runtime)
+    except Interrupted as stop:
+        logger.warning("%s", stop)
+        _write_error(job, stop, 1, rank)
+        sys.exit(128 + stop.number)
     except Exception as error:
         code = 2 if isinstance(error, InputError) else 1
         logger.error("%s", traceback.format_exc())

@@ -32,7 +32,8 @@ class Purpose(IntEnum):
     WEIGHTS = 6
     """Initial weights of a model and its auxiliary modules; a torch seed."""
     TRAINING_STEP = 7
-    """Dropout and all other randomness of a forward pass; index: step, part: rank; a torch seed."""
+    """Dropout and all other randomness of a forward pass; index: step, part: place of the pass's first image in the
+    global batch; a torch seed."""
     MARGINALS = 8
     """Tokens from the marginal of each position."""
     RANDOM_TOKENS = 9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, cast
@@ -11,6 +12,7 @@ from typing import IO, Any, cast
 import torch
 
 from stages.runtime.artifact import file_sha256, write_atomic
+from stages.runtime.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"(step-\d{9})\.(pt|sha256)")
@@ -62,6 +64,20 @@ def load_latest(folder: Path, map_location: torch.device) -> dict[str, Any] | No
         state: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
         return state
     return None
+
+
+def require_same(what: str, found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Check what a checkpoint says about the run that wrote it, e.g. its data.
+
+    Raises:
+        ArtifactError: A value differs from that of the present run.
+    """
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ArtifactError(
+                f"the checkpoints in {folder} were trained with {name} {found.get(name)}, expected {wanted.get(name)}: "
+                f"they belong to other {what}, remove them to train from the start"
+            )
 
 
 def _damage(path: Path) -> str | None:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
+
+import torch
 from torch import nn
 
 from models.layers import Block
+from stages.runtime.errors import InputError
+
+logger = logging.getLogger(__name__)
+_COMPILERS = ("c++", "g++", "clang++")
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -15,4 +24,24 @@ def compile_blocks(model: nn.Module) -> None:
     """
     for block in model.modules():
         if isinstance(block, Block):
-            block.compile(dynamic=True)
+            # Not block.compile(), whose compiled code would include what `recomputed` puts around the forward pass.
+            block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+
+
+def is_compiled(wanted: bool | None, device: torch.device) -> bool:
+    """Whether to compile: the setting, or if it is None, whether the device is a GPU and there is a compiler.
+
+    Raises:
+        InputError: The setting is true and there is no compiler.
+    """
+    if wanted is False or (wanted is None and device.type != "cuda") or _has_compiler():
+        return device.type == "cuda" if wanted is None else wanted
+    if wanted:
+        raise InputError("runtime.compile is true and there is no C++ compiler: install g++, or set it to false")
+    logger.warning("training is not compiled, because there is no C++ compiler: install g++ for faster steps")
+    return False
+
+
+def _has_compiler() -> bool:
+    """Whether torch.compile finds a C++ compiler. On CUDA, Triton builds its launchers with one too."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), *_COMPILERS) if name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from models.gpt import GPT
 from stages.runtime.arrays import Indices
 from stages.runtime.distributed import World
 from stages.stores.tokens import TokenStore
-from stages.training.loop import Training
-from stages.training.stream import SampleStream
-from stages.training.validation import heldout_loss
+from stages.training.costs import gpt_macs
+from stages.training.loop import Preview, Training
+from stages.training.stream import Part, SampleStream
+from stages.training.validation import heldout_loss, token_losses
 
 LossAndScalars = tuple[Float[Tensor, ""], dict[str, Tensor]]
 """Loss of a batch, and named scalars to log."""
@@ -27,7 +28,7 @@ Batch = TypeVar("Batch", bound="TokenBatch")
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One process's share of a step."""
+    """The images of a micro-batch."""
 
     tokens: Int[Tensor, "B T"]
     labels: Int[Tensor, " B"]
@@ -39,6 +40,18 @@ class TokenBatch:
     def map(self: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `change` applied to each tensor."""
         return replace(self, tokens=change(self.tokens), labels=change(self.labels))
+
+    def counts(self) -> dict[str, int]:
+        """Number of tokens."""
+        return {"tokens": self.tokens.numel()}
+
+
+@runtime_checkable
+class HasTokenLosses(Protocol):
+    """An objective that also gives the loss of each position."""
+
+    def token_losses(self, batch: Any) -> Tensor:
+        """Cross-entropy of the last S positions of a batch (B, S), nats."""
 
 
 class GPTObjective(nn.Module):
@@ -52,6 +65,12 @@ class GPTObjective(nn.Module):
         """The loss. There are no other scalars to log."""
         batch = batch.to(next(self.model.parameters()).device)
         return self.model.loss(batch.tokens, batch.labels if self.model.conditional else None), {}
+
+    def token_losses(self, batch: TokenBatch) -> Float[Tensor, "B S"]:
+        """Cross-entropy of each token that the model predicts, nats."""
+        here = batch.to(next(self.model.parameters()).device)
+        features = self.model.features(here.tokens, here.labels if self.model.conditional else None)
+        return token_losses(features, self.model.output, here.tokens)
 
 
 @dataclass(frozen=True)
@@ -75,26 +94,41 @@ class TokenData:
         *,
         restarts: tuple[int, ...] = (),
         auxiliary: Mapping[str, nn.Module] | None = None,
-    ) -> Training[TokenBatch]:
+        preview: Preview | None = None,
+    ) -> Training[Any]:
         """Training run of `model` on these batches, validated by the held-out loss; see `Training`."""
         stream = SampleStream(self.store.num_train, config.global_batch_size, seed)
         return Training(
             model=model,
             objective=objective,
-            batch=lambda step: self.training_batch(stream, step, world),
+            batch=lambda step, part: self.training_batch(stream, step, part, world.device),
+            samples=lambda step, part: self.samples(stream, step, part),
+            counts=lambda batch: batch.counts(),
+            macs=lambda step, counts: self.macs(model, step, counts),
             data_state=lambda steps: stream.state(steps) | self.digests,
             validate=lambda: heldout_loss(self, objective, world),
             config=config,
             seed=seed,
             restarts=restarts,
             auxiliary=auxiliary or {},
+            preview=preview,
         )
 
-    def training_batch(self, stream: SampleStream, step: int, world: World) -> TokenBatch:
-        """This process's share of a step, with a random view of each image; in pinned memory if the device is a GPU."""
-        images, epochs = stream.rank_slice(step, world)
+    def training_batch(self, stream: SampleStream, step: int, part: Part, device: torch.device) -> TokenBatch:
+        """A micro-batch of a step, with a random view of each image; in pinned memory if the device is a GPU."""
+        images, epochs = stream.samples(step, part)
         batch = self.batch(images, stream.views(images, epochs, self.store.num_views))
-        return batch.map(Tensor.pin_memory) if world.device.type == "cuda" else batch
+        return batch.map(Tensor.pin_memory) if device.type == "cuda" else batch
+
+    def samples(self, stream: SampleStream, step: int, part: Part) -> dict[str, list[int]]:
+        """Numbers of the images of a micro-batch, with the epoch and the view of each."""
+        images, epochs = stream.samples(step, part)
+        views = stream.views(images, epochs, self.store.num_views)
+        return {"images": images.tolist(), "epochs": epochs.tolist(), "views": views.tolist()}
+
+    def macs(self, model: nn.Module, step: int, counts: Mapping[str, float]) -> float | None:
+        """MACs of one image's forward pass at a step in which batches had these counts; None where unknown."""
+        return gpt_macs(model.config) if isinstance(model, GPT) else None
 
     def batch(self, images: Indices, views: Indices) -> TokenBatch:
         """Tokens and labels of the given images and views."""

@@ -16,7 +16,7 @@ from models.entropy_head import EntropyHead
 from stages.runtime.arrays import Indices
 from stages.stores.entropies import EntropyStore
 from stages.training.data import LossAndScalars
-from stages.training.patched import PatchedBatch, PatchedData
+from stages.training.patched import PatchedBatch, PatchedData, dpar_token_losses
 
 Batch = TypeVar("Batch", bound="EntropyBatch")
 
@@ -90,3 +90,7 @@ class JointObjective(nn.Module):
         error = F.mse_loss(found, here.entropies[:, 1:])
         loss = token_loss + self.weight * error if self.training else token_loss
         return loss, {"token_loss": token_loss.detach(), "entropy_error": error.detach()}
+
+    def token_losses(self, batch: EntropyBatch) -> Float[Tensor, "B T"]:
+        """Cross-entropy of each token, nats."""
+        return dpar_token_losses(self.model, batch)

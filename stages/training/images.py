@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,15 +22,15 @@ from stages.images.decode import center_crop, decode, random_crop
 from stages.images.tensors import pixels_to_float
 from stages.runtime import randomness
 from stages.runtime.arrays import Indices, PixelBatch, Pixels
-from stages.runtime.distributed import World
+from stages.runtime.cores import available_cores
 from stages.runtime.randomness import Purpose
 from stages.stores.image_index import ImageIndex
-from stages.training.stream import SampleStream
+from stages.training.stream import Part, SampleStream
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """One process's share of a step."""
+    """The images of a micro-batch."""
 
     pixels: Float[Tensor, "B 3 height width"]
     """Values in [-1, 1]."""
@@ -47,21 +46,21 @@ class ImageFiles:
     root: Path
     size: int
 
-    def training_pixels(self, stream: SampleStream, step: int, world: World) -> Float[Tensor, "B 3 height width"]:
-        """Random crops, randomly mirrored, of this process's share of a step."""
-        images, epochs = stream.rank_slice(step, world)
+    def training_pixels(self, stream: SampleStream, step: int, part: Part) -> Float[Tensor, "B 3 height width"]:
+        """Random crops, randomly mirrored, of the images of a micro-batch."""
+        images, epochs = stream.samples(step, part)
 
         def crop(image: np.int64, epoch: np.int64) -> Pixels:
             generator = randomness.stream(stream.seed, Purpose.CROPS, int(epoch), int(image))
             return random_crop(self._decode(image), self.size, generator)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(available_cores()) as pool:
             return pixels_to_float(np.stack(list(pool.map(crop, images, epochs))))
 
     def center_batches(self, rows: Indices, batch_size: int) -> Iterator[PixelBatch]:
         """Center crops of the given images."""
         for first in range(0, len(rows), batch_size):
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(available_cores()) as pool:
                 yield np.stack(list(pool.map(self._center, rows[first : first + batch_size])))
 
     def _center(self, image: np.int64) -> Pixels:

@@ -33,6 +33,12 @@ class ModuleOptimizer:
         self._optimizer.step()
         return norm
 
+    @property
+    def unmade_bytes(self) -> int:
+        """Bytes that the optimiser's first step will allocate: two moments of each trained weight."""
+        weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        return sum(2 * weight.nbytes for weight in weights if weight not in self._optimizer.state)
+
     def state_dict(self) -> dict[str, Any]:
         """Weights, buffers and the optimiser's state."""
         return {"weights": self._module.state_dict(), "optimizer": self._optimizer.state_dict()}
@@ -51,17 +57,24 @@ class TrainingState:
         self._auxiliary = {name: ModuleOptimizer(module, config) for name, module in auxiliary.items()}
         self._average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
 
-    def step(self, loss: Tensor, rate: float) -> dict[str, Tensor]:
+    def zero_grad(self) -> None:
+        """Drop the gradients of the step before."""
+        for optimizer in (self._model, *self._auxiliary.values()):
+            optimizer.zero_grad()
+
+    def step(self, rate: float) -> dict[str, Tensor]:
         """Take one step of every optimiser with learning rate `rate`. Returns the gradient norms by name."""
         optimizers = {"grad_norm": self._model}
         optimizers |= {f"{name}_grad_norm": optimizer for name, optimizer in self._auxiliary.items()}
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
-        loss.backward()
         norms = {name: optimizer.step(rate) for name, optimizer in optimizers.items()}
         if self._average is not None:
             self._average.update()
         return norms
+
+    @property
+    def unmade_bytes(self) -> int:
+        """Bytes that the first step will allocate for the optimisers."""
+        return sum(optimizer.unmade_bytes for optimizer in (self._model, *self._auxiliary.values()))
 
     def averaged(self) -> AbstractContextManager[None]:
         """Context in which the model holds its weight average, if there is one."""

@@ -28,19 +28,18 @@ from models.patching import PatchRule
 from pipeline.bench.gates import Figures, Gate, gate
 from stages.patch_index import patch_index
 from stages.runtime.artifact import read_json
-from stages.runtime.distributed import World
 from stages.stores.blocks import MappedArray, open_store
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
 from stages.stores.patches import PatchIndex, write_patches
 from stages.stores.tokens import TokenStore
 from stages.stores.verify import STORES
 from stages.training.patched import PatchedData
-from stages.training.stream import SampleStream
+from stages.training.stream import Part, SampleStream
 
 MEAN_LENGTH = 1.94
 NAIVE_IMAGES = 64
 Entropies = npt.NDArray[np.float32]
-ALONE = World(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
 
 
 def make_stores(folder: Path, num_images: int) -> None:
@@ -159,8 +158,8 @@ def loader_figures(data: PatchedData, rounds: int) -> tuple[list[Gate], dict[str
         {
             "copy": lambda: target.copy_(tokens),
             "pack": lambda: pack_patches(starts),
-            "loader 32": lambda: data.training_batch(streams[32], next(steps[32]), ALONE),
-            "loader 256": lambda: data.training_batch(streams[256], next(steps[256]), ALONE),
+            "loader 32": lambda: data.training_batch(streams[32], next(steps[32]), Part(0, 32), CPU),
+            "loader 256": lambda: data.training_batch(streams[256], next(steps[256]), Part(0, 256), CPU),
         },
         20 * rounds,
     )

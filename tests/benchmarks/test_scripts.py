@@ -24,6 +24,7 @@ TOY: dict[str, tuple[str, ...]] = {
         *("--images", "1", "--batch-size", "1", "--pixels", "32", "--demo-images", "4"),
         *("--few", "20", "--rounds", "1"),
     ),
+    "loop_overhead.py": ("--dim", "32", "--layers", "1", "--images", "2", "--steps", "2", "--rounds", "1"),
     "sample_parts.py": ("--sizes", "tiny", "--pixels", "256", "--batch", "1", "--curve-size", "tiny", *TINY_SAMPLERS),
     "sample_speed.py": (
         *("--size", "tiny", "--loop-batch", "1", "--linear-batches", "1", "--rivals", "tiny"),

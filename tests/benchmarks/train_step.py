@@ -2,6 +2,7 @@
 
 Real steps of the training loop (bfloat16 autocast, clipping, AdamW) on random tokens, 256 an image, cut into patches of
 1.81 tokens. The gate is the paper's promise: time goes down as far as the multiply-accumulates of the linear layers do.
+Our LlamaGen is compared with the published training step too, which starts from the same weights.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from model_sizes import BOTH, DPARS, GPTS, codebook_size
+from published_llamagen import PublishedLlamaGen, published_step
 from report import report
 from timing import interleaved
 from torch import nn
 
-from conf.section import TrainingConfig
+from conf.section import Precision, TrainingConfig
 from models.config import DPARConfig, GPTConfig
 from models.dpar import DPAR
 from models.gpt import GPT
@@ -33,21 +35,25 @@ from stages.training.data import GPTObjective, TokenBatch
 from stages.training.loop import Training, train_step
 from stages.training.patched import DPARObjective, PatchedBatch
 from stages.training.state import TrainingState
+from stages.training.stream import Part
 
 TOKENS, CLASSES, MEAN_LENGTH = 256, 1000, 1.81
 FAMILIES = ("llamagen", "dpar")
+PUBLISHED = "published"
 CPU = World(rank=0, size=1, device=torch.device("cpu"))
 TIME_BOUND, MEMORY_BOUND = 1.05, 1.1
+PUBLISHED_BOUND, EXACT_BOUND = 0.92, 1e-5
 
 Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Size of the models, and images in a batch."""
+    """Size of the models, images in a batch, and dtype of the products."""
 
     size: str
     images: int
+    precision: Precision
 
     @property
     def codes(self) -> int:
@@ -94,11 +100,11 @@ def training_step(family: str, task: Task) -> Step:
         data = TokenBatch(patched.tokens, patched.labels)
         model = gpt = GPT(task.gpt())
         objective = GPTObjective(gpt)
-    config = TrainingConfig(steps=1_000_000)
+    config = TrainingConfig(steps=1_000_000, precision=task.precision)
     run = Training(
         model=model,
         objective=objective,
-        batch=lambda step: data,
+        batch=lambda step, part: data,
         data_state=lambda steps: {},
         validate=dict,
         config=config,
@@ -106,7 +112,19 @@ def training_step(family: str, task: Task) -> Step:
     )
     state = TrainingState(model, {}, config)
     objective.train()
-    return lambda: train_step(run, objective, state, data, 0, CPU)
+    return lambda: train_step(run, objective, state, [(Part(0, task.images), data)], 0, CPU)
+
+
+def llamagen_published(task: Task) -> tuple[Step, float]:
+    """An optimiser step of the published training, and by how much its float32 loss differs from ours."""
+    torch.manual_seed(0)
+    ours, data = GPT(task.gpt()).eval(), batch(task)
+    nn.init.normal_(ours.output.weight, std=0.02)
+    theirs = PublishedLlamaGen.like(ours).eval()
+    with torch.no_grad():
+        difference = theirs.loss(data.tokens, data.labels) - ours.loss(data.tokens, data.labels)
+    bfloat16 = task.precision == "bfloat16"
+    return published_step(theirs, data.tokens, data.labels, bfloat16=bfloat16), abs(float(difference))
 
 
 def linear_macs(family: str, task: Task) -> float:
@@ -147,7 +165,7 @@ def kind_of(event: Any) -> str:
 
 def peak_bytes(family: str, task: Task) -> int:
     """Largest memory of a process that trains three steps, beyond what it held before the model was made."""
-    options = {"--peak": family, "--sizes": task.size, "--images": task.images}
+    options = {"--peak": family, "--sizes": task.size, "--images": task.images, "--precision": task.precision}
     command = [sys.executable, __file__, *(str(word) for option in options.items() for word in option)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -171,9 +189,10 @@ def measure(task: Task, rounds: int) -> tuple[list[Gate], dict[str, dict[str, fl
     """Gates and figures of one size; a column a model."""
     peaks = {family: peak_bytes(family, task) for family in FAMILIES}
     made = {family: training_step(family, task) for family in FAMILIES}
-    for step in made.values():
+    published, difference = llamagen_published(task)
+    for step in (*made.values(), published):
         step()  # the first step allocates, and is several times slower
-    seconds = interleaved(made, rounds)
+    seconds = interleaved(made | {PUBLISHED: published}, rounds)
     macs = {family: linear_macs(family, task) for family in FAMILIES}
     columns = {}
     for family, step in made.items():
@@ -183,11 +202,15 @@ def measure(task: Task, rounds: int) -> tuple[list[Gate], dict[str, dict[str, fl
             "peak memory, GB": peaks[family] / 1e9,
             **{f"share of time: {kind}": share for kind, share in shares(step).items()},
         }
+    columns[f"published LlamaGen-{task.size}"] = {"seconds a step": seconds[PUBLISHED]}
     time_ratio, mac_ratio, memory_ratio = (x["dpar"] / x["llamagen"] for x in (seconds, macs, peaks))
+    ours = f"LlamaGen-{task.size} / published LlamaGen-{task.size}"
     pair = f"DPAR-{task.size} / LlamaGen-{task.size}"
     return [
         gate(f"{pair}, step time / MACs", time_ratio / mac_ratio, "<", TIME_BOUND),
         gate(f"{pair}, peak memory", memory_ratio, "<", MEMORY_BOUND),
+        gate(f"{ours}, step time", seconds["llamagen"] / seconds[PUBLISHED], "<", PUBLISHED_BOUND),
+        gate(f"{ours}, difference of the losses in float32", difference, "<", EXACT_BOUND),
     ], columns
 
 
@@ -196,10 +219,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of a training step, DPAR beside LlamaGen.")
     parser.add_argument("--sizes", nargs="+", default=["B", "L"], choices=BOTH)
     parser.add_argument("--images", type=int, default=8, help="Images in a batch.")
+    parser.add_argument("--precision", choices=get_args(Precision), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peak", choices=FAMILIES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    tasks = [Task(size, options.images) for size in options.sizes]
+    tasks = [Task(size, options.images, options.precision) for size in options.sizes]
     if options.peak:
         print_peak(options.peak, *tasks)
         return

@@ -153,10 +153,10 @@ def test_interrupted_in_training_or_after_it_ends_the_same_bit_for_bit(
 ) -> None:
     whole = EntropyData.training_batch
 
-    def breaks(self: EntropyData, stream: Any, step: int, world: Any) -> Any:
+    def breaks(self: EntropyData, stream: Any, step: int, *given: Any) -> Any:
         if step == killed_at:
             raise KeyboardInterrupt
-        return whole(self, stream, step, world)
+        return whole(self, stream, step, *given)
 
     def stops(*_: object) -> None:
         raise KeyboardInterrupt

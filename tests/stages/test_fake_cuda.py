@@ -75,7 +75,7 @@ def test_samples_are_decoded_without_a_wait_between_their_parts(
             return np.zeros(self.shape, np.uint8)
 
     monkeypatch.setattr(from_tokens, "Download", Recorded)
-    monkeypatch.setattr(from_tokens, "_DECODED_PIXELS", 2 * 16 * 16)
+    monkeypatch.setattr(from_tokens, "DECODED_PIXELS", 2 * 16 * 16)
     model, tokens = vq(), torch.zeros(5, 64, dtype=torch.int64, device=CUDA)
     waits.found.clear()
     from_tokens.images_of_tokens(model, tokens, size)

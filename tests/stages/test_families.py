@@ -109,7 +109,7 @@ def bigram(monkeypatch: pytest.MonkeyPatch, image_root: Path) -> Settings:
 def test_settings_and_keys_know_only_what_the_family_has(bigram: Settings) -> None:
     assert isinstance(bigram.train, BigramSettings)
     assert set(bigram.train.key_fields()) == {"family", "training", "seed", "smoothing"}
-    assert set(bigram.model_dump()["train"]) == {"family", "training", "seed", "smoothing"}
+    assert set(bigram.model_dump()["train"]) == {"family", "training", "preview_every", "seed", "smoothing"}
     assert inputs_read(STAGES["train"], bigram) == ("tokenize",)
     assert bigram.sample.boundaries is None
     assert not {"patch_index", "entropy_head"} & set(inputs_read(STAGES["sample"], bigram))

@@ -20,13 +20,12 @@ from models.lpips import LPIPS
 from models.vq import VQModel
 from stages.images.decode import center_crop, decode
 from stages.runtime.artifact import file_sha256, read_json
-from stages.runtime.distributed import World
 from stages.runtime.errors import InputError
 from stages.stores.image_index import ImageIndex
 from stages.tokenizer import tokenizer
 from stages.training.images import ImageBatch, ImageFiles, VQObjective
 from stages.training.loop import CHECKPOINTS
-from stages.training.stream import SampleStream
+from stages.training.stream import Part, SampleStream
 from stages.weights.own import load_vq
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
@@ -168,10 +167,10 @@ def test_killed_after_the_discriminators_start_it_ends_the_same_bit_for_bit(
     config = tiny_settings.tokenizer.model_copy(update={"training": training})
     whole = ImageFiles.training_pixels
 
-    def breaks(self: ImageFiles, stream: SampleStream, step: int, world: World) -> torch.Tensor:
+    def breaks(self: ImageFiles, stream: SampleStream, step: int, part: Part) -> torch.Tensor:
         if step == 7:
             raise KeyboardInterrupt
-        return whole(self, stream, step, world)
+        return whole(self, stream, step, part)
 
     monkeypatch.setattr(ImageFiles, "training_pixels", breaks)
     with pytest.raises(KeyboardInterrupt):

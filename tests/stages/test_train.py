@@ -26,6 +26,7 @@ from stages.stores.samples import SampleStore
 from stages.stores.tokens import TokenStore
 from stages.train import train
 from stages.training.data import GPTObjective, TokenData
+from stages.training.meter import MEASURED
 from stages.training.next_patch import NextPatchData
 from stages.training.validation import heldout_loss
 
@@ -46,7 +47,7 @@ def train_inputs(artifacts: dict[str, Path]) -> dict[str, Path]:
 
 def lines(artifact: Path) -> list[dict[str, float]]:
     found = [json.loads(line) for line in (artifact / "record/metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in found]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in found]
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +100,10 @@ def test_npp_interrupted_in_either_level_ends_the_same_bit_for_bit(
     settings = config(tiny_settings, "npp", training={"checkpoint_every": 2})
     whole = NextPatchData.training_batch
 
-    def breaks(self: NextPatchData, stream: Any, step: int, world: World) -> Any:
+    def breaks(self: NextPatchData, stream: Any, step: int, *given: Any) -> Any:
         if step == killed_at:
             raise KeyboardInterrupt
-        return whole(self, stream, step, world)
+        return whole(self, stream, step, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(NextPatchData, "training_batch", breaks)

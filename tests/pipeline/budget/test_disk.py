@@ -69,6 +69,8 @@ def test_a_training_keeps_weights_and_a_checkpoint_and_has_a_spare_while_it_runs
     assert DISKS["train"](averaged, shape) == Disk(kept=parameters * 20, extra=parameters * 16)
     imported, _ = settings_and_shape("train.family=llamagen", "train.source=checkpoint", "train.checkpoint=x")
     assert DISKS["train"](imported, shape).extra == 0
+    foreign, _ = settings_and_shape("entropy_model.source=checkpoint", "entropy_model.checkpoint=x")
+    assert DISKS["entropy_model"](foreign, shape).extra == 0
 
 
 def test_the_peak_is_all_artifacts_and_the_largest_spare() -> None:

@@ -151,6 +151,16 @@ def test_imported_models_are_not_trained() -> None:
     )
     found = [trainings(settings, shape_of(settings, *IMAGENET, ""), 1) for settings in (trained, imported)]
     assert [set(names) for names in found] == [{"tokenizer", "entropy_model", "train"}, {"entropy_model"}]
+    foreign, _ = load_settings("demo", None, ["entropy_model.source=checkpoint", "entropy_model.checkpoint=x"])
+    assert set(trainings(foreign, shape_of(foreign, *IMAGENET, ""), 1)) == {"train"}
+
+
+def test_samples_are_decoded_in_parts() -> None:
+    needed = [
+        forwards(load_settings("imagenet256-b", None, [f"evaluate.batch_size={size}"])[0], shape())["evaluate"]
+        for size in (8, 16, 64)
+    ]
+    assert needed[0] < needed[1] == needed[2]
 
 
 def test_guidance_doubles_the_caches_and_processes_the_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,3 +175,11 @@ def test_guidance_doubles_the_caches_and_processes_the_memory_of_the_host(monkey
     one, four = (host_memory(settings, sizes, processes, cuda=True) for processes in (1, 4))
     assert four["train"] == pytest.approx(4 * one["train"])
     assert one["train"] > one["entropy_model"], "the patch index is in memory"
+
+
+def test_images_are_decoded_in_parts_of_a_bounded_size() -> None:
+    settings, _ = load_settings("imagenet256-l")
+    many, _ = load_settings("imagenet256-l", None, ["evaluate.batch_size=512", "tokenize.batch_size=512"])
+    few, more = (forwards(each, shape_of(each, *IMAGENET, "")) for each in (settings, many))
+    assert few["evaluate"] == more["evaluate"]
+    assert few["tokenize"] < more["tokenize"], "encoding takes whole batches"

@@ -80,6 +80,8 @@ def test_stages_without_work() -> None:
     assert WORK["entropy_head"](costs("entropy_head.kind=none", "sample.boundaries=entropy_model")).phases == ()
     imported = costs("train.family=llamagen", "train.source=checkpoint", "train.checkpoint=x")
     assert WORK["train"](imported).images == 20, "the held-out loss"
+    foreign = costs("entropy_model.source=checkpoint", "entropy_model.checkpoint=x")
+    assert WORK["entropy_model"](foreign).images == 20, "the held-out loss"
     assert WORK["dataset"](costs()).phases == ()
 
 

@@ -60,10 +60,13 @@ def test_memory_and_shared_memory() -> None:
 
 def test_a_compiler_is_needed_only_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cpu.check_compiler(RuntimeConfig(), {}).level == "ok"
-    assert cpu.check_compiler(RuntimeConfig(compile=True), {}).level == "blocker"
+    without, with_gpu = TorchFacts(version="2"), TorchFacts(version="2", devices=(CARD,))
+    assert cpu.check_compiler(RuntimeConfig(), without, {}).level == "ok"
+    assert cpu.check_compiler(RuntimeConfig(), with_gpu, {}).level == "warning", "steps are compiled by default"
+    assert cpu.check_compiler(RuntimeConfig(compile=False), with_gpu, {}).level == "ok"
+    assert cpu.check_compiler(RuntimeConfig(compile=True), without, {}).level == "blocker"
     (tmp_path / "g++").touch(mode=0o755)
-    assert cpu.check_compiler(RuntimeConfig(compile=True), {}).found == str(tmp_path / "g++")
+    assert cpu.check_compiler(RuntimeConfig(compile=True), without, {}).found == str(tmp_path / "g++")
 
 
 def test_torch_that_cannot_be_imported() -> None:
@@ -121,11 +124,23 @@ def test_a_host_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> N
     def unknown(name: str) -> None:
         raise OSError("unknown")
 
-    found = network.check_host_name("box", unknown)
-    assert (found.level, found.advice) == ("warning", "add a line `127.0.0.1 box` to /etc/hosts")
-    assert network.check_host_name("box", lambda name: "127.0.0.1").level == "ok"
+    several = RuntimeConfig(nodes=2)
+    found = network.check_host_name("box", several, unknown)
+    assert (found.level, found.advice) == ("warning", "add box with its address to /etc/hosts")
+    assert network.check_host_name("box", RuntimeConfig(), unknown).level == "ok", "one machine does not need it"
+    assert network.check_host_name("box", several, lambda name: "127.0.0.1").level == "ok"
     monkeypatch.setattr(network, "_PATIENCE_S", 0.05)
-    assert network.check_host_name("box", lambda name: time.sleep(0.5)).level == "warning", "it takes too long"
+    late = network.check_host_name("box", several, lambda name: time.sleep(0.5))
+    assert late.level == "warning", "it takes too long"
+
+
+def test_commands_of_slurm() -> None:
+    slurm = RuntimeConfig(launcher="slurm")
+    assert list(network.check_slurm(RuntimeConfig(), lambda name: None)) == []
+    (found,) = network.check_slurm(slurm, lambda name: None if name == "sbatch" else name)
+    assert (found.level, found.found) == ("blocker", "no command sbatch")
+    (found,) = network.check_slurm(slurm, lambda name: name)
+    assert found.level == "ok"
 
 
 @pytest.mark.parametrize(

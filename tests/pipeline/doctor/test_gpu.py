@@ -64,6 +64,11 @@ def test_a_process_for_each_device(processes: int, level: str | None) -> None:
     assert (found.level if found else None) == level
 
 
+def test_devices_of_a_login_node_do_not_bound_the_processes_of_the_nodes() -> None:
+    runtime = RuntimeConfig(launcher="slurm", processes=8)
+    assert "processes" not in {found.check for found in check_cuda(WITH_GPU, runtime, "570.86", has_device=True)}
+
+
 def test_a_gpu_that_the_settings_leave_idle() -> None:
     assert cuda(WITH_GPU, device="cpu")["device"].level == "warning"
 

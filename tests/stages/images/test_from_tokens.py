@@ -34,7 +34,7 @@ def test_parts_have_the_pixels_of_the_whole(
 ) -> None:
     with torch.inference_mode():
         whole = float_to_pixels(vq.decode(tokens))
-    monkeypatch.setattr(from_tokens, "_DECODED_PIXELS", together * (4 * GRID) ** 2)
+    monkeypatch.setattr(from_tokens, "DECODED_PIXELS", together * (4 * GRID) ** 2)
     found = images_of_tokens(vq, tokens, 4 * GRID)
     difference = np.abs(found.astype(np.int64) - whole)
     assert difference.max() <= (together < COUNT)
@@ -46,10 +46,10 @@ def test_no_more_are_decoded_at_a_time_than_the_bound_allows(
 ) -> None:
     sizes = list[int]()
     vq.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    monkeypatch.setattr(from_tokens, "_DECODED_PIXELS", 4 * (4 * GRID) ** 2 + 1)
+    monkeypatch.setattr(from_tokens, "DECODED_PIXELS", 4 * (4 * GRID) ** 2 + 1)
     images_of_tokens(vq, tokens, 16)
     assert sizes == [4, 4, 3], "parts of nearly one size"
-    monkeypatch.setattr(from_tokens, "_DECODED_PIXELS", 1)
+    monkeypatch.setattr(from_tokens, "DECODED_PIXELS", 1)
     images_of_tokens(vq, tokens[:2], 16)
     assert sizes[3:] == [1, 1], "an image larger than the bound is decoded alone"
 

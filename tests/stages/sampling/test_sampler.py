@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from stages.patches.boundary_sources import entropy_sample
 from stages.patches.calibration import Thresholds
 from stages.patches.rule import IndexRule, SavedRule
 from stages.runtime.errors import ArtifactError, InputError
-from stages.sampling.sampler import Sampler
+from stages.sampling.sampler import Sampler, prepare_for_decoding
 from stages.stores.tokens import TokenStore
 from stages.weights.own import GPT_FAMILY, load_gpt, save_model, save_vq
 
@@ -101,6 +102,19 @@ def test_pixels_are_made_as_published(random_sampler: Callable[..., Sampler]) ->
         smaller = torch.nn.functional.interpolate(decoded, size=(24, 24), mode="bicubic")
     published = torch.clamp(127.5 * smaller + 128.0, 0, 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
     assert np.array_equal(sampler.decode(tokens), published)
+
+
+def test_a_decoder_in_bfloat16_rounds_pixels_and_keeps_tokens(random_sampler: Callable[..., Sampler]) -> None:
+    whole = random_sampler()
+    vq = deepcopy(whole.vq)
+    rounded = replace(whole, vq=vq)
+    prepare_for_decoding(vq, SampleConfig(decoder_precision="bfloat16"))
+    assert vq.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    tokens = torch.arange(64)[None]
+    pixels, found = whole.decode(tokens), rounded.decode(tokens)
+    difference = np.abs(pixels.astype(np.int64) - found)
+    assert 0 < difference.mean() < 1
+    assert torch.equal(rounded.encode(pixels), whole.encode(pixels))
 
 
 def load(inputs: dict[str, Path], config: SampleConfig) -> Sampler:

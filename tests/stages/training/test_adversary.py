@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import stages
+from conf.runtime import RuntimeConfig
 from conf.section import TrainingConfig
 from stages.runtime.distributed import World
 from stages.training.checkpoint import load_latest
 from stages.training.loop import CHECKPOINTS, Training, train_model
+from stages.training.stream import Part
 
 WORLD = World(0, 1, torch.device("cpu"))
+RUNTIME = RuntimeConfig(device="cpu")
 Batch = tuple[Tensor, Tensor]
 
 
@@ -46,12 +49,12 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
 
 
-def batch(step: int) -> Batch:
+def batch(step: int, part: Part) -> Batch:
     inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
     return inputs, inputs.flip(1)
 
 
-def training(make_batch: Callable[[int], Batch] = batch, **changes: Any) -> tuple[Game, Training[Batch]]:
+def training(make_batch: Callable[[int, Part], Batch] = batch, **changes: Any) -> tuple[Game, Training[Batch]]:
     torch.manual_seed(0)
     game = Game()
     config = TrainingConfig(
@@ -85,7 +88,7 @@ def train_in_turn(game: Game) -> None:
     """The usual order: the maker's step, then the judge's on what was made before it."""
     adams = [torch.optim.Adam(net.parameters(), lr=0.01, betas=(0.9, 0.95)) for net in (game.maker, game.judge)]
     for step in range(40):
-        inputs, targets = batch(step)
+        inputs, targets = batch(step, Part(0, 16))
         made = game.maker(inputs)
         adams[0].zero_grad()
         ((made - targets).square().mean() - 0.5 * game.judge(made).mean()).backward()
@@ -99,7 +102,7 @@ def train_in_turn(game: Game) -> None:
 
 def test_one_backward_pass_equals_training_in_turn(tmp_path: Path) -> None:
     together, run = training()
-    train_model(run, tmp_path, WORLD)
+    train_model(run, tmp_path, WORLD, RUNTIME)
     in_turn, _ = training()
     train_in_turn(in_turn)
     # A bias in front of a BatchNorm has no gradient but noise, which Adam makes steps of.
@@ -113,17 +116,17 @@ def test_one_backward_pass_equals_training_in_turn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_a_killed_run_ends_the_same_bit_for_bit(tmp_path: Path, ema_decay: float | None) -> None:
     whole, run = training(ema_decay=ema_decay)
-    train_model(run, tmp_path / "whole", WORLD)
+    train_model(run, tmp_path / "whole", WORLD, RUNTIME)
 
-    def breaks(step: int) -> Batch:
+    def breaks(step: int, part: Part) -> Batch:
         if step == 27:
             raise KeyboardInterrupt
-        return batch(step)
+        return batch(step, part)
 
     with pytest.raises(KeyboardInterrupt):
-        train_model(training(breaks, ema_decay=ema_decay)[1], tmp_path / "broken", WORLD)
+        train_model(training(breaks, ema_decay=ema_decay)[1], tmp_path / "broken", WORLD, RUNTIME)
     resumed, run = training(ema_decay=ema_decay)
-    train_model(run, tmp_path / "broken", WORLD)
+    train_model(run, tmp_path / "broken", WORLD, RUNTIME)
     assert different(whole, resumed) == []
     assert int(resumed.judge.get_buffer("1.num_batches_tracked")) == 3 * 40
     saved = [load_latest(tmp_path / name / CHECKPOINTS, WORLD.device) for name in ("whole", "broken")]
@@ -146,7 +149,7 @@ def test_two_processes_with_the_same_samples_train_as_one(tmp_path: Path) -> Non
             from stages.runtime.distributed import process_group
             with process_group(RuntimeConfig(device="cpu", threads=1)) as world:
                 game, run = t.training()
-                t.train_model(run, Path(sys.argv[1]), world)
+                t.train_model(run, Path(sys.argv[1]), world, t.RUNTIME)
                 t.torch.save(game.state_dict(), f"{{sys.argv[1]}}/{{world.rank}}.pt")
             """
         )
@@ -159,7 +162,7 @@ def test_two_processes_with_the_same_samples_train_as_one(tmp_path: Path) -> Non
     torch.set_num_threads(1)  # sums depend on it in their last bits
     try:
         one, run = training()
-        train_model(run, tmp_path / "one", WORLD)
+        train_model(run, tmp_path / "one", WORLD, RUNTIME)
     finally:
         torch.set_num_threads(threads)
     for rank in (0, 1):

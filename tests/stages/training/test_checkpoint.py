@@ -27,7 +27,8 @@ def real_state(step: int) -> dict[str, Any]:
     torch.manual_seed(step)
     model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 16), nn.LayerNorm(16))
     state = TrainingState(model, {}, TrainingConfig(steps=10, ema_decay=0.9, learning_rate=0.1))
-    state.step(model(torch.arange(50)).square().mean(), 0.1)
+    model(torch.arange(50)).square().mean().backward()
+    state.step(0.1)
     return state.state_dict() | {"step": step, "data": {"seed": 5, "tokens": "t" * 64}}
 
 

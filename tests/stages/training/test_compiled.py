@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,8 @@ from models.config import DPARConfig
 from models.dpar import DPAR
 from models.packed_patches import PackedPatches, pack_patches
 from models.patching import PatchRule, patch_starts
-from stages.training.compiled import compile_blocks
+from stages.runtime.errors import InputError
+from stages.training.compiled import compile_blocks, is_compiled
 
 STEPS, TOKENS, CODES = 20, 16, 64
 SIZE = DPARConfig(
@@ -31,6 +33,35 @@ SIZE = DPARConfig(
     dropout=0.0,
     class_dropout_prob=0.0,
 )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "compiler", "compiled"),
+    [
+        (None, "cpu", True, False),
+        (None, "cuda", True, True),
+        (None, "cuda", False, False),
+        (False, "cuda", True, False),
+        (True, "cpu", True, True),
+    ],
+)
+def test_a_gpu_compiles_by_default_and_without_a_compiler_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wanted: bool | None,
+    device: str,
+    compiler: bool,
+    compiled: bool,
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
+    assert is_compiled(wanted, torch.device(device)) == compiled
+    assert ("no C++ compiler: install g++" in caplog.text) == (not compiler)
+
+
+def test_compilation_that_is_asked_for_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match=r"runtime.compile is true and there is no C\+\+ compiler"):
+        is_compiled(True, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +141,8 @@ def test_new_lengths_at_every_step_compile_nothing_anew(backend: str, monkeypatc
     eager = DPAR(SIZE)
     traced = copy.deepcopy(eager)
     for block in (*traced.local_encoder.layers, *traced.layers, *traced.local_decoder.layers):
-        block.compile(dynamic=True, backend="eager")  # traced as ever, but no code is made: that takes half a minute
+        # Traced as by `compile_blocks`, but no code is made: that takes half a minute.
+        block.forward = torch.compile(block.forward, dynamic=True, backend="eager")
     cpu = torch.device("cpu")
     expected = losses(eager, cpu, bfloat16=False)
     monkeypatch.setattr(models.attention, "packed_backend", lambda *_: backend)

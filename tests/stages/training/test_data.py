@@ -13,10 +13,11 @@ from stages.runtime.prefetch import prefetch
 from stages.stores.patches import PatchFacts, PatchIndex, write_patches
 from stages.stores.tokens import TokenFacts, TokenStore, token_writer
 from stages.training.patched import PatchedBatch, PatchedData
-from stages.training.stream import SampleStream
+from stages.training.stream import Part, SampleStream, share_of
 
 N, TRAIN, A, GRID, V = 45, 37, 3, 4, 512
 T, GLOBAL = GRID * GRID, 16
+CPU = torch.device("cpu")
 RNG = np.random.default_rng(4)
 TOKENS = RNG.integers(0, V, (N, A, T)).astype(np.uint16)
 LABELS = RNG.integers(0, 5, N).astype(np.uint16)
@@ -55,7 +56,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PatchedData:
 def global_batch(data: PatchedData, step: int, size: int) -> list[np.ndarray]:
     """Tokens, labels and patch lengths of one step, over all processes."""
     stream = SampleStream(TRAIN, GLOBAL, seed=7)
-    ranks = [data.training_batch(stream, step, World(rank, size, torch.device("cpu"))) for rank in range(size)]
+    shares = [share_of(GLOBAL, World(rank, size, CPU)) for rank in range(size)]
+    ranks = [data.training_batch(stream, step, share, CPU) for share in shares]
     columns = [(b.tokens, b.labels, b.patches.first, b.patches.last, b.patches.number) for b in ranks]
     return [torch.cat(column).numpy() for column in zip(*columns, strict=True)]
 
@@ -70,8 +72,7 @@ def test_the_number_of_processes_changes_no_global_batch(data: PatchedData) -> N
 
 def test_an_epoch_holds_every_training_image_once_each_in_its_view_with_its_patches(data: PatchedData) -> None:
     stream = SampleStream(TRAIN, GLOBAL, seed=7)
-    alone = World(0, 1, torch.device("cpu"))
-    batches = [data.training_batch(stream, step, alone) for step in range(2 * TRAIN)]
+    batches = [data.training_batch(stream, step, Part(0, GLOBAL), CPU) for step in range(2 * TRAIN)]
     tokens = np.concatenate([batch.tokens.numpy() for batch in batches])
     labels = np.concatenate([batch.labels.numpy() for batch in batches])
     image_of = {TOKENS[image, view].tobytes(): (image, view) for image in range(N) for view in range(A)}
@@ -85,10 +86,10 @@ def test_an_epoch_holds_every_training_image_once_each_in_its_view_with_its_patc
 
 
 def test_a_run_that_goes_on_in_the_middle_of_an_epoch_sees_what_it_would_have_seen(data: PatchedData) -> None:
-    stream, alone = SampleStream(TRAIN, GLOBAL, seed=7), World(0, 1, torch.device("cpu"))
+    stream = SampleStream(TRAIN, GLOBAL, seed=7)
 
     def make(step: int) -> PatchedBatch:
-        return data.training_batch(stream, step, alone)
+        return data.training_batch(stream, step, Part(0, GLOBAL), CPU)
 
     with prefetch(make, range(12), threads=1, depth=1) as batches:
         whole = [batch.tokens for batch in batches]
@@ -115,9 +116,9 @@ def test_every_tensor_for_a_gpu_is_pinned_and_none_for_the_cpu(
     pinned: list[Tensor] = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     stream = SampleStream(TRAIN, GLOBAL, seed=7)
-    data.training_batch(stream, 0, World(0, 1, torch.device("cpu")))
+    data.training_batch(stream, 0, Part(0, GLOBAL), CPU)
     assert pinned == []
-    batch = data.training_batch(stream, 0, World(0, 1, torch.device("cuda", 0)))
+    batch = data.training_batch(stream, 0, Part(0, GLOBAL), torch.device("cuda", 0))
     tensors = [batch.tokens, batch.labels, *(v for v in vars(batch.patches).values() if isinstance(v, Tensor))]
     assert len(pinned) == len(tensors) == 9
     assert {id(tensor) for tensor in pinned} == {id(tensor) for tensor in tensors}

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from conf.runtime import RuntimeConfig
 from conf.section import TrainingConfig
 from stages.runtime.distributed import World
 from stages.training.checkpoint import load_latest
@@ -15,6 +16,7 @@ from stages.training.ema import WeightAverage
 from stages.training.loop import CHECKPOINTS, Training, train_model
 
 WORLD = World(0, 1, torch.device("cpu"))
+RUNTIME = RuntimeConfig(device="cpu")
 
 
 class Fit(nn.Module):
@@ -32,7 +34,7 @@ def training(ema_decay: float | None) -> tuple[nn.Linear, Training[torch.Tensor]
     return model, Training(
         model=model,
         objective=Fit(model),
-        batch=lambda step: torch.randn(8, 3, generator=torch.Generator().manual_seed(step)),
+        batch=lambda step, part: torch.randn(8, 3, generator=torch.Generator().manual_seed(step)),
         data_state=lambda steps: {"samples_seen": steps},
         validate=lambda: {"bias": model.bias.item()},
         config=TrainingConfig(
@@ -77,9 +79,9 @@ def test_stands_in_for_the_weights_and_gives_them_back_bit_for_bit() -> None:
 
 def test_the_loop_scores_and_leaves_the_average_and_checkpoints_both(tmp_path: Path) -> None:
     last, run = training(None)
-    train_model(run, tmp_path / "last", WORLD)
+    train_model(run, tmp_path / "last", WORLD, RUNTIME)
     model, run = training(0.9)
-    found = train_model(run, tmp_path / "mean", WORLD)
+    found = train_model(run, tmp_path / "mean", WORLD, RUNTIME)
     saved = load_latest(tmp_path / "mean" / CHECKPOINTS, WORLD.device)
     assert saved is not None
     assert torch.equal(saved["model"]["weights"]["bias"], last.bias)  # averaging changes nothing in training
@@ -90,7 +92,7 @@ def test_the_loop_scores_and_leaves_the_average_and_checkpoints_both(tmp_path: P
 
 def test_a_finished_run_that_is_started_again_leaves_the_average_too(tmp_path: Path) -> None:
     first, run = training(0.9)
-    train_model(run, tmp_path, WORLD)
+    train_model(run, tmp_path, WORLD, RUNTIME)
     second, run = training(0.9)
-    train_model(replace(run, batch=lambda step: torch.full((8, 3), torch.nan)), tmp_path, WORLD)
+    train_model(replace(run, batch=lambda step, part: torch.full((8, 3), torch.nan)), tmp_path, WORLD, RUNTIME)
     assert torch.equal(first.weight, second.weight)

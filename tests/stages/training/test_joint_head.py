@@ -98,10 +98,10 @@ def test_interrupted_model_and_head_end_the_same_bit_for_bit(
 ) -> None:
     whole = EntropyData.training_batch
 
-    def breaks(self: EntropyData, stream: Any, step: int, world: Any) -> Any:
+    def breaks(self: EntropyData, stream: Any, step: int, *given: Any) -> Any:
         if step == 6:
             raise KeyboardInterrupt
-        return whole(self, stream, step, world)
+        return whole(self, stream, step, *given)
 
     given = (joint(tiny_settings), train_inputs(tiny_artifacts), tmp_path, RUNTIME)
     with monkeypatch.context() as patch:

@@ -18,14 +18,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from conf.runtime import RuntimeConfig
 from conf.section import TrainingConfig
 from stages.runtime.distributed import World
 from stages.runtime.errors import ArtifactError
 from stages.training.checkpoint import load_latest
 from stages.training.loop import CHECKPOINTS, Training, train_model
+from stages.training.meter import MEASURED
 from stages.training.optim import learning_rate, make_optimizer
+from stages.training.stream import Part
 
 WORLD = World(0, 1, torch.device("cpu"))
+RUNTIME = RuntimeConfig(device="cpu")
 
 
 class Regression(nn.Module):
@@ -41,12 +45,13 @@ class Regression(nn.Module):
         return loss, {"error": loss.detach().sqrt()}
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
+def batch(step: int, part: Part) -> tuple[Tensor, Tensor]:
     inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+    inputs = inputs[part.first : part.first + part.count]
     return inputs, inputs.sum(dim=1, keepdim=True)
 
 
-def training(make_batch: Callable[[int], Any] = batch, **changes: Any) -> Training[Any]:
+def training(make_batch: Callable[[int, Part], Any] = batch, **changes: Any) -> Training[Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 1))
     config = TrainingConfig(
@@ -70,7 +75,7 @@ def lines(output: Path) -> list[dict[str, float]]:
 
 
 def test_the_loss_falls_and_is_logged(tmp_path: Path) -> None:
-    assert train_model(training(), tmp_path, WORLD) == {"heldout_loss": 1.0}
+    assert train_model(training(), tmp_path, WORLD, RUNTIME) == {"heldout_loss": 1.0}
     losses = {line["step"]: line["loss"] for line in lines(tmp_path) if "loss" in line}
     assert list(losses) == [10, 20, 30, 40, 50, 60]
     assert losses[60] < 0.5 * losses[10]
@@ -79,41 +84,44 @@ def test_the_loss_falls_and_is_logged(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_ends_with_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
     whole = training()
-    train_model(whole, tmp_path / "whole", WORLD)
+    train_model(whole, tmp_path / "whole", WORLD, RUNTIME)
 
-    def breaks(step: int) -> tuple[Tensor, Tensor]:
+    def breaks(step: int, part: Part) -> tuple[Tensor, Tensor]:
         if step == 47:
             raise KeyboardInterrupt
-        return batch(step)
+        return batch(step, part)
 
     with pytest.raises(KeyboardInterrupt):
-        train_model(training(breaks), tmp_path / "broken", WORLD)
+        train_model(training(breaks), tmp_path / "broken", WORLD, RUNTIME)
     assert lines(tmp_path / "broken")[-1]["step"] == 40
     resumed = training()
-    train_model(resumed, tmp_path / "broken", WORLD)
+    train_model(resumed, tmp_path / "broken", WORLD, RUNTIME)
     for expected, found in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(expected, found)
-    strip = [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(tmp_path / "whole")]
-    assert [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(tmp_path / "broken")] == strip
+    kept = [
+        [{name: value for name, value in line.items() if name not in MEASURED} for line in lines(tmp_path / run)]
+        for run in ("whole", "broken")
+    ]
+    assert kept[0] == kept[1]
 
 
 def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
-    train_model(training(steps=20), tmp_path, WORLD)
+    train_model(training(steps=20), tmp_path, WORLD, RUNTIME)
     for name, value, said in (("tokens", "s" * 64, "tokens t+, expected s+"), ("seed", 6, "seed 5, expected 6")):
         other = training(steps=40)
         state = other.data_state
         other = replace(other, data_state=lambda steps, state=state, change={name: value}: state(steps) | change)
         with pytest.raises(ArtifactError, match=f"were trained with {said}: they belong to other data"):
-            train_model(other, tmp_path, WORLD)
+            train_model(other, tmp_path, WORLD, RUNTIME)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_try(tmp_path: Path) -> None:
-    def poisoned(step: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = batch(step)
+    def poisoned(step: int, part: Part) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch(step, part)
         return inputs, targets * float("nan") if step >= 25 else targets
 
-    with pytest.raises(RuntimeError, match=r"loss is nan at step 30.*learning_rate"):
-        train_model(training(poisoned), tmp_path, WORLD)
+    with pytest.raises(RuntimeError, match=r"loss is not finite at step 26.*learning_rate"):
+        train_model(training(poisoned), tmp_path, WORLD, RUNTIME)
     state = load_latest(tmp_path / CHECKPOINTS, WORLD.device)
     assert state is not None
     assert state["step"] == 20
@@ -130,11 +138,11 @@ def test_sigkill_at_any_point_leaves_a_run_that_ends_the_same(tmp_path: Path) ->
             from pathlib import Path
             sys.path.insert(0, {str(Path(__file__).parent)!r})
             import test_loop as t
-            def slow(step):
+            def slow(step, part):
                 time.sleep(0.01)
-                return t.batch(step)
+                return t.batch(step, part)
             run = t.training(slow, steps=200, checkpoint_every=10)
-            t.train_model(run, Path(sys.argv[1]), t.WORLD)
+            t.train_model(run, Path(sys.argv[1]), t.WORLD, t.RUNTIME)
             t.torch.save(run.model.state_dict(), sys.argv[1] + ".pt")
             """
         )

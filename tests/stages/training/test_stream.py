@@ -10,7 +10,7 @@ from hypothesis.strategies import integers
 
 from stages.runtime.distributed import World
 from stages.runtime.errors import InputError
-from stages.training.stream import SampleStream
+from stages.training.stream import Part, SampleStream, divided, share_of
 
 SEEDS = integers(0, 2**63 - 1)
 
@@ -21,7 +21,8 @@ def world(rank: int, size: int) -> World:
 
 def taken(stream: SampleStream, steps: range, size: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Images and epochs of some steps, in the stream's order, as `size` processes take them."""
-    slices = [stream.rank_slice(step, world(rank, size)) for step in steps for rank in range(size)]
+    shares = [share_of(stream.global_batch_size, world(rank, size)) for rank in range(size)]
+    slices = [stream.samples(step, share) for step in steps for share in shares]
     images, epochs = zip(*slices, strict=True)
     return np.concatenate(images), np.concatenate(epochs)
 
@@ -62,14 +63,30 @@ def test_epochs_and_seeds_have_orders_of_their_own(seed: int, other: int) -> Non
 
 
 def test_a_batch_may_be_larger_than_an_epoch() -> None:
-    images, epochs = SampleStream(5, 12, 0).rank_slice(0, world(0, 1))
+    images, epochs = SampleStream(5, 12, 0).samples(0, Part(0, 12))
     assert list(epochs) == [0] * 5 + [1] * 5 + [2] * 2
     assert sorted(images[:5]) == list(range(5))
 
 
 def test_an_indivisible_batch_is_refused() -> None:
     with pytest.raises(InputError, match="global_batch_size is 10, expected a multiple of the 4 processes"):
-        SampleStream(50, 10, 0).rank_slice(0, world(0, 4))
+        share_of(10, world(0, 4))
+
+
+@given(count=integers(1, 40), size=integers(1, 4), micro_batch=integers(1, 50), seed=SEEDS)
+def test_micro_batches_hold_the_images_of_their_share_in_order(
+    count: int, size: int, micro_batch: int, seed: int
+) -> None:
+    stream = SampleStream(30, count * size, seed)
+    for rank in range(size):
+        share = share_of(count * size, world(rank, size))
+        parts = divided(share, micro_batch)
+        assert all(part.count == micro_batch for part in parts[:-1])
+        assert 0 < parts[-1].count <= micro_batch
+        for whole, pieces in zip(
+            stream.samples(3, share), zip(*(stream.samples(3, part) for part in parts), strict=True), strict=True
+        ):
+            assert np.array_equal(np.concatenate(pieces), whole)
 
 
 @given(seed=SEEDS, epoch=integers(0, 10**6))
