@@ -11,7 +11,7 @@ def duration(seconds: float) -> str:
     if minutes < 1:
         return f"{rest} s"
     hours, minutes_left = divmod(minutes, 60)
-    return f"{minutes} min {rest} s" if hours < 1 else f"{hours} h {minutes_left} min"
+    return f"{minutes} min {rest} s" if hours < 1 else f"{hours:,} h {minutes_left} min"
 
 
 def size(count: float) -> str:

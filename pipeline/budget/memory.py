@@ -16,6 +16,7 @@ from pipeline.budget.disk import MOMENTS, WEIGHT
 from pipeline.budget.parameters import num_layers, transformer_parameters, vq_parameters
 from pipeline.budget.shape import Shape, TokenShape, model_size
 from pipeline.graph import STAGES
+from stages.images.limits import DECODED_PIXELS
 
 # Bytes saved for the backward pass, counted on the real modules.
 _BLOCK_BYTES = {"bfloat16": 55, "float32": 76}  # a row and channel of a block
@@ -139,8 +140,6 @@ def _encoding(config: VQConfig, image_size: int, batch: int) -> float:
 
 def _decoding(config: VQConfig, image_size: int, batch: int) -> float:
     """Bytes of decoding a batch in parts, float32."""
-    from stages.images.from_tokens import DECODED_PIXELS
-
     together = max(1, min(batch, DECODED_PIXELS // image_size**2))
     return _encoding(config, image_size, together)
 

@@ -30,7 +30,6 @@ def examine(runtime: RuntimeConfig) -> list[Finding]:
             software.check_packages,
             lambda: cpu.check_cores(machine.available_cores(), os.cpu_count() or 1, runtime),
             lambda: cpu.check_memory(memory, psutil.virtual_memory().available),
-            lambda: cpu.check_compiler(runtime),
             lambda: home.check_home(runtime.home),
             lambda: network.check_host_name(socket.gethostname(), runtime),
             lambda: network.check_slurm(runtime),
@@ -44,6 +43,7 @@ def examine(runtime: RuntimeConfig) -> list[Finding]:
             lambda: cpu.check_bfloat16(facts, machine.bfloat16_flags()),
             lambda: gpu.check_cuda(facts, runtime, gpu.driver_version(), has_device=machine.has_nvidia_device()),
             lambda: cpu.check_shared_memory(_size_of(_SHARED), facts),
+            lambda: cpu.check_compiler(runtime, facts),
             lambda: presets.check_presets(facts, memory, runtime.processes),
         ]
         found = [finding for future in begun for finding in future.result()]

@@ -52,14 +52,16 @@ def check_shared_memory(total: int | None, facts: TorchFacts) -> Finding:
     return ok("/dev/shm", found)
 
 
-def check_compiler(runtime: RuntimeConfig, environment: Mapping[str, str] = os.environ) -> Finding:
-    """A C++ compiler, which torch.compile needs."""
+def check_compiler(runtime: RuntimeConfig, facts: TorchFacts, environment: Mapping[str, str] = os.environ) -> Finding:
+    """A C++ compiler, which torch.compile needs. Training on a GPU is compiled unless the settings say no."""
     wanted = [name for name in (environment.get("CXX"), "g++", "clang++") if name]
     found = next(filter(None, map(shutil.which, wanted)), None)
     if found is not None:
         return ok("C++ compiler", found)
     if runtime.compile:
         return blocker("C++ compiler", "none, and runtime.compile is on", "install g++, or set DPAR_COMPILE=0")
+    if runtime.compile is None and facts.devices:
+        return warning("C++ compiler", "none: training is not compiled", "install g++ for faster steps")
     return ok("C++ compiler", "none: torch.compile cannot be used")
 
 

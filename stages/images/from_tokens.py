@@ -9,11 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.vq import VQModel
+from stages.images.limits import DECODED_PIXELS
 from stages.images.tensors import float_to_bytes
 from stages.runtime.arrays import PixelBatch
 from stages.runtime.transfer import Download, one_behind
-
-DECODED_PIXELS = 2**20  # at a time, 16 images of 256 px: VQ-16's decoder takes 2.6 KB a pixel, so 2.7 GB
 
 
 @torch.inference_mode()

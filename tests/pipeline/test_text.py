@@ -5,7 +5,14 @@ from pipeline.text import duration, size
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(9.94, "9.9 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (11_520, "3 h 12 min")],
+    [
+        (9.94, "9.9 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (3599, "59 min 59 s"),
+        (11_520, "3 h 12 min"),
+        (16_893_060, "4,692 h 31 min"),
+    ],
 )
 def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -60,10 +60,13 @@ def test_memory_and_shared_memory() -> None:
 
 def test_a_compiler_is_needed_only_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cpu.check_compiler(RuntimeConfig(), {}).level == "ok"
-    assert cpu.check_compiler(RuntimeConfig(compile=True), {}).level == "blocker"
+    without, with_gpu = TorchFacts(version="2"), TorchFacts(version="2", devices=(CARD,))
+    assert cpu.check_compiler(RuntimeConfig(), without, {}).level == "ok"
+    assert cpu.check_compiler(RuntimeConfig(), with_gpu, {}).level == "warning", "steps are compiled by default"
+    assert cpu.check_compiler(RuntimeConfig(compile=False), with_gpu, {}).level == "ok"
+    assert cpu.check_compiler(RuntimeConfig(compile=True), without, {}).level == "blocker"
     (tmp_path / "g++").touch(mode=0o755)
-    assert cpu.check_compiler(RuntimeConfig(compile=True), {}).found == str(tmp_path / "g++")
+    assert cpu.check_compiler(RuntimeConfig(compile=True), without, {}).found == str(tmp_path / "g++")
 
 
 def test_torch_that_cannot_be_imported() -> None:
