@@ -43,17 +43,17 @@ def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: Ru
         else:
             model = _train(config, images, output, runtime, world)
     if world.is_main:
+        if config.source == "checkpoint" and config.checkpoint is not None:
+            write_source(output, config.checkpoint)
         save_vq(output, model)
 
 
 def _import(config: TokenizerConfig, images: ImageFiles, output: Path, world: World) -> VQModel:
-    """Import weights, and write their scores and origin to the record."""
+    """Import weights, and write their scores to the record."""
     model = read_vq_checkpoint(config.checkpoint, config.model).to(world.device).eval()
     with torch.inference_mode():
         scores = reconstruction_scores(model, images, world)
     MetricLog(output, 0, enabled=world.is_main).write(0, scores)
-    if world.is_main and config.checkpoint is not None:
-        write_source(output, config.checkpoint)
     return model
 
 

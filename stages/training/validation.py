@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.vq import VQModel
+from stages.images.from_tokens import DECODED_PIXELS
 from stages.images.tensors import float_to_pixels, pixels_to_float
 from stages.runtime.artifact import RECORD, write_json
 from stages.runtime.distributed import World, all_reduce_sum
@@ -97,8 +98,8 @@ def reconstruction_scores(model: VQModel, images: ImageFiles, world: World) -> d
     rows = rows[:: max(1, len(rows) // _VALIDATION_IMAGES)]
     errors: list[float] = []
     used = torch.zeros(model.config.codebook_size, dtype=torch.bool)
-    for batch in images.center_batches(rows, 64):
-        tokens = model.encode(pixels_to_float(batch).to(world.device))
+    for batch in images.center_batches(rows, max(1, DECODED_PIXELS // images.size**2)):
+        tokens = model.encode(pixels_to_float(batch, world.device))
         decoded = float_to_pixels(model.decode(tokens))
         used[tokens.unique().cpu()] = True
         squared = (decoded.astype(np.float64) - batch) ** 2
