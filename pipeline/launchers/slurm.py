@@ -7,7 +7,7 @@ record/slurm.probe    what every node must see before the first step
 
 The job does not depend on the process that submitted it. If that dies, the next run finds the number of the job and
 attaches to it. The lock of the artifact is held by the process alone, so the number also tells a run on another
-machine, a local run and `dpar gc` that somebody is writing here. Nothing but sbatch, squeue and scancel is used.
+machine, a local run and `dpar gc` that somebody is writing here. The cluster needs no accounting database.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _submit(process: Process, runtime: RuntimeConfig) -> SlurmJob:
         raise InputError(f"sbatch refused the job of {process.name}: {' '.join(submitted.stderr.split())}")
     job = SlurmJob(int(submitted.stdout.partition(";")[0]), name, log_start)
     write_json(record / JOB, asdict(job))
-    logger.info("submitted Slurm job %d for %s", job.number, process.job.output.name)
+    logger.warning("submitted Slurm job %d for %s, log: %s", job.number, process.job.output.name, process.log)
     return job
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,17 @@ import torch
 from conf.evaluate import EvaluateConfig
 from conf.schema import Settings
 from conf.section import Section
+from models.vq import VQModel
+from stages.evaluate import ImageSets
 from stages.images.decode import center_crop, decode
 from stages.runtime.artifact import read_json
+from stages.runtime.distributed import World
 from stages.runtime.errors import ArtifactError, InputError
 from stages.scores.features import Inception, Lite0
 from stages.scores.table import RUNGS, SCORES
 from stages.stores.image_index import ImageIndex
+from stages.stores.samples import SampleStore, sample_writer
+from stages.weights.own import save_vq
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
 
@@ -80,6 +86,30 @@ def test_the_scores_are_those_of_the_features(evaluated: Path, scored: Path) -> 
     assert metrics["ratio_to_marginals"] == pytest.approx(
         metrics["fd_lite0_samples"] / metrics["fd_lite0_marginals"], rel=1e-12
     )
+
+
+def test_every_set_has_images_of_the_samples_size(
+    tiny_artifacts: dict[str, Path], image_root: Path, tmp_path: Path
+) -> None:
+    """Tokens of 32 px, samples resized to 24: reconstructions and random tokens are resized in the same way."""
+    facts = replace(SampleStore.of(tiny_artifacts).facts, num_samples=2, image_size=24, chunk_rows=2)
+    writer = sample_writer(tmp_path / SampleStore.FILE, facts)
+    rows = np.zeros((2, facts.num_tokens))
+    pixels, labels = np.zeros((2, 24, 24, 3), np.uint8), np.zeros(2, np.uint16)
+    writer.write(0, images=pixels, labels=labels, tokens=rows.astype(np.uint16), patch_starts=rows.astype(np.bool_))
+    writer.finish()
+    inputs = tiny_artifacts | {"sample": tmp_path, "images": image_root}
+    sets = ImageSets.open(EvaluateConfig(), inputs, World(0, 1, torch.device("cpu")))
+    assert set(sets) == {"reference", *RUNGS}
+    assert {images.make(images.rows[:2]).shape for images in sets.values()} == {(2, 24, 24, 3)}
+
+
+def test_tokens_of_another_tokenizer_are_refused(
+    tiny_artifacts: dict[str, Path], tiny_settings: Settings, run_in_process: Run, tmp_path: Path
+) -> None:
+    save_vq(tmp_path, VQModel(tiny_settings.tokenizer.model))
+    with pytest.raises(ArtifactError, match=rf"the tokenizer in {tmp_path} has sha256 .*that made these tokens"):
+        run_in_process("evaluate", tiny_settings.evaluate, tiny_artifacts | {"tokenizer": tmp_path})
 
 
 def test_the_reference_is_the_training_images(

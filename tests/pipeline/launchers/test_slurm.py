@@ -158,21 +158,29 @@ def test_what_slurm_refuses_is_one_line(jobs: Any, monkeypatch: pytest.MonkeyPat
         jobs.run("alpha")
 
 
+@pytest.mark.parametrize(
+    ("blind", "message"),
+    [
+        (
+            0,
+            "ended as FAILED without a line of output: its first node cannot write to .*: set runtime.home to a folder",
+        ),
+        (1, rf"node {NODES[1]} does not see the files in .*: set runtime.home to a folder that all nodes share"),
+    ],
+)
 def test_a_node_without_the_shared_home_is_named_before_the_first_step(
-    jobs: Any, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    jobs: Any, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, blind: int, message: str
 ) -> None:
     monkeypatch.setenv("DPAR_NODES", "2")
     jobs.gate("alpha")
-    cluster.stop_node(NODES[1])
-    cluster.start_node(NODES[1], without=jobs.home)
+    cluster.stop_node(NODES[blind])
+    cluster.start_node(NODES[blind], without=jobs.home)
     try:
-        with pytest.raises(
-            StageFailed, match=rf"node {NODES[1]} does not see the files in .*: set runtime.home"
-        ) as caught:
+        with pytest.raises(StageFailed, match=message) as caught:
             jobs.run("alpha")
     finally:
-        cluster.stop_node(NODES[1])
-        cluster.start_node(NODES[1])
+        cluster.stop_node(NODES[blind])
+        cluster.start_node(NODES[blind])
     assert caught.value.code == 2
     assert not list(jobs.home.glob(".work/*/record/steps"))
 
