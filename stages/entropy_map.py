@@ -23,9 +23,9 @@ from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
 from stages.runtime.transfer import Download, one_behind, to_device
 from stages.stores.entropies import EntropyFacts, EntropyStore, entropy_writer
+from stages.stores.matching import require_fit
 from stages.stores.tokens import TokenStore
 from stages.stores.writing import write_units
-from stages.weights.matching import require_fit
 from stages.weights.own import MODEL_FILE, load_gpt
 
 STORE = EntropyStore.FILE

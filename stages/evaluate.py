@@ -32,9 +32,9 @@ from stages.scores.features import INCEPTION_SHA256, Extractor, Inception, Lite0
 from stages.scores.statistics import FeatureStats
 from stages.scores.unigram import sample_marginals
 from stages.stores.image_index import ImageIndex
+from stages.stores.matching import require_tokenizer
 from stages.stores.samples import SampleStore
 from stages.stores.tokens import TokenStore
-from stages.weights.matching import require_tokenizer
 from stages.weights.own import load_vq
 
 _UNIT = 512  # images in a feature file, the unit of work and of resume

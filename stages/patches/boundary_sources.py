@@ -27,8 +27,8 @@ from stages.patches.thresholds import EntropySample
 from stages.runtime.errors import InputError
 from stages.runtime.job import Inputs
 from stages.stores.entropies import EntropyStore
+from stages.stores.matching import require_fit
 from stages.stores.tokens import TokenStore
-from stages.weights.matching import require_fit
 from stages.weights.own import load_gpt, load_head
 
 Loaded = tuple[Boundaries, nn.Module | None]

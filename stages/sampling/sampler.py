@@ -30,8 +30,8 @@ from stages.runtime.arrays import PixelBatch
 from stages.runtime.job import Inputs
 from stages.runtime.randomness import Purpose, stream
 from stages.runtime.transfer import Download, to_device
+from stages.stores.matching import require_fit, require_tokenizer
 from stages.stores.tokens import TokenStore
-from stages.weights.matching import require_fit, require_tokenizer
 from stages.weights.own import load_vq
 
 logger = logging.getLogger(__name__)

@@ -195,7 +195,7 @@ def test_gc_lists_and_removes_when_told_to(
     trash = tmp_path / "home" / ".trash"
     capsys.readouterr()
     assert run_command(["gc", *options]) == 0
-    assert "(replaced by a forced run; preset imagenet256-b, imagenet256-l" in capsys.readouterr().out
+    assert "(replaced by a forced run; preset imagenet128-b, imagenet256-b" in capsys.readouterr().out
     assert run_command(["gc", "--json", *options]) == 0
     listed = answer(capsys)
     (path,) = trash.iterdir()

@@ -13,8 +13,8 @@ from models.gpt import GPT
 from models.vq import VQModel
 from stages.runtime.artifact import file_sha256
 from stages.runtime.errors import ArtifactError
+from stages.stores.matching import require_fit, require_tokenizer
 from stages.stores.tokens import TokenStore, token_writer
-from stages.weights.matching import require_fit, require_tokenizer
 from stages.weights.own import GPT_FAMILY, MODEL_FILE, VQ_FILE, save_model, save_vq, tokenizer_sha256
 
 CONFIG = GPTConfig(dim=32, num_layers=1, num_heads=2, codebook_size=50, num_tokens=16, num_classes=None)
