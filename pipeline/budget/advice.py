@@ -13,7 +13,7 @@ from pipeline.budget.images import count_images
 from pipeline.budget.shape import shape_of
 from pipeline.machine import bfloat16_flags, has_nvidia_device
 from pipeline.text import size
-from stages.runtime.errors import InputError
+from stages.runtime.errors import ArtifactError, InputError
 
 
 def advice(settings: Settings, runtime: RuntimeConfig, preset: str | None, stages: Sequence[str]) -> Iterator[str]:
@@ -49,7 +49,7 @@ def _bfloat16(stage: str, section: Any) -> Iterator[str]:
 def _full_disk(settings: Settings, runtime: RuntimeConfig, preset: str | None, stages: Sequence[str]) -> Iterator[str]:
     try:
         shape = shape_of(settings, *count_images(settings, runtime, preset))
-    except InputError:  # stage dataset reports it
+    except (InputError, ArtifactError):  # the stages report missing images and a damaged index
         return
     needed = peak_disk([DISKS[stage](settings, shape) for stage in stages])
     free = free_disk(runtime.home)

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from conf.load import CONF_DIR, load_settings
+from models.vq import VQModel
 from stages.images.decode import center_crop, decode
 from stages.images.listing import list_images
 from stages.images.sources import image_root
 from stages.images.tensors import float_to_pixels, pixels_to_float
+from stages.runtime.arrays import PixelBatch
 from stages.weights.pretrained import read_vq_checkpoint
 
 WEIGHTS = CONF_DIR / "demo" / "vq.safetensors"
@@ -39,15 +41,36 @@ def test_training_it_in_the_demo_is_one_setting_away() -> None:
     assert settings.tokenizer.lpips_weight == 0  # which needs no weights that the demo does not install
 
 
-@pytest.mark.slow
-def test_it_reconstructs_emoji_about_as_well_as_the_card_says() -> None:
+def shipped(stride: int) -> tuple[VQModel, PixelBatch]:
+    """The tokenizer, and every `stride`-th emoji at 64 pixels."""
     settings, _ = load_settings("demo")
     model = read_vq_checkpoint(WEIGHTS, settings.tokenizer.model).eval()
-    files = list_images(settings.dataset).relpaths[::60]
+    files = list_images(settings.dataset).relpaths[::stride]
     root = image_root(settings.dataset)
-    images = np.stack([center_crop(decode((root / file).read_bytes()), 64) for file in files])
+    return model, np.stack([center_crop(decode((root / file).read_bytes()), 64) for file in files])
+
+
+@pytest.mark.slow
+def test_it_reconstructs_emoji_about_as_well_as_the_card_says() -> None:
+    model, images = shipped(60)
     with torch.inference_mode():
         decoded = float_to_pixels(model.decode(model.encode(pixels_to_float(images))))
     errors = ((decoded.astype(np.float64) - images) ** 2).reshape(len(images), -1).mean(axis=1)
     psnr = (10 * np.log10(255**2 / errors)).mean()
     assert psnr == pytest.approx(CARD["metrics"]["psnr"], abs=1.5)  # these are other images than the card's
+
+
+@pytest.mark.slow
+def test_in_bfloat16_one_token_in_a_hundred_differs_and_pixels_hardly() -> None:
+    """Why tokens are made in float32, and images may be decoded in bfloat16."""
+    model, images = shipped(150)
+    pixels = pixels_to_float(images)
+    with torch.inference_mode():
+        tokens = model.encode(pixels)
+        decoded = float_to_pixels(model.decode(tokens)).astype(int)
+        model.to(torch.bfloat16, memory_format=torch.channels_last)
+        differing = (model.encode(pixels) != tokens).float().mean()
+        rounded = float_to_pixels(model.decode(tokens).float()).astype(int)
+    assert 0 < differing < 0.02
+    assert np.abs(rounded - decoded).max() <= 8
+    assert (np.abs(rounded - decoded) > 1).mean() < 0.02

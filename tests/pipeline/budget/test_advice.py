@@ -10,6 +10,7 @@ from conf.load import load_settings
 from pipeline.budget import advice as advising
 from pipeline.budget.advice import advice
 from pipeline.graph import STAGES
+from stages.runtime.errors import ArtifactError
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +65,11 @@ def test_too_little_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_images_that_are_missing_are_left_to_stage_dataset(tmp_path: Path) -> None:
     assert lines(f"dataset.root={tmp_path / 'missing'}", preset="tiny") == []
+
+
+def test_a_damaged_index_is_left_to_the_stages_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*given: object) -> None:
+        raise ArtifactError("images.parquet cannot be read")
+
+    monkeypatch.setattr(advising, "count_images", damaged)
+    assert lines(preset="tiny") == []

@@ -294,7 +294,7 @@ def test_training_on_two_nodes_saves_near_the_time_limit_and_goes_on(
 
     def warn_once(progress: dict[str, Any]) -> None:
         """Send what Slurm sends to the script before the time limit."""
-        if not warned and 4 <= progress["done"] < training.steps:
+        if not warned and training.checkpoint_every < progress["done"] < training.steps:
             warned.extend(cluster.jobs())
             cluster.call("scancel", "--batch", "--signal=USR1", str(warned[0]))
 
