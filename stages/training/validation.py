@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.vq import VQModel
-from stages.images.from_tokens import DECODED_PIXELS
+from stages.images.limits import DECODED_PIXELS
 from stages.images.tensors import float_to_pixels, pixels_to_float
 from stages.runtime.artifact import RECORD, write_json
 from stages.runtime.distributed import World, all_reduce_sum
