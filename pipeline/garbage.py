@@ -17,10 +17,10 @@ from time import time as now
 
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
-from pipeline.caching.differences import flat
-from pipeline.caching.fingerprint import FingerprintError
-from pipeline.caching.manifest import Manifest, ManifestError, Parts, read_manifest, stage_of
-from pipeline.caching.store import PARTS, TRASH, WORK, Cache
+from pipeline.cache.differences import flat
+from pipeline.cache.fingerprint import FingerprintError
+from pipeline.cache.manifest import Manifest, ManifestError, Parts, read_manifest, stage_of
+from pipeline.cache.store import PARTS, TRASH, WORK, Cache
 from pipeline.graph import Stage
 from pipeline.launchers import slurm
 from pipeline.plan import plan

@@ -9,10 +9,10 @@ from typing import Literal
 
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
-from pipeline.caching.differences import Target, lines, nearest
-from pipeline.caching.keys import inside_parts, key_parts
-from pipeline.caching.manifest import Manifest, ManifestError, key_of, read_manifest
-from pipeline.caching.store import Cache
+from pipeline.cache.differences import Target, lines, nearest
+from pipeline.cache.keys import inside_parts, key_parts
+from pipeline.cache.manifest import Manifest, ManifestError, key_of, read_manifest
+from pipeline.cache.store import Cache
 from pipeline.graph import Stage, inputs_read
 from pipeline.project import DPAR, Project
 from stages.runtime.errors import InputError

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.caching.code_memory import CodeMemory
-from pipeline.caching.fingerprint import Code, Fingerprint
+from pipeline.cache.code_memory import CodeMemory
+from pipeline.cache.fingerprint import Code, Fingerprint
 from pipeline.graph import COUNTED, NEUTRAL, STAGES, VIEWS, Stage
 
 

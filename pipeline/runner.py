@@ -14,12 +14,12 @@ from typing import Any, Literal, Protocol
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
 from pipeline import views
-from pipeline.caching import input_checks, listing
-from pipeline.caching.external import external_digest
-from pipeline.caching.fingerprint import Fingerprint
-from pipeline.caching.keys import key_parts
-from pipeline.caching.manifest import Manifest, Parts, key_of
-from pipeline.caching.store import Cache
+from pipeline.cache import input_checks, listing
+from pipeline.cache.external import external_digest
+from pipeline.cache.fingerprint import Fingerprint
+from pipeline.cache.keys import key_parts
+from pipeline.cache.manifest import Manifest, Parts, key_of
+from pipeline.cache.store import Cache
 from pipeline.graph import Stage, inputs_read
 from pipeline.launch import StageFailed, launch, process_of
 from pipeline.launchers import slurm

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
-from pipeline.caching.differences import changes, lines, nearest
-from pipeline.caching.input_checks import is_chunk
-from pipeline.caching.manifest import Manifest, ManifestError, key_of, read_manifest
-from pipeline.caching.store import DAMAGE, Cache
+from pipeline.cache.differences import changes, lines, nearest
+from pipeline.cache.input_checks import is_chunk
+from pipeline.cache.manifest import Manifest, ManifestError, key_of, read_manifest
+from pipeline.cache.store import DAMAGE, Cache
 from pipeline.graph import Stage
 from pipeline.launchers import slurm
 from pipeline.plan import target

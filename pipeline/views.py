@@ -16,7 +16,7 @@ from pathlib import Path
 
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
-from pipeline.caching.store import Cache
+from pipeline.cache.store import Cache
 from pipeline.graph import Stage, inputs_read
 from pipeline.launch import StageFailed, launch
 from pipeline.plan import cached_paths, plan

@@ -16,7 +16,7 @@ from pipeline.budget.budget import make_budget
 from pipeline.budget.cards import Card
 from pipeline.budget.images import count_images
 from pipeline.budget.shape import shape_of
-from pipeline.caching.manifest import read_manifest
+from pipeline.cache.manifest import read_manifest
 from pipeline.plan import require_cached
 from pipeline.selection import select
 

@@ -14,7 +14,7 @@ from conf.load import describe, names
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
 from pipeline import views as drawn_views
-from pipeline.caching.external import trusted_since
+from pipeline.cache.external import trusted_since
 from pipeline.cli import display
 from pipeline.cli.options import (
     Ablation,

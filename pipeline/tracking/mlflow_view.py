@@ -24,10 +24,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from pipeline.caching import repository
-from pipeline.caching.differences import flat
-from pipeline.caching.manifest import MANIFEST
-from pipeline.caching.store import Cache
+from pipeline.cache import repository
+from pipeline.cache.differences import flat
+from pipeline.cache.manifest import MANIFEST
+from pipeline.cache.store import Cache
 from pipeline.report import collect
 from pipeline.tracking.journal import Event, Journal
 from pipeline.tracking.metric_tail import MetricTail, Point, StageRun

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from conf.runtime import RuntimeConfig
-from pipeline.caching.store import Cache
+from pipeline.cache.store import Cache
 from pipeline.plan import StageStatus, plan
 from pipeline.project import Project
 from pipeline.runner import StageResult, run_stage

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.caching.manifest import key_of
+from pipeline.cache.manifest import key_of
 from pipeline.garbage import DAY_S, Found, collect, find_garbage
 from pipeline.plan import target
 from stages.runtime.errors import InputError

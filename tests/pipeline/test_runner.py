@@ -233,7 +233,7 @@ def test_observers_hear_start_end_and_failure(tiny: Tiny) -> None:
 
 
 def test_an_observer_hears_of_a_commit_that_fails(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.caching.store import Cache
+    from pipeline.cache.store import Cache
     from pipeline.runner import NullObserver, run_stage
 
     heard: list[str] = []

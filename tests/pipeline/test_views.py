@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from conf.load import load_settings
-from pipeline.caching.fingerprint import Code
-from pipeline.caching.keys import key_parts
-from pipeline.caching.manifest import key_of
+from pipeline.cache.fingerprint import Code
+from pipeline.cache.keys import key_parts
+from pipeline.cache.manifest import key_of
 from pipeline.graph import COUNTED, NEUTRAL, STAGES, VIEWS, inputs_read
 from pipeline.project import Project
 from pipeline.views import draw_all, is_current, read_metrics

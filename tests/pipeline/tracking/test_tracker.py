@@ -14,8 +14,8 @@ import pytest
 from conf.load import load_settings
 from conf.runtime import RuntimeConfig
 from pipeline import servers
-from pipeline.caching.manifest import Manifest, Parts, content_digest, key_of
-from pipeline.caching.store import Cache
+from pipeline.cache.manifest import Manifest, Parts, content_digest, key_of
+from pipeline.cache.store import Cache
 from pipeline.processes import HOST, Service, answers, free_port, wait_until
 from pipeline.runner import StageResult
 from pipeline.tracking import tracker as tracking

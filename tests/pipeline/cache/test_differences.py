@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.caching.differences import Target, changes, flat, lines, nearest
-from pipeline.caching.manifest import Manifest, content_digest, key_of
+from pipeline.cache.differences import Target, changes, flat, lines, nearest
+from pipeline.cache.manifest import Manifest, content_digest, key_of
 
 PARTS = {
     "schema": 2,

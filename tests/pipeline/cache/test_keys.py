@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from conf.load import load_settings
-from pipeline.caching.keys import key_parts
-from pipeline.caching.manifest import key_of
+from pipeline.cache.keys import key_parts
+from pipeline.cache.manifest import key_of
 from pipeline.graph import STAGES, inputs_read
 from pipeline.project import DPAR
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.caching.fingerprint import Code
-from pipeline.caching.module_code import EVERYTHING, load_module
+from pipeline.cache.fingerprint import Code
+from pipeline.cache.module_code import EVERYTHING, load_module
 
 KINDS = ("function", "nested", "class", "constant", "outside", "fallback")
 OUTSIDE = ("tau", "pi", "e", "inf", "nan", "sin", "cos", "tan", "exp")

@@ -225,7 +225,7 @@ def check(
     monkeypatch.setattr(
         "stages.runtime.artifact.os.fsync", lambda descriptor: None
     )  # the disk is not what is tried here
-    monkeypatch.setattr("pipeline.caching.store._environment", dict)  # asks git: two processes a commit
+    monkeypatch.setattr("pipeline.cache.store._environment", dict)  # asks git: two processes a commit
     monkeypatch.setattr(CacheMachine, "make", staticmethod(make_tiny), raising=False)
     run_state_machine_as_test(
         CacheMachine,
@@ -253,6 +253,6 @@ def test_any_sequence_ends_with_the_right_numbers(
 def test_the_walk_notices_that_inputs_are_not_checked(
     make_tiny: Callable[[Path], Tiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.caching.input_checks.require_undamaged", lambda *_: None)
+    monkeypatch.setattr("pipeline.cache.input_checks.require_undamaged", lambda *_: None)
     with pytest.raises(AssertionError):
         check(make_tiny, monkeypatch, examples=12, steps=14, shrink=False)

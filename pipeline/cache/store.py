@@ -21,8 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.caching import repository
-from pipeline.caching.manifest import (
+from pipeline.cache import repository
+from pipeline.cache.manifest import (
     MANIFEST,
     Manifest,
     ManifestError,

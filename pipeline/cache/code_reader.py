@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipeline.caching.module_code import (
+from pipeline.cache.module_code import (
     DEFINITIONS,
     Module,
     Target,
@@ -19,7 +19,7 @@ from pipeline.caching.module_code import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.caching.fingerprint import Code
+    from pipeline.cache.fingerprint import Code
 
 Place = tuple[str, str]  # a module, and a name in it, AT_IMPORT or EVERYTHING
 

@@ -15,9 +15,9 @@ from conf.load import load_settings
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
 from pipeline import runner
-from pipeline.caching.input_checks import is_chunk
-from pipeline.caching.keys import key_parts
-from pipeline.caching.manifest import key_of
+from pipeline.cache.input_checks import is_chunk
+from pipeline.cache.keys import key_parts
+from pipeline.cache.manifest import key_of
 from pipeline.graph import STAGES
 from pipeline.launch import StageFailed
 from pipeline.plan import plan, target
@@ -195,7 +195,7 @@ def test_a_stage_that_meets_other_bytes_makes_the_next_run_index_again(
     run: Callable[..., StageResult], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Simulates a flipped bit on disk: the contents change, the metadata do not.
-    monkeypatch.setattr("pipeline.caching.listing._metadata", lambda stat: f"{stat.st_size} {stat.st_mtime_ns}")
+    monkeypatch.setattr("pipeline.cache.listing._metadata", lambda stat: f"{stat.st_size} {stat.st_mtime_ns}")
     first = run("dataset")
     for path in images.rglob("*.ppm"):
         swap_bytes(path)

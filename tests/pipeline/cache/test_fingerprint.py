@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.caching.fingerprint import Code, FingerprintError
+from pipeline.cache.fingerprint import Code, FingerprintError
 from pipeline.graph import COUNTED, NEUTRAL, STAGES
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.caching.code_reader import FingerprintError, Place, Reader, Uses
-from pipeline.caching.module_code import AT_IMPORT, EVERYTHING, Module, load_module
+from pipeline.cache.code_reader import FingerprintError, Place, Reader, Uses
+from pipeline.cache.module_code import AT_IMPORT, EVERYTHING, Module, load_module
 
 __all__ = ["Code", "Fingerprint", "FingerprintError", "Place"]
 # conf holds values, which are in the key. pipeline runs stages and does not change their results.

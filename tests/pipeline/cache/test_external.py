@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conf.load import load_settings
-from pipeline.caching.external import external_digest, trusted_since
+from pipeline.cache.external import external_digest, trusted_since
 from pipeline.graph import STAGES
 from stages.runtime.errors import InputError
 
@@ -38,7 +38,7 @@ def test_weights_are_read_once_and_again_when_anything_about_the_file_has_change
         read.append(path.read_bytes())
         return hashlib.sha256(read[-1]).hexdigest()
 
-    monkeypatch.setattr("pipeline.caching.external.file_sha256", spy)
+    monkeypatch.setattr("pipeline.cache.external.file_sha256", spy)
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"one")
     two.write_bytes(b"two")

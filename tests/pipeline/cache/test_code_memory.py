@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.caching import module_code
-from pipeline.caching.code_memory import CodeMemory
-from pipeline.caching.fingerprint import Code
+from pipeline.cache import module_code
+from pipeline.cache.code_memory import CodeMemory
+from pipeline.cache.fingerprint import Code
 from stages.runtime.artifact import read_json, write_json
 
 ENTRY = ("stages.stage", "run")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.caching.manifest import Manifest, Parts
+from pipeline.cache.manifest import Manifest, Parts
 
 Kind = Literal["setting", "input", "external", "code", "package", "schema"]
 _ABSENT = object()

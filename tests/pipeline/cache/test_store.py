@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.caching.manifest import key_of
-from pipeline.caching.store import Cache
+from pipeline.cache.manifest import key_of
+from pipeline.cache.store import Cache
 
 PARTS = {"schema": 2, "stage": "alpha", "settings": {}, "code": [], "inputs": {}, "packages": {}, "external": None}
 KEY = key_of(PARTS)

@@ -14,8 +14,8 @@ import pytest
 from toy_facts import token_facts
 
 from conf.runtime import RuntimeConfig
-from pipeline.caching.manifest import Manifest, content_digest, key_of
-from pipeline.caching.store import Cache
+from pipeline.cache.manifest import Manifest, content_digest, key_of
+from pipeline.cache.store import Cache
 from pipeline.upkeep import verify
 from stages.images.listing import Listing
 from stages.runtime.artifact import read_json, write_json

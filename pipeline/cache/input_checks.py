@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.caching.manifest import Manifest
-from pipeline.caching.store import Cache
+from pipeline.cache.manifest import Manifest
+from pipeline.cache.store import Cache
 from stages.runtime.errors import ArtifactError, InputError
 
 _CHUNK = re.compile(r"(?:.*/)?[^/]+\.zarr/(?:.*/)?c/.*")

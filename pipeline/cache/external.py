@@ -1,6 +1,6 @@
 """Digests of the external files that stages read: image files and weights files.
 
-The digest of images covers file metadata (see `pipeline.caching.listing`). The digest of weights covers the bytes. It
+The digest of images covers file metadata (see `pipeline.cache.listing`). The digest of weights covers the bytes. It
 is remembered with the file's size, times and inode, and computed again when one of these changes.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from conf.schema import Settings
 from conf.section import Section
-from pipeline.caching.listing import scan
+from pipeline.cache.listing import scan
 from pipeline.graph import Stage
 from stages.images.sources import image_root
 from stages.runtime.artifact import file_sha256, read_json, write_json

@@ -8,9 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from conf.schema import Settings
-from pipeline.caching.external import external_digest
-from pipeline.caching.fingerprint import Fingerprint
-from pipeline.caching.manifest import SCHEMA, Parts
+from pipeline.cache.external import external_digest
+from pipeline.cache.fingerprint import Fingerprint
+from pipeline.cache.manifest import SCHEMA, Parts
 from pipeline.graph import Stage
 
 

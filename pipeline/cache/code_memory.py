@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.caching import code_reader, fingerprint, module_code
-from pipeline.caching.fingerprint import Code, Fingerprint, Place
+from pipeline.cache import code_reader, fingerprint, module_code
+from pipeline.cache.fingerprint import Code, Fingerprint, Place
 from stages.runtime.artifact import read_json, write_json
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline.caching.manifest import (
+from pipeline.cache.manifest import (
     Manifest,
     ManifestError,
     content_digest,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.caching import listing
-from pipeline.caching.listing import distrust, scan
+from pipeline.cache import listing
+from pipeline.cache.listing import distrust, scan
 
 
 @pytest.fixture
@@ -131,9 +131,9 @@ def test_a_shallow_scan_trusts_unchanged_folders_and_says_since_when(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
-    monkeypatch.setattr("pipeline.caching.listing.time.time", lambda: 1000.0)
+    monkeypatch.setattr("pipeline.cache.listing.time.time", lambda: 1000.0)
     assert scan(images, "image_folder", home, deep=False).trusted_since is None  # nothing is remembered yet
-    monkeypatch.setattr("pipeline.caching.listing.time.time", lambda: 2000.0)
+    monkeypatch.setattr("pipeline.cache.listing.time.time", lambda: 2000.0)
     before = scan(images, "image_folder", home, deep=False)
     assert before.trusted_since == 1000.0
     listed: list[str] = []
