@@ -120,6 +120,8 @@ NEUTRAL: dict[str, str] = {
     "stages.training.meter": "speed and memory go to metrics.jsonl",
     "stages.training.costs": "MACs are only reported",
     "stages.training.finite": "a loss that is not finite stops the training",
+    "stages.training.compiled": "a runtime setting; compiled blocks compute the same up to rounding",
+    "stages.training.recomputed": "a runtime setting; recomputed blocks compute the same to the bit",
     "stages.training.validation": "held-out losses go to the record; no weight depends on them",
     "stages.sampling.snapshots": "previews are in the record; no weight depends on them",
 }

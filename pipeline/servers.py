@@ -183,7 +183,10 @@ def _start_runs(runtime: RuntimeConfig, prefect_port: int) -> Service:
 def _as_variables(runtime: RuntimeConfig) -> dict[str, str]:
     """Runtime settings as `DPAR_*` variables, for runs started from Prefect's page."""
     values = runtime.model_dump(mode="json", exclude_none=True) | {"home": str(runtime.home.absolute())}
-    return {f"DPAR_{name.upper()}": str(value) for name, value in values.items()}
+    return {
+        f"DPAR_{name.upper()}": json.dumps(value) if isinstance(value, dict) else str(value)
+        for name, value in values.items()
+    }
 
 
 def _polled_since(prefect_port: int, deployment: str, since: float) -> bool:

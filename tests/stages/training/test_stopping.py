@@ -28,7 +28,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 RUNTIME = RuntimeConfig(device="cpu")
 STAGE = """
 import sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{root!r}, {root!r} + '/tests']
 import torch
 from conf.section import Section
 import toy_training as toy
@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_config_is_refused_in_one_line(
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_the_process_of_a_stage_ends_with_a_clear_line(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    (tmp_path / "stage.py").write_text(STAGE.format(tests=str(Path(__file__).resolve().parents[2])))
+    (tmp_path / "stage.py").write_text(STAGE.format(root=str(Path(__file__).resolve().parents[3])))
     output = tmp_path / "out"
     job = Job(stage="x", config={}, inputs={}, output=output, runtime={"device": "cpu", "threads": 1})
     job.write(tmp_path / "job.json")
