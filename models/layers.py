@@ -22,7 +22,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 _ROPE_BASE = 10000.0
 
 
-def product_dtype(x: Float[Tensor, ...]) -> torch.dtype:
+def product_dtype(x: Float[Tensor, "... D"]) -> torch.dtype:
     """Dtype in which linear layers compute on `x`: that of autocast if it is on, otherwise of `x`."""
     kind = x.device.type
     if is_autocast_available(kind) and torch.is_autocast_enabled(kind):
