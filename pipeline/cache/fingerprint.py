@@ -16,6 +16,7 @@ an assignment with a side effect as a plain call.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,9 +184,9 @@ class Code:
 
     def file_of(self, name: str) -> Path | None:
         """The file of a module or package; None if there is none."""
-        base = self.root.joinpath(*name.split("."))
-        path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
-        return path if path.is_file() else None
+        base = os.path.join(self.root, *name.split("."))  # a command asks some 2,000 times: os.path is faster than Path
+        path = os.path.join(base, "__init__.py") if os.path.isdir(base) else f"{base}.py"
+        return Path(path) if os.path.isfile(path) else None
 
     def _load(self, name: str) -> Module | None:
         path = self.file_of(name)
