@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.amp.autocast_mode import is_autocast_available
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Maps queries, keys and values (..., H, K) to attended values (..., H, K). It holds the mask, packing or cache."""
@@ -25,7 +24,7 @@ _ROPE_BASE = 10000.0
 def product_dtype(x: Float[Tensor, "... D"]) -> torch.dtype:
     """Dtype in which linear layers compute on `x`: that of autocast if it is on, otherwise of `x`."""
     kind = x.device.type
-    if is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # the meta device has no autocast, and asking raises
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
