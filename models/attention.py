@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from models.layers import Attend
 
@@ -66,9 +67,13 @@ def use_backend(name: Backend | Literal["auto"], device: torch.device) -> None:
     _requested = name
 
 
-def packed_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """The backend that packed attention takes for heads of `head_dim` channels."""
-    wanted: tuple[Backend, ...] = ("xformers", "varlen") if _requested == "auto" else (_requested,)
+def packed_backend(device: torch.device, dtype: torch.dtype, head_dim: int, *, compiled: bool = False) -> Backend:
+    """The backend that packed attention takes for heads of `head_dim` channels.
+
+    In compiled code it is `varlen_attn` first: the compiler sees it as one operator, and stops at xformers.
+    """
+    order: tuple[Backend, ...] = ("varlen", "xformers") if compiled else ("xformers", "varlen")
+    wanted = order if _requested == "auto" else (_requested,)
     return next((name for name in wanted if not backend_refusal(name, device, dtype, head_dim)), "padded")
 
 
@@ -113,20 +118,25 @@ def _capability(device: torch.device) -> str:
     return "sm {}.{}".format(*torch.cuda.get_device_capability(device))
 
 
-def packed_causal_attention(lengths: Sequence[int], device: torch.device) -> Attend:
+def packed_causal_attention(lengths: Sequence[int], device: torch.device, head_dim: int) -> Attend:
     """Causal attention inside each sequence of a packed batch, by `packed_backend`.
 
     Args:
         lengths: Rows of each sequence, which follow each other in the packed batch. They are Python numbers: reading
             them from a device would force a sync in every step.
         device: Where the batch is.
+        head_dim: Channels of a head, K.
 
     Returns:
         A function of queries, keys and values (sum of `lengths`, H, K).
     """
     sequences = _Sequences(lengths, device)
+    ends, longest = sequences.ends, sequences.longest
+    is_traced = packed_backend(device, torch.bfloat16, head_dim, compiled=True) == "varlen"
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and is_traced and q.dtype == torch.bfloat16:
+            return _causal_varlen(q, k, v, ends, longest)
         return _attend_packed(q, k, v, sequences)
 
     return attend
@@ -164,7 +174,7 @@ class _Sequences:
         return values.pin_memory().to(self.device, non_blocking=True)
 
 
-@torch.compiler.disable  # the sequences are a new object in every step: traced, they would recompile every time
+@torch.compiler.disable  # xformers' mask is a new object in every step: traced, it would be compiled every time
 def _attend_packed(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences) -> Tensor:
     return _ATTENTION[packed_backend(q.device, q.dtype, q.shape[-1])](q, k, v, sequences)
 
@@ -176,18 +186,20 @@ def _xformers_attention(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences) 
 
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences) -> Tensor:
-    ends, longest = sequences.ends, sequences.longest
-    return _causal_varlen()(q, k, v, ends, ends, longest, longest)
+    return _causal_varlen(q, k, v, sequences.ends, sequences.longest)
 
 
-@lru_cache(maxsize=1)
-def _causal_varlen() -> Callable[..., Any]:
-    """Torch's `varlen_attn` with a causal mask: torch 2.10 has a switch for it, later versions a window to the left."""
-    from torch.nn.attention.varlen import varlen_attn
+def _causal_varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
+    out: Tensor = varlen_attn(q, k, v, ends, ends, longest, longest, **_VARLEN_CAUSAL)
+    return out
 
-    has_switch = "is_causal" in inspect.signature(varlen_attn).parameters
-    option: dict[str, Any] = {"is_causal": True} if has_switch else {"window_size": (-1, 0)}
-    return partial(varlen_attn, **option)
+
+def _causal_option(varlen: Callable[..., Any]) -> dict[str, Any]:
+    """How `varlen_attn` is made causal: torch 2.10 has a switch for it, later versions a window to the left."""
+    return {"is_causal": True} if "is_causal" in inspect.signature(varlen).parameters else {"window_size": (-1, 0)}
+
+
+_VARLEN_CAUSAL = _causal_option(varlen_attn)
 
 
 def _padded_attention(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences) -> Tensor:

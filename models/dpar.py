@@ -126,7 +126,7 @@ class DPAR(nn.Module):
         rope = torch.cat([rope.new_zeros(len(labels), *rope.shape[1:]), rope])[patches.global_order]
         hidden = torch.cat([self.cls_embedding(labels), pooled]).index_select(0, patches.global_order)
         hidden = self.tok_dropout(hidden)
-        attend = packed_causal_attention(patches.global_lengths, hidden.device)
+        attend = packed_causal_attention(patches.global_lengths, hidden.device, self.head_dim)
         for layer in self.layers:
             hidden = layer(hidden, rope, attend)
         return hidden

@@ -17,6 +17,7 @@ from stages.runtime.job import Inputs, main
 from stages.runtime.randomness import Purpose, seed_torch
 from stages.sampling.snapshots import preview_of
 from stages.stores.tokens import TokenStore
+from stages.training.compiled import is_compiled
 from stages.training.data import HasTokenLosses, TokenData
 from stages.training.log import MetricLog
 from stages.training.loop import train_model
@@ -72,8 +73,8 @@ def _train(
     model = new_model(config, data.store)
     objective = RECIPES[config.family].objective(config, model.module, data)
     if isinstance(model.module, DPAR):
-        dtype = getattr(torch, config.training.precision)
-        backend = packed_backend(world.device, dtype, model.module.head_dim)
+        dtype, compiled = getattr(torch, config.training.precision), is_compiled(runtime.compile, world.device)
+        backend = packed_backend(world.device, dtype, model.module.head_dim, compiled=compiled)
         logger.info("packed attention in training: %s", backend)
     run = data.training(
         model.module,

@@ -28,18 +28,29 @@ def compile_blocks(model: nn.Module) -> None:
             block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
 
 
+def compile_as_set(model: nn.Module, wanted: bool | None, device: torch.device) -> None:
+    """Compile the blocks of `model` if `is_compiled` says so; warn where a GPU is slower than it could be.
+
+    Raises:
+        InputError: See `is_compiled`.
+    """
+    if is_compiled(wanted, device):
+        compile_blocks(model)
+    elif wanted is None and device.type == "cuda":
+        logger.warning("training is not compiled, because there is no C++ compiler: install g++ for faster steps")
+
+
 def is_compiled(wanted: bool | None, device: torch.device) -> bool:
     """Whether to compile: the setting, or if it is None, whether the device is a GPU and there is a compiler.
 
     Raises:
         InputError: The setting is true and there is no compiler.
     """
-    if wanted is False or (wanted is None and device.type != "cuda") or _has_compiler():
-        return device.type == "cuda" if wanted is None else wanted
-    if wanted:
+    if wanted is None:
+        return device.type == "cuda" and _has_compiler()
+    if wanted and not _has_compiler():
         raise InputError("runtime.compile is true and there is no C++ compiler: install g++, or set it to false")
-    logger.warning("training is not compiled, because there is no C++ compiler: install g++ for faster steps")
-    return False
+    return wanted
 
 
 def _has_compiler() -> bool:

@@ -40,7 +40,7 @@ from stages.runtime.prefetch import prefetch
 from stages.runtime.progress import Progress
 from stages.runtime.randomness import Purpose, seed_torch
 from stages.training.checkpoint import load_latest, require_same, save_checkpoint
-from stages.training.compiled import compile_blocks, is_compiled
+from stages.training.compiled import compile_as_set
 from stages.training.finite import FiniteWatch
 from stages.training.log import MetricLog
 from stages.training.meter import Meter, matmul_rate
@@ -162,8 +162,7 @@ class _Loop:
         share = share_of(self.config.global_batch_size, world)
         check_micro_batch(runtime.micro_batch, share)
         run.objective.to(world.device)
-        if is_compiled(runtime.compile, world.device):
-            compile_blocks(run.objective)
+        compile_as_set(run.objective, runtime.compile, world.device)
         if runtime.checkpoint_activations:
             recompute_blocks(run.objective)
         self.state = TrainingState(run.model, run.auxiliary, self.config)

@@ -30,15 +30,20 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return float((found.detach().float().cpu() - expected.detach()).abs().max() / expected.detach().abs().max())
 
 
-def attended(lengths: list[int], device: torch.device, dtype: torch.dtype, heads: tuple[int, int]) -> list[Tensor]:
-    """Packed attention of random rows, then the gradients of queries, keys and values."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(sum(lengths), *heads, generator=generator) for _ in range(4)]
-    leaves = [row.to(device, dtype).requires_grad_() for row in rows[:3]]
-    out = packed_causal_attention(lengths, device)(*leaves)
-    (out.float() * rows[3].to(device)).sum().backward()
-    gradients = [leaf.grad for leaf in leaves]
-    return [out, *(gradient for gradient in gradients if gradient is not None)]
+class Attended:
+    """Packed attention of random rows, with gradients."""
+
+    def __init__(self, lengths: list[int], device: torch.device, dtype: torch.dtype, heads: tuple[int, int]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        rows = [torch.randn(sum(lengths), *heads, generator=generator) for _ in range(4)]
+        self.inputs = [row.to(device, dtype).requires_grad_() for row in rows[:3]]
+        self.gradient = rows[3].to(device, dtype)
+        self.attend = packed_causal_attention(lengths, device, heads[1])
+
+    def __call__(self) -> list[Tensor]:
+        """The attended rows, then the gradients of queries, keys and values."""
+        out = self.attend(*self.inputs)
+        return [out, *torch.autograd.grad(out, self.inputs, self.gradient)]
 
 
 def attention(bench: Bench) -> None:
@@ -46,7 +51,7 @@ def attention(bench: Bench) -> None:
     config = bench.dpar_config(bench.sizes.large)
     heads = (config.num_heads, config.dim // config.num_heads)
     lengths = bench.batch(bench.sizes.images, config.codebook_size)[2].global_lengths
-    expected = attended(lengths, CPU, torch.float32, heads)
+    expected = Attended(lengths, CPU, torch.float32, heads)()
     for dtype in BOUNDS:
         for backend in get_args(Backend):
             if refusal := backend_refusal(backend, bench.device, dtype, heads[1]):
@@ -67,13 +72,21 @@ def compare_backend(
     """One backend against the CPU in float32."""
     use_backend(backend, bench.device)
     try:
-        found = attended(lengths, bench.device, dtype, heads)
-        seconds = bench.seconds(lambda: attended(lengths, bench.device, dtype, heads))
+        attended = Attended(lengths, bench.device, dtype, heads)
+        found = attended()
+        seconds = bench.seconds(attended)
+        busy, kernels, _ = bench.work(attended)
     finally:
         use_backend("auto", bench.device)
     differences = [apart(one, other) for one, other in zip(found, expected, strict=True)]
     bench.note(
-        "attention", f"{backend}, {dtype}", output=differences[0], gradients=max(differences[1:]), ms=1000 * seconds
+        "attention",
+        f"{backend}, {dtype}",
+        output=differences[0],
+        gradients=max(differences[1:]),
+        ms=1000 * seconds,
+        busy_ms=1000 * busy,
+        kernels=kernels,
     )
     bench.hold(f"packed attention by {backend} in {dtype}, off the CPU", max(differences), "<", BOUNDS[dtype])
 

@@ -22,6 +22,9 @@ from pipeline.bench.gates import Figures, Gate, Relation, gate
 Model = TypeVar("Model", bound=nn.Module)
 
 
+_NAME_WIDTH, _COSTLIEST = 90, 12
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """What is measured.
@@ -109,6 +112,21 @@ class Bench:
             call()
         self.wait()
         return (time.perf_counter() - start) / repeats
+
+    def work(self, call: Callable[[], object]) -> tuple[float, int, dict[str, float]]:
+        """Seconds that the device computes in one call, its kernels, and the milliseconds of the costliest ones.
+
+        A call that takes much longer than that waits for the host. In a rehearsal, operators of the CPU are counted.
+        """
+        activity = torch.profiler.ProfilerActivity.CUDA if self.on_cuda else torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity]) as profile:
+            call()
+            self.wait()
+        spent = "self_device_time_total" if self.on_cuda else "self_cpu_time_total"
+        found = sorted(profile.key_averages(), key=lambda event: getattr(event, spent), reverse=True)
+        seconds = sum(getattr(event, spent) for event in found) / 1e6
+        costliest = {event.key[:_NAME_WIDTH]: round(getattr(event, spent) / 1e3, 2) for event in found[:_COSTLIEST]}
+        return seconds, sum(event.count for event in found), costliest
 
     def wait(self) -> None:
         """Wait for the device."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -78,6 +81,9 @@ def training(bench: Bench, *, compiled: bool = False) -> None:
             mfu=rate / measured(bench, "matrix product tflops"),
             peak_gb=bench.peak_gb(),
         )
+        busy, kernels, costliest = bench.work(step)
+        bench.note(part, f"{family}-{size}", busy_ms=1000 * busy, kernels=kernels)
+        bench.say(part, of=f"{family}-{size}", costliest_ms=costliest)
         del step
         bench.release()
     time_ratio = seconds["DPAR"] / seconds["LlamaGen"]
@@ -118,35 +124,56 @@ def training_step(bench: Bench, family: str, *, compiled: bool) -> Callable[[], 
 
 
 def tokenizer(bench: Bench) -> None:
-    """Rates of the tokenizer in four precisions, and the share of its tokens that are those of exact float32."""
+    """Rates of the tokenizer in five precisions, and the share of its tokens that are those of exact float32.
+
+    Torch lets cuDNN round float32 convolutions to TF32 unless it is told not to.
+    """
     exact = bench.made(VQModel, bench.sizes.vq)
-    last = torch.channels_last
     rounded = copy.deepcopy(exact).to(BFLOAT16)
+    last = copy.deepcopy(rounded).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     shape = (bench.sizes.vq_images, 3, bench.sizes.pixels, bench.sizes.pixels)
     pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(bench.device) * 2 - 1
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        with torch.inference_mode():
-            tokens = exact.encode(pixels)
-    finally:
-        torch.backends.cudnn.allow_tf32 = tf32
-    ways: dict[str, tuple[VQModel, bool, Tensor]] = {
-        "float32": (exact, False, pixels),
-        "bfloat16 autocast": (exact, True, pixels),
-        "bfloat16 weights": (rounded, False, pixels),
-        "bfloat16 weights, channels_last": (
-            copy.deepcopy(rounded).to(memory_format=last),
-            False,
-            pixels.contiguous(memory_format=last),
-        ),
-    }
-    for name, (model, autocast, images) in ways.items():
-        with torch.inference_mode(), torch.autocast(bench.device.type, BFLOAT16, enabled=autocast):
-            same = float((model.encode(images) == tokens).float().mean())
-            encode = bench.seconds(lambda model=model, images=images: model.encode(images), 3)
-            decode = bench.seconds(lambda model=model: model.decode(tokens), 3)
+    ways = [
+        Precision("float32", exact, tf32=False),
+        Precision("float32, TF32 convolutions", exact),
+        Precision("bfloat16 autocast", exact, autocast=True),
+        Precision("bfloat16 weights", rounded),
+        Precision("bfloat16 weights, channels_last", last, pixels=pixels.contiguous(memory_format=torch.channels_last)),
+    ]
+    tokens = None
+    for way, tuned in product(ways, (False, True)):
+        with way.on(bench.device, tuned=tuned), torch.inference_mode():
+            images = pixels if way.pixels is None else way.pixels
+            found = way.model.encode(images)
+            tokens = found if tokens is None else tokens
+            encode = bench.seconds(partial(way.model.encode, images), 3)
+            decode = bench.seconds(partial(way.model.decode, tokens), 3)
+        same = float((found == tokens).float().mean())
         rates = {"encoded_a_second": len(pixels) / encode, "decoded_a_second": len(pixels) / decode}
-        bench.note("tokenizer", f"VQ, {name}", **rates, equal_tokens=same, peak_gb=bench.peak_gb())
+        name = f"VQ, {way.name}{', tuned' * tuned}"
+        bench.note("tokenizer", name, **rates, equal_tokens=same, peak_gb=bench.peak_gb())
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A way to compute the tokenizer."""
+
+    name: str
+    model: VQModel
+    tf32: bool = True
+    autocast: bool = False
+    pixels: Tensor | None = None
+
+    @contextmanager
+    def on(self, device: torch.device, *, tuned: bool) -> Iterator[None]:
+        """In the block, convolutions are computed so; `tuned` lets cuDNN try its algorithms first."""
+        before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = self.tf32, tuned
+        try:
+            with torch.autocast(device.type, BFLOAT16, enabled=self.autocast):
+                yield
+        finally:
+            torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
 
 
 def sampling(bench: Bench) -> None:
@@ -155,7 +182,7 @@ def sampling(bench: Bench) -> None:
     gpt = bench.made(GPT, bench.gpt_config(size)).to(BFLOAT16)
     dpar = bench.made(DPAR, bench.dpar_config(size)).to(BFLOAT16)
     head = bench.made(EntropyHead, EntropyHeadConfig.of(dpar.config, "block")).to(BFLOAT16)
-    rule = PatchRule(float(head.mean), 4, True, grid.side)
+    rule = PatchRule(float(head.mean.detach()), 4, True, grid.side)
     for batch in bench.sizes.batches:
         sources: dict[str, Boundaries] = {
             f"DPAR-{size}": GivenBoundaries(ragged_starts(batch, grid).to(bench.device)),

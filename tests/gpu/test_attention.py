@@ -30,7 +30,7 @@ def attended(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Te
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(sum(LENGTHS), 4, head_dim, generator=generator) for _ in range(4)]
     leaves = [row.to(device, dtype).requires_grad_() for row in rows[:3]]
-    out = packed_causal_attention(LENGTHS, device)(*leaves)
+    out = packed_causal_attention(LENGTHS, device, head_dim)(*leaves)
     (out.float() * rows[3].to(device)).sum().backward()
     gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
     assert len(gradients) == 3

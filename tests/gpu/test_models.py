@@ -140,6 +140,7 @@ def test_tokens_of_images_are_those_of_the_cpu() -> None:
     assert (found.cpu() == expected).float().mean() > 0.99
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("family", ["dpar", "gpt"])
 def test_a_training_step_waits_for_nothing(family: str, dpar: DPAR, gpt: GPT) -> None:
     tokens, labels, patches, _ = batch()

@@ -78,29 +78,20 @@ def test_packed_attention_equals_a_dense_softmax_under_the_block_diagonal_mask(
     lengths: list[int], backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("xformers.ops.memory_efficient_attention", xformers_twin)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_twin)
-    monkeypatch.setattr(attention, "packed_backend", lambda *_: backend)
-    attention._causal_varlen.cache_clear()
+    monkeypatch.setattr(attention, "varlen_attn", varlen_twin)
+    monkeypatch.setattr(attention, "packed_backend", lambda *_, **__: backend)
     q, k, v = qkv(sum(lengths), 2, 8)
-    found = packed_causal_attention(lengths, CPU)(q, k, v)
-    attention._causal_varlen.cache_clear()
+    found = packed_causal_attention(lengths, CPU, 8)(q, k, v)
     torch.testing.assert_close(found, dense(q, k, v, block_causal(lengths)), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("window", [False, True])
-def test_varlen_attention_is_causal_in_old_and_new_versions_of_torch(
-    window: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def old(*tensors: Tensor, is_causal: bool = False) -> object:
-        return is_causal
+def test_varlen_attention_is_causal_in_old_and_new_versions_of_torch() -> None:
+    def old(*tensors: Tensor, is_causal: bool = False) -> None: ...
 
-    def new(*tensors: Tensor, window_size: tuple[int, int] = (-1, -1)) -> object:
-        return window_size == (-1, 0)
+    def new(*tensors: Tensor, window_size: tuple[int, int] = (-1, -1)) -> None: ...
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new if window else old)
-    attention._causal_varlen.cache_clear()
-    assert attention._causal_varlen()() is True
-    attention._causal_varlen.cache_clear()
+    assert attention._causal_option(old) == {"is_causal": True}
+    assert attention._causal_option(new) == {"window_size": (-1, 0)}
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
@@ -117,6 +108,12 @@ def test_varlen_attends_where_xformers_does_not_load(capability: tuple[int, int]
     simulate(on_cuda, capability, xformers=False)
     assert packed_backend(CUDA, BFLOAT16, 64) == "varlen"
     assert packed_backend(CUDA, FLOAT32, 64) == "padded"
+
+
+def test_compiled_code_takes_varlen_first_which_needs_no_break(on_cuda: pytest.MonkeyPatch) -> None:
+    simulate(on_cuda, (9, 0))
+    assert packed_backend(CUDA, BFLOAT16, 64, compiled=True) == "varlen"
+    assert packed_backend(CUDA, FLOAT32, 64, compiled=True) == "xformers"
 
 
 def test_varlen_attends_where_xformers_is_not_installed(on_cuda: pytest.MonkeyPatch) -> None:

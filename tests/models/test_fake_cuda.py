@@ -160,7 +160,7 @@ def test_a_step_of_next_patch_prediction_waits_for_nothing(waits: HostWaits) -> 
 def test_a_step_of_dpar_waits_for_nothing(
     backend: str, waits: HostWaits, packed: PackedPatches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "packed_backend", lambda *_: backend)
+    monkeypatch.setattr(attention, "packed_backend", lambda *_, **__: backend)
     model = dpar()
     step(DPARObjective(model), PatchedBatch(tokens(), labels(), fake(packed)), model)
     assert not waits.found
