@@ -123,7 +123,8 @@ class Bench:
             call()
             self.wait()
         spent = "self_device_time_total" if self.on_cuda else "self_cpu_time_total"
-        found = sorted(profile.key_averages(), key=lambda event: getattr(event, spent), reverse=True)
+        events = [event for event in profile.key_averages() if not event.is_user_annotation]
+        found = sorted(events, key=lambda event: getattr(event, spent), reverse=True)
         seconds = sum(getattr(event, spent) for event in found) / 1e6
         costliest = {event.key[:_NAME_WIDTH]: round(getattr(event, spent) / 1e3, 2) for event in found[:_COSTLIEST]}
         return seconds, sum(event.count for event in found), costliest

@@ -115,15 +115,13 @@ def test_training_forward_decodes_the_tokens_it_reports() -> None:
         assert torch.equal(model.encode(pixels), quantized.tokens)
 
 
-def test_bfloat16_weights_and_channels_last_decode_nearly_the_same_images() -> None:
+def test_bfloat16_weights_decode_nearly_the_same_images() -> None:
     torch.manual_seed(0)
     model = VQModel(TINY).eval()
     tokens = torch.randint(64, (2, 64))
     with torch.no_grad():
         exact = model.decode(tokens)
-        reordered = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        torch.testing.assert_close(reordered.decode(tokens), exact, atol=1e-5, rtol=1e-4)
-        rounded = reordered.bfloat16().decode(tokens)
+        rounded = model.bfloat16().decode(tokens)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)
 

@@ -20,6 +20,8 @@ from pipeline import servers
 from pipeline.processes import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+_BUSY = 503
+"""The server's answer while another process writes to its SQLite file; Prefect's own client asks again too."""
 
 
 class Prefect:
@@ -32,8 +34,15 @@ class Prefect:
     def call(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.api + path, data, {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                if error.code != _BUSY:
+                    raise
+                error.close()
+                time.sleep(0.5)
 
     def run(self, deployment: str, **parameters: Any) -> tuple[str, str, dict[str, str]]:
         """Run a deployment; returns the name and message of the final state, and the states of the tasks."""
