@@ -97,7 +97,8 @@ def measure_cpu() -> Card:
     """This machine's CPU, with the rates of a matrix product and of a copy measured on all its cores."""
     import torch
 
-    from pipeline.machine import available_cores, available_memory
+    from pipeline.machine import available_memory
+    from stages.runtime.cores import available_cores
 
     cores = available_cores()
     torch.set_num_threads(cores)

@@ -15,6 +15,7 @@ from pipeline import machine
 from pipeline.doctor import cpu, gpu, home, network, presets, software
 from pipeline.doctor.devices import torch_facts
 from pipeline.doctor.finding import Finding
+from stages.runtime.cores import available_cores
 
 _SHARED = Path("/dev/shm")
 Check = Callable[[], Finding | Iterable[Finding]]
@@ -28,7 +29,7 @@ def examine(runtime: RuntimeConfig) -> list[Finding]:
         alone: list[Check] = [
             software.check_python,
             software.check_packages,
-            lambda: cpu.check_cores(machine.available_cores(), os.cpu_count() or 1, runtime),
+            lambda: cpu.check_cores(available_cores(), os.cpu_count() or 1, runtime),
             lambda: cpu.check_memory(memory, psutil.virtual_memory().available),
             lambda: home.check_home(runtime.home),
             lambda: network.check_host_name(socket.gethostname(), runtime),

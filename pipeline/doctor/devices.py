@@ -84,7 +84,7 @@ def _gather() -> TorchFacts:
     import torch
 
     from pipeline.budget.cards import product_rate
-    from pipeline.machine import available_cores
+    from stages.runtime.cores import available_cores
 
     torch.set_num_threads(available_cores())
     rates = {name: product_rate(getattr(torch, name), _PRODUCT) for name in ("float32", "bfloat16")}

@@ -9,11 +9,12 @@ import psutil
 import pytest
 
 from pipeline import machine
+from stages.runtime import cores
 
 
 def groups(root: Path, own: str) -> list[Path]:
     (root / "own").write_text(own)
-    return machine._control_groups(root, root / "own")
+    return cores.control_groups(root, root / "own")
 
 
 def test_a_quota_of_any_group_around_the_process_counts(tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_a_quota_of_any_group_around_the_process_counts(tmp_path: Path) -> None:
     (tmp_path / "jobs" / "one" / "memory.max").write_text("max\n")
     found = groups(tmp_path, "0::/jobs/one\n")
     assert found == [tmp_path / "jobs" / "one", tmp_path / "jobs", tmp_path]
-    assert list(machine._quotas(found)) == [1.5]
+    assert list(cores._quotas(found)) == [1.5]
     assert list(machine._memory_limits(found)) == [4096]
 
 
@@ -37,15 +38,15 @@ def test_version_1_of_control_groups(tmp_path: Path) -> None:
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
     found = groups(tmp_path, "4:cpu,cpuacct:/jobs\n3:memory:/\n1:name=systemd:/\n")
-    assert list(machine._quotas(found)) == [2.0]
+    assert list(cores._quotas(found)) == [2.0]
     assert list(machine._memory_limits(found)) == [9223372036854771712]
 
 
 def test_a_quota_below_a_core_leaves_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_quotas", lambda groups: iter([0.5]))
-    assert machine.available_cores() == 1
-    monkeypatch.setattr(machine, "_quotas", lambda groups: iter([]))
-    assert machine.available_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.setattr(cores, "_quotas", lambda groups: iter([0.5]))
+    assert cores.available_cores() == 1
+    monkeypatch.setattr(cores, "_quotas", lambda groups: iter([]))
+    assert cores.available_cores() == len(os.sched_getaffinity(0))
 
 
 def test_no_limit_leaves_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

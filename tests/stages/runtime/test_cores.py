@@ -8,18 +8,27 @@ import sys
 
 import pytest
 
+from stages.runtime import cores
 from stages.runtime.cores import available_cores
 
 
 def test_cores_are_those_of_the_affinity_shared_among_local_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(cores, "_quotas", lambda groups: iter([]))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
     assert available_cores() == 6
-    for processes, cores in (("2", 3), ("4", 1), ("16", 1)):
+    for processes, share in (("2", 3), ("4", 1), ("16", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-        assert available_cores() == cores
+        assert available_cores() == share
     monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
+    assert available_cores() == 4
+
+
+def test_a_container_with_a_quota_gives_its_processes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    monkeypatch.setattr(cores, "_quotas", lambda groups: iter([8.5]))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert available_cores() == 4
 
 
