@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,33 +135,34 @@ class _Chosen:
 
     def __init__(self, rows: Int[Tensor, " R"]) -> None:
         self.rows = rows
-        self._places: dict[tuple[int, ...], Tensor] = {}
+        self._places: dict[tuple[Any, ...], Tensor] = {}
 
     def keys(self, blocks: int, batch: int, heads: int, width: int) -> Int[Tensor, "rows K"]:
         """Indices of each head's rows of keys in the first blocks of a table (M * B * H * K, block)."""
-
-        def find() -> Tensor:
-            heads_before = (torch.arange(blocks)[:, None] * batch + self.rows)[..., None] * heads + torch.arange(heads)
-            return heads_before.view(-1, 1) * width + torch.arange(width)
-
-        return self._remember((blocks, batch, heads, width), find)
+        return self._remembered(_key_places, blocks, batch, heads, width)
 
     def values(self, heads: int, height: int, count: int) -> Int[Tensor, "rows L"]:
         """Indices of each head's first `count` rows of values in a table (B * H * height, K)."""
+        return self._remembered(_value_places, heads, height, count)
 
-        def find() -> Tensor:
-            heads_before = self.rows[:, None] * heads + torch.arange(heads)
-            return heads_before.view(-1, 1) * height + torch.arange(count)
-
-        return self._remember((heads, height, count), find)
-
-    @torch.inference_mode(mode=False)  # indices first made while sampling are used by training too
-    def _remember(self, key: tuple[int, ...], find: Callable[[], Tensor]) -> Tensor:
+    def _remembered(self, places: Callable[..., Tensor], *sizes: int) -> Tensor:
+        key = (places, *sizes)
         if key not in self._places:
             if len(self._places) == _KEPT:
                 self._places.clear()
-            self._places[key] = find().int()
+            with torch.inference_mode(mode=False):  # indices first made while sampling are used by training too
+                self._places[key] = places(self.rows, *sizes).int()
         return self._places[key]
+
+
+def _key_places(rows: Int[Tensor, " R"], blocks: int, batch: int, heads: int, width: int) -> Int[Tensor, "rows K"]:
+    heads_before = (torch.arange(blocks)[:, None] * batch + rows)[..., None] * heads + torch.arange(heads)
+    return heads_before.view(-1, 1) * width + torch.arange(width)
+
+
+def _value_places(rows: Int[Tensor, " R"], heads: int, height: int, count: int) -> Int[Tensor, "rows L"]:
+    heads_before = rows[:, None] * heads + torch.arange(heads)
+    return heads_before.view(-1, 1) * height + torch.arange(count)
 
 
 def _attend(

@@ -13,6 +13,7 @@ Source: LlamaGen (arXiv 2406.06525) for guidance; DPAR (arXiv 2512.21867), secti
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -144,12 +145,7 @@ class DPARDecoding:
     def _decide(self, previous: Int[Tensor, " B"], state: Float[Tensor, "B D"]) -> Float[Tensor, "B2 V"] | None:
         """Open patches where the boundaries say so. Returns the token's logits if the boundaries evaluated them."""
         evaluated: list[Tensor] = []
-
-        def open_logits() -> Tensor:
-            if not evaluated:
-                evaluated.append(self._decode(state))
-            return evaluated[0][: len(previous)]
-
+        open_logits = partial(self._decode_once, state, evaluated)
         token = NextToken(self.position, previous, state, self.open_lengths, open_logits)
         opened = self.boundaries.opens(token)
         self.starts[:, self.position] = opened
@@ -157,6 +153,12 @@ class DPARDecoding:
         self._close_patches(images)
         self.open_lengths = torch.where(opened, 0, self.open_lengths)
         return self._decode_again(evaluated[0], state, images) if evaluated else None
+
+    def _decode_once(self, state: Float[Tensor, "B D"], evaluated: list[Tensor]) -> Float[Tensor, "B V"]:
+        """Logits for the class of each image if no patch opens. `evaluated` keeps them and those of the null class."""
+        if not evaluated:
+            evaluated.append(self._decode(state))
+        return evaluated[0][: len(state)]
 
     def _encode(self, previous: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """State of the encoder's last layer at the token before."""
