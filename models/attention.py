@@ -133,13 +133,23 @@ def packed_causal_attention(lengths: Sequence[int], device: torch.device, head_d
     sequences = _Sequences(lengths, device)
     ends, longest = sequences.ends, sequences.longest
     is_traced = packed_backend(device, torch.bfloat16, head_dim, compiled=True) == "varlen"
+    attend_untraced = _untraced()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and is_traced and q.dtype == torch.bfloat16:
             return _causal_varlen(q, k, v, ends, longest)
-        return _attend_packed(q, k, v, sequences)
+        return attend_untraced(q, k, v, sequences)
 
     return attend
+
+
+@lru_cache(maxsize=1)
+def _untraced() -> Callable[..., Tensor]:
+    """Attention that compiled code calls and does not trace: the mask of xformers is another object in every step.
+
+    A decorator would load the compiler, two seconds, in every process that imports this module.
+    """
+    return torch.compiler.disable(_attend_packed)
 
 
 class _Sequences:
@@ -174,7 +184,6 @@ class _Sequences:
         return values.pin_memory().to(self.device, non_blocking=True)
 
 
-@torch.compiler.disable  # xformers' mask is a new object in every step: traced, it would be compiled every time
 def _attend_packed(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences) -> Tensor:
     return _ATTENTION[packed_backend(q.device, q.dtype, q.shape[-1])](q, k, v, sequences)
 
