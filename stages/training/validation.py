@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from models.vq import VQModel
 from stages.images.limits import DECODED_PIXELS
 from stages.images.tensors import float_to_pixels, pixels_to_float
-from stages.runtime.artifact import RECORD, write_json
+from stages.runtime.artifact import POSITIONS_FILE, write_json
 from stages.runtime.distributed import World, all_reduce_sum
 
 if TYPE_CHECKING:
     from stages.training.data import TokenBatch, TokenData
     from stages.training.images import ImageFiles
 
-POSITIONS_FILE = Path(RECORD) / "heldout_by_position.json"
 _VALIDATION_IMAGES = 512
 _BATCH = 128
 _SLICE_LOGITS = 2**24  # 64 MiB in float32

@@ -21,7 +21,7 @@ from stages.sample import sample
 
 pytestmark = pytest.mark.slow
 
-UNITS = 12
+UNITS = 6
 
 
 def content(output: Path) -> dict[str, bytes]:
@@ -33,6 +33,7 @@ def content(output: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_job_goes_on_to_the_same_bytes(
     tiny_settings: Settings, tiny_artifacts: dict[str, Path], tmp_path: Path, processes: int

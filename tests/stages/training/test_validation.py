@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from toy_training import CODES, TOKENS, batch, objective
 
 from conf.schema import Settings
-from stages.runtime.artifact import read_json
+from stages.runtime.artifact import POSITIONS_FILE, read_json
 from stages.runtime.distributed import World
 from stages.stores.tokens import TokenStore
 from stages.training.data import GPTObjective, TokenData
 from stages.training.stream import Part
-from stages.training.validation import POSITIONS_FILE, heldout_by_position, heldout_loss
+from stages.training.validation import heldout_by_position, heldout_loss
 from stages.views.record import last_metrics
 from stages.weights.own import load_gpt
 
