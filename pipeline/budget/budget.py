@@ -9,11 +9,13 @@ from pathlib import Path
 
 from conf.schema import Settings
 from pipeline.budget.cards import Card
+from pipeline.budget.costs import Costs
 from pipeline.budget.disk import DISKS, Disk
 from pipeline.budget.hours import Efficiency, Limit, seconds_of
 from pipeline.budget.memory import CONTEXT, Training, forwards, host_memory, trainings
+from pipeline.budget.phases import Work
 from pipeline.budget.shape import Shape
-from pipeline.budget.work import WORK, Costs, Work
+from pipeline.budget.work import WORK
 from pipeline.text import size as in_bytes
 from stages.runtime.errors import InputError
 

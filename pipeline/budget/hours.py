@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.budget.cards import Card
-from pipeline.budget.work import Kind, Phase, Work
+from pipeline.budget.phases import Kind, Phase, Work
 
 MFU = 0.35  # share of a GPU's peak that training reaches: an assumption; eager steps are computed to reach about 0.25
 # Shares that convolutions reach on a GPU; assumptions. In bfloat16 they are bound by memory: VQ-16 decodes 126 GMACs in

@@ -1,31 +1,27 @@
 """What each stage computes: floating-point operations, sequential steps, and work of the host's CPU.
 
-The operations are counted by `models.macs` on the modules that train and sample. A stage consists of phases, each with
-one limit: the rate of matrix products, or for steps that follow each other also launches and memory.
+A stage consists of phases, each with one limit: the rate of matrix products, or for steps that follow each other also
+launches and memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from conf.boundary_sources import BOUNDARY_SOURCES
-from conf.schema import Settings
 from conf.section import TrainingConfig
-from models.config import DPARConfig, DPARSize, GPTConfig, GPTSize
-from pipeline.bench.boundary_costs import BOUNDARY_COSTS, SampledModels
-from pipeline.bench.family_costs import FAMILY_COSTS
+from models.config import DPARConfig, DPARSize, GPTSize
+from pipeline.budget.costs import Costs
 from pipeline.budget.disk import WEIGHT, for_every_stage
 from pipeline.budget.memory import cache_bytes
 from pipeline.budget.parameters import num_layers, transformer_parameters
-from pipeline.budget.shape import Shape, model_size
+from pipeline.budget.phases import Phase, Work
 
 if TYPE_CHECKING:
-    from models.macs import Cost, ImageCost, Sampling
+    from models.macs import Cost
 
-Kind = Literal["training", "forward", "convolution", "sampling"]
 FLOPS = 2  # operations of a multiply-accumulate
 
 # Launches of the sampler, counted in LlamaGen-B and L, and in DPAR-B and L with the entropy head: 454, 888, 636, 1102
@@ -41,97 +37,6 @@ _MEGAPIXELS = {"image_folder": 0.2, "imagenet_tar": 0.2, "twemoji": 72 * 72 / 1e
 _TOKEN_S = 2e-9  # of a token whose entropy is read, compared and written as a bit
 # MACs of the feature networks at their own input size, and that size.
 _FEATURES = {"lite0": (0.4e9, 224), "inception": (5.7e9, 299)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """Work of one kind on each device.
-
-    Attributes:
-        kind: Decides the efficiency.
-        flops: Floating-point operations of one device.
-        precision: Type of the products.
-        calls: Steps of one device that follow each other.
-        launches: Operations that a step starts.
-        moved: Bytes that a step reads from the device's memory: weights and caches.
-    """
-
-    kind: Kind
-    flops: float
-    precision: str
-    calls: float = 0
-    launches: float = 0
-    moved: float = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """Work of a stage.
-
-    Attributes:
-        images: Images that it processes, counting every epoch and every view.
-        tokens: Tokens of these; 0 where it works on pixels alone.
-        phases: Work of the devices, one phase after the other.
-        host_s: Seconds of one core, while the devices work.
-        serial_s: Seconds of one core, while the devices wait.
-    """
-
-    images: float
-    tokens: float = 0
-    phases: tuple[Phase, ...] = ()
-    host_s: float = 0
-    serial_s: float = 0
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Settings and sizes of a run on a number of devices, and the costs of its models, each counted once."""
-
-    settings: Settings
-    shape: Shape
-    devices: int
-
-    @cached_property
-    def image(self) -> ImageCost:
-        """The tokenizer and the networks of its losses, at the size of the tokenised images."""
-        from models.macs import image_cost
-
-        return image_cost(self.settings.tokenizer.model, self.settings.tokenize.image_size)
-
-    @cached_property
-    def entropy_model(self) -> Cost:
-        """The entropy model."""
-        from models.macs import gpt_cost
-
-        config = asdict(self.shape.tokens) | asdict(self.settings.entropy_model.model) | {"num_classes": None}
-        return gpt_cost(GPTConfig(**config))
-
-    @cached_property
-    def model(self) -> Cost:
-        """The class-conditional model."""
-        train = self.settings.train
-        return FAMILY_COSTS[train.family].trained(train, asdict(self.shape.tokens), self.shape.mean_length)
-
-    @property
-    def size(self) -> GPTSize | DPARSize:
-        """Size of the class-conditional model."""
-        return model_size(self.settings)
-
-    @cached_property
-    def boundaries(self) -> Sampling:
-        """What the source of boundaries adds to sampling."""
-        from models.macs import DPARCost, Sampling
-
-        source = self.settings.sample.boundaries
-        if source is None or not isinstance(self.model, DPARCost) or not isinstance(self.size, DPARSize):
-            return Sampling()
-        config = DPARConfig(**asdict(self.size), **asdict(self.shape.tokens))
-        sampled = SampledModels(config=config, cost=self.model, entropy_model=self.entropy_model)
-        return BOUNDARY_COSTS[source](sampled)
-
-    def share(self, count: float) -> float:
-        """Part of one device."""
-        return count / self.devices
 
 
 def _dataset(costs: Costs) -> Work:

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.budget.cards import Card, find_card
 from pipeline.budget.hours import MFU, Efficiency, seconds_of
-from pipeline.budget.work import Kind, Phase, Work
+from pipeline.budget.phases import Kind, Phase, Work
 from stages.runtime.errors import InputError
 
 CARD = Card(name="round", memory=1e10, bfloat16=1e14, float32=1e13, bandwidth=1e12, launch_s=1e-5, cores=8)

@@ -9,9 +9,11 @@ import pytest
 from conf.load import load_settings
 from models.config import GPTConfig
 from models.macs import gpt_cost
+from pipeline.budget.costs import Costs
 from pipeline.budget.images import ImageCount
+from pipeline.budget.phases import Work
 from pipeline.budget.shape import shape_of
-from pipeline.budget.work import WORK, Costs, Work
+from pipeline.budget.work import WORK
 
 COUNT = ImageCount(100, 3, "test")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hand_clock import HandClock
 
 from stages.runtime import interruption
 from stages.runtime.distributed import World
@@ -18,18 +19,8 @@ CPU = torch.device("cpu")
 NOTHING = Agreed(0, False)
 
 
-class Clock:
-    """A clock that is moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_a_checkpoint_is_due_by_the_clock_and_again_after_the_same_time() -> None:
-    clock = Clock()
+    clock = HandClock()
     requests = Interruption(World(0, 1, CPU), 15, clock)
     due = []
     for minute in range(50):
@@ -41,7 +32,7 @@ def test_a_checkpoint_is_due_by_the_clock_and_again_after_the_same_time() -> Non
 
 
 def test_a_checkpoint_at_an_interval_puts_off_the_one_by_the_clock() -> None:
-    clock = Clock()
+    clock = HandClock()
     requests = Interruption(World(0, 1, CPU), 15, clock)
     clock.now = 60.0 * 14
     requests.saved()
@@ -85,7 +76,7 @@ def test_several_processes_act_on_the_exchange_of_the_step_before(monkeypatch: p
         return lambda: [max(one, two) for one, two in zip(values, other, strict=True)]
 
     monkeypatch.setattr(interruption, "start_max", start_max)
-    clock = Clock()
+    clock = HandClock()
     requests = Interruption(World(0, 2, CPU), 15, clock)
     clock.now = 60.0 * 15
     agreed = []
@@ -97,7 +88,7 @@ def test_several_processes_act_on_the_exchange_of_the_step_before(monkeypatch: p
 
 
 def test_the_clock_of_other_ranks_asks_for_nothing() -> None:
-    clock = Clock()
+    clock = HandClock()
     requests = Interruption(World(1, 1, CPU), 15, clock)
     clock.now = 60.0 * 100
     assert requests.agree() == NOTHING

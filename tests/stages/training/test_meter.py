@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hand_clock import HandClock
 from toy_training import IMAGES, TOKENS, batch, dpar, gpt, objective, training
 
 from conf.runtime import RuntimeConfig
@@ -21,18 +22,8 @@ from stages.training.stream import Part
 CPU = torch.device("cpu")
 
 
-class Clock:
-    """A clock that is moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_rates_count_all_processes_and_no_time_of_checkpoints() -> None:
-    clock = Clock()
+    clock = HandClock()
     meter = Meter(World(0, 2, CPU), 1e9, clock)
     clock.now += 4
     with meter.paused():
@@ -48,7 +39,7 @@ def test_rates_count_all_processes_and_no_time_of_checkpoints() -> None:
 
 
 def test_the_time_until_a_batch_comes_is_waiting() -> None:
-    clock = Clock()
+    clock = HandClock()
     meter = Meter(World(0, 1, CPU), None, clock)
 
     def slow() -> Iterator[int]:
