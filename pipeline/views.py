@@ -19,7 +19,6 @@ from conf.schema import Settings
 from pipeline.cache.store import Cache
 from pipeline.graph import Stage, inputs_read
 from pipeline.launch import StageFailed, launch
-from pipeline.plan import cached_paths, plan
 from pipeline.project import DPAR, Project
 from stages.images.sources import image_root
 from stages.runtime.artifact import read_json, write_json
@@ -98,14 +97,28 @@ def draw(
 
 
 def draw_all(
-    names: list[str], settings: Settings, runtime: RuntimeConfig, *, force: bool, project: Project = DPAR
+    names: list[str],
+    settings: Settings,
+    runtime: RuntimeConfig,
+    artifacts: Mapping[str, Path],
+    *,
+    force: bool,
+    project: Project = DPAR,
 ) -> dict[str, str | None]:
     """Draw the views of cached artifacts that are not current; with `force`, all views.
+
+    Args:
+        names: Stages whose views are wanted.
+        settings: Settings of all stages.
+        runtime: Runtime settings.
+        artifacts: Cached artifacts of all stages.
+        force: Draw current views too.
+        project: Graph and code.
 
     Returns:
         For each stage whose view was drawn: None, or why drawing failed.
     """
-    artifacts, home = cached_paths(plan(settings, runtime, project)), Cache(runtime.home).home
+    home = Cache(runtime.home).home
     drawn = {}
     for stage in (project.graph[name] for name in names if name in artifacts):
         artifact = artifacts[stage.name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from typing import Literal
 
 from stages.runtime.errors import ArtifactError, InputError
 
-STATUS_BOUND_S = 1.0
-CACHED_RUN_BOUND_S = 10.0
+STATUS_BOUND_S = 0.9
+CACHED_RUN_BOUND_S = 1.0
 REPEATS = 5
 LADDER = tuple(f"fd_lite0_{rung}" for rung in ("heldout", "reconstruction", "samples", "marginals", "random"))
 ORDERED_PAIRS = (
@@ -114,17 +115,18 @@ def run_scripts(name: str) -> tuple[list[Gate], Figures]:
 
 
 def _median_seconds(arguments: Sequence[str], repeats: int) -> float:
+    """Median over `repeats` processes, after one that is not counted. Python keeps the modules that it compiled."""
+    command = [sys.executable, "-m", "pipeline.cli.main", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     seconds = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "pipeline.cli.main", *arguments], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         seconds.append(time.perf_counter() - start)
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             raise ArtifactError(f"dpar {' '.join(arguments)} ended with exit code {done.returncode}: {''.join(said)}")
-    return statistics.median(seconds)
+    return statistics.median(seconds[1:])
 
 
 def gate(name: str, value: float, relation: Relation, bound: float) -> Gate:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -55,7 +56,8 @@ def run(
     settings, runtime = load(preset, ablation, overrides)
     given = as_options(preset, ablation, overrides)
     wanted = select(settings, from_stage, until_stage, force)
-    statuses = selected_statuses(plan(settings, runtime, deep=True), wanted, settings, force=force, given=given)
+    planned = plan(settings, runtime, deep=True)
+    statuses = selected_statuses(planned, wanted, settings, force=force, given=given)
     if dry_run:
         _show_statuses(statuses, as_json)
         return
@@ -77,7 +79,7 @@ def run(
     else:
         if not as_json:
             _show_statuses(statuses, as_json)
-        _draw(wanted, settings, runtime, force=False)
+        _draw_stale(wanted, settings, runtime, cached_paths(planned))
     _show_report(statuses, runtime, as_json)
 
 
@@ -147,9 +149,9 @@ def views(
     """
     settings, runtime = load(preset, ablation, overrides)
     wanted = select(settings) if name is None else [known_stage(name)]
-    with display.make_console(stderr=True).status("drawing"):
-        drawn = drawn_views.draw_all(wanted, settings, runtime, force=True)
     paths = cached_paths(plan(settings, runtime))
+    with display.make_console(stderr=True).status("drawing"):
+        drawn = drawn_views.draw_all(wanted, settings, runtime, paths, force=True)
     if as_json:
         show_json({"views": {name: {"path": str(paths[name] / "views"), "error": drawn[name]} for name in drawn}})
     else:
@@ -209,9 +211,9 @@ def _warn(settings: Settings, runtime: RuntimeConfig, preset: str | None, stages
         typer.echo(f"warning: {line}", err=True)
 
 
-def _draw(wanted: list[str], settings: Settings, runtime: RuntimeConfig, *, force: bool) -> None:
+def _draw_stale(wanted: list[str], settings: Settings, runtime: RuntimeConfig, artifacts: Mapping[str, Path]) -> None:
     """Draw views that are not current, e.g. after a change of view code alone."""
-    for error in drawn_views.draw_all(wanted, settings, runtime, force=force).values():
+    for error in drawn_views.draw_all(wanted, settings, runtime, artifacts, force=False).values():
         if error is not None:
             typer.echo(f"dpar: {error}", err=True)
 

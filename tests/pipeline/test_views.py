@@ -14,6 +14,7 @@ from pipeline.cache.fingerprint import Code
 from pipeline.cache.keys import key_parts
 from pipeline.cache.manifest import key_of
 from pipeline.graph import COUNTED, NEUTRAL, STAGES, VIEWS, inputs_read
+from pipeline.plan import cached_paths, plan
 from pipeline.project import Project
 from pipeline.views import draw_all, is_current, read_metrics
 
@@ -114,10 +115,15 @@ def test_a_view_that_fails_costs_the_view_alone(tiny: Tiny) -> None:
     assert tiny.run("alpha").metrics == {"x": 2}
 
 
+def redrawn(tiny: Tiny, names: list[str], *, force: bool) -> dict[str, str | None]:
+    artifacts = cached_paths(plan(tiny.settings(), tiny.runtime, tiny.project))
+    return draw_all(names, tiny.settings(), tiny.runtime, artifacts, force=force, project=tiny.project)
+
+
 def test_a_view_that_fails_leaves_the_one_before(tiny: Tiny) -> None:
     path = tiny.run("alpha").path
     (tiny.home / "fail-view").touch()
-    drawn = draw_all(["alpha"], tiny.settings(), tiny.runtime, force=True, project=tiny.project)
+    drawn = redrawn(tiny, ["alpha"], force=True)
     assert "the test asked for it" in (drawn["alpha"] or "")
     assert json.loads((path / "views" / "metrics.json").read_text()) == {"x": 2}
     assert is_current(tiny.module.GRAPH["alpha"], path, tiny.home, tiny.project)
@@ -127,6 +133,6 @@ def test_views_are_drawn_again_on_demand(tiny: Tiny) -> None:
     path = tiny.run("alpha").path
     before = (path / "views" / "figure.png").stat().st_ino
     names = list(tiny.module.GRAPH)
-    assert draw_all(names, tiny.settings(), tiny.runtime, force=False, project=tiny.project) == {}
-    assert draw_all(names, tiny.settings(), tiny.runtime, force=True, project=tiny.project) == {"alpha": None}
+    assert redrawn(tiny, names, force=False) == {}
+    assert redrawn(tiny, names, force=True) == {"alpha": None}
     assert (path / "views" / "figure.png").stat().st_ino != before
