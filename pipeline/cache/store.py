@@ -212,7 +212,7 @@ class Cache:
             definitions=dict(definitions or {}),
             digest=content_digest(files),
             files=files,
-            created=time.time(),
+            created=_now(),
             duration_s=round(duration_s, 3),
             environment=_environment(),
         )
@@ -251,9 +251,14 @@ class Cache:
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(path / name, work / name)
         stamped = replace(
-            manifest, key=key, parts=parts, definitions=dict(definitions), accepted=reason, created=time.time()
+            manifest, key=key, parts=parts, definitions=dict(definitions), accepted=reason, created=_now()
         )
         return self._install(work, stamped)
+
+
+def _now() -> float:
+    """Epoch seconds to the microsecond: a double holds no more digits, and a changed digit is to break the seal."""
+    return round(time.time(), 6)
 
 
 def _content_damage(path: Path, name: str, digest: str) -> str | None:

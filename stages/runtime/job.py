@@ -113,6 +113,21 @@ def _configure_logging(rank: int, runtime: RuntimeConfig) -> None:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to stop this process when its parent dies, so that a killed launcher leaves no orphans."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Ask Linux to stop this process when its parent dies, so that a killed launcher leaves no orphans.
+
+    The agent of torchrun may have died before, while this process was loading its modules. Other parents ask for it
+    themselves when they fork.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ and not _is_agent(os.getppid()):
+        sys.exit(143)
+
+
+def _is_agent(process: int) -> bool:
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"torch.distributed.run" in command or b"torchrun" in command

@@ -47,6 +47,15 @@ def test_a_stage_gets_its_own_section(tmp_path: Path) -> None:
     assert (tmp_path / "out/x").read_text() == "3"
 
 
+def test_a_process_whose_agent_died_while_it_loaded_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")  # its parent is this process and no agent of torchrun
+    done = run(tmp_path, "output.mkdir()")
+    assert (done.returncode, done.stderr) == (143, "")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("body", "code", "message"),
     [
