@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -199,8 +199,7 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences) ->
 
 
 def _causal_varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
-    out: Tensor = varlen_attn(q, k, v, ends, ends, longest, longest, **_VARLEN_CAUSAL)
-    return out
+    return cast("Tensor", varlen_attn(q, k, v, ends, ends, longest, longest, **_VARLEN_CAUSAL))
 
 
 def _causal_option(varlen: Callable[..., Any]) -> dict[str, Any]:
