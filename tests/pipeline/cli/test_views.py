@@ -30,8 +30,7 @@ def cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[set[str
             else StageStatus(name, "missing", "not made yet", f"{name}-0", tmp_path / name)
             for name in STAGES
         ]
-        for module in ("pipeline.views", "pipeline.cli.run"):
-            monkeypatch.setattr(f"{module}.plan", lambda *_, **__: statuses)
+        monkeypatch.setattr("pipeline.cli.run.plan", lambda *_, **__: statuses)
 
     return plan
 
