@@ -10,7 +10,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 import models.attention
 import stages.training.compiled
@@ -139,7 +139,7 @@ def test_the_machine_code_of_a_block_gives_its_gradients() -> None:
         torch.testing.assert_close(found.grad, expected.grad, atol=1e-6, rtol=1e-4)
 
 
-@torch.library.custom_op("dpar_tests::dense", mutates_args=())
+@library.custom_op("dpar_tests::dense", mutates_args=())
 def dense(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
     """What CUDA's kernels compute, opaque to the compiler as they are."""
     row = torch.arange(len(q))
