@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 RECORD = "record"
-POSITIONS_FILE = Path(RECORD) / "heldout_by_position.json"
-"""Where the record of a trained token model has its held-out loss by position."""
 _PARTIAL = "partial"
 
 

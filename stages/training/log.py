@@ -9,6 +9,8 @@ from pathlib import Path
 from stages.runtime.artifact import RECORD, write_atomic
 
 logger = logging.getLogger(__name__)
+POSITIONS_FILE = Path(RECORD) / "heldout_by_position.json"
+"""Where the record of a trained token model has its held-out loss by position."""
 
 
 class MetricLog:

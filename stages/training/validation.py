@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from models.vq import VQModel
 from stages.images.limits import DECODED_PIXELS
 from stages.images.tensors import float_to_pixels, pixels_to_float
-from stages.runtime.artifact import POSITIONS_FILE, write_json
+from stages.runtime.artifact import write_json
 from stages.runtime.distributed import World, all_reduce_sum
+from stages.training.log import POSITIONS_FILE
 
 if TYPE_CHECKING:
     from stages.training.data import TokenBatch, TokenData

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from stages.runtime.artifact import POSITIONS_FILE, read_json, write_atomic, write_json
+from stages.runtime.artifact import read_json, write_atomic, write_json
 from stages.scores.unigram import best_unigram_loss
 from stages.stores.tokens import TokenStore
+from stages.training.log import POSITIONS_FILE
 from stages.views.record import last_metrics
 
 

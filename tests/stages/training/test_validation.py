@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from toy_training import CODES, TOKENS, batch, objective
 
 from conf.schema import Settings
-from stages.runtime.artifact import POSITIONS_FILE, read_json
+from stages.runtime.artifact import read_json
 from stages.runtime.distributed import World
 from stages.stores.tokens import TokenStore
 from stages.training.data import GPTObjective, TokenData
+from stages.training.log import POSITIONS_FILE
 from stages.training.stream import Part
 from stages.training.validation import heldout_by_position, heldout_loss
 from stages.views.record import last_metrics
