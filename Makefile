@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 PINS := pyproject.toml constraints.txt
 # A process a core, at most four: each may hold a gigabyte. Tests of a file share their fixtures.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# Tests start hundreds of processes. Where PYTHONDONTWRITEBYTECODE is set, each would compile our modules anew.
+COMPILE := $(BIN)/python -m compileall -q conf models pipeline stages
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast lint types contracts check lpips textures clean
@@ -20,9 +22,11 @@ demo: $(VENV)/.demo ## Train, sample and score the demo, in minutes; a second ca
 	$(BIN)/dpar run --preset demo
 
 test: $(VENV)/.dev ## Run all tests
+	@$(COMPILE)
 	$(BIN)/pytest $(PARALLEL)
 
 test-fast: $(VENV)/.dev ## Run the tests that take at most a few seconds each
+	@$(COMPILE)
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 lint: $(VENV)/.dev ## Run ruff: rules and format

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import TypeVar
 
@@ -34,6 +35,7 @@ from models.vq import VQModel
 _META = torch.device("meta")
 _LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm}
 _ALL = "Global"  # FlopCounterMode's name for the total
+_KEPT = 64  # costs kept of each kind: counting a large model takes seconds
 _TRAINING = 3  # the backward pass of a product is two products of its size, one for each factor
 
 
@@ -136,6 +138,7 @@ class ImageCost:
 _Mean = TypeVar("_Mean", Macs, Sampling)
 
 
+@lru_cache(_KEPT)
 def gpt_cost(config: GPTConfig) -> Cost:
     """Cost of LlamaGen, which reads T positions (class and T - 1 tokens), or of the entropy model (T - 1 tokens)."""
     with _META:
@@ -150,6 +153,7 @@ def gpt_cost(config: GPTConfig) -> Cost:
     )
 
 
+@lru_cache(_KEPT)
 def head_sampling(config: DPARConfig) -> Sampling:
     """Additional MACs of sampling with an entropy head, which reads the encoder's states of T - 1 tokens."""
     with _META:
@@ -176,6 +180,7 @@ def npp_cost(config: GPTConfig, schedule: NextPatchSchedule, steps: int) -> Cost
     return Cost(parameters=llamagen.parameters, forward=forward, sampling=llamagen.sampling)
 
 
+@lru_cache(_KEPT)
 def block_macs(config: GPTConfig, side: int) -> Macs:
     """Cost of one image's forward pass in Next Patch Prediction on blocks of `side` x `side` tokens.
 
@@ -188,6 +193,7 @@ def block_macs(config: GPTConfig, side: int) -> Macs:
     return _count(lambda: next_patch_loss(model, tokens, labels, side))[_ALL]
 
 
+@lru_cache(_KEPT)
 def dpar_cost(config: DPARConfig, mean_length: float) -> DPARCost:
     """Cost of DPAR at a mean patch length in tokens.
 
@@ -213,6 +219,7 @@ def dpar_cost(config: DPARConfig, mean_length: float) -> DPARCost:
     )
 
 
+@lru_cache(_KEPT)
 def image_cost(config: VQConfig, image_size: int) -> ImageCost:
     """Cost of an image of `image_size` pixels in the tokenizer and in the networks of its losses."""
     with _META:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads take a busy machine's cores from each other
 for name, value in (
     ("DO_NOT_TRACK", "true"),
@@ -39,13 +40,17 @@ CHECKED = (
 )
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+import fcntl
+import gc
 import importlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from conf.load import load_settings
@@ -58,6 +63,7 @@ from pipeline.views import view_inputs
 hypothesis.settings.register_profile("dpar", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("dpar")
 CLASSES = ("discs", "squares", "stripes")
+RUNTIME = RuntimeConfig(device="cpu", threads=2)  # sums depend on the number of threads in their last bits
 Run = Callable[[str, Section, dict[str, Path]], Path]
 """Takes the name of a stage, its settings, and artifacts by name; gives the folder that was filled."""
 
@@ -78,14 +84,36 @@ def draw(kind: str, number: int, size: int = 40) -> Image.Image:
 
 
 @pytest.fixture(scope="session")
-def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of 15 PNG images of 40 px."""
-    root = tmp_path_factory.mktemp("images")
-    for kind in CLASSES:
-        (root / kind).mkdir()
-        for number in range(15):
-            draw(kind, number).save(root / kind / f"{number:02d}.png")
-    return root
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A function that fills a folder in the first worker that asks for it; the others wait and share it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if ALONE else base.parent
+
+    def once(name: str, fill: Callable[[Path], None]) -> Path:
+        folder, unfinished = shared / name, shared / f"{name}.unfinished"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                fill(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def image_root(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Three classes of 15 PNG images of 40 px. Tests must not write to them."""
+
+    def fill(root: Path) -> None:
+        for kind in CLASSES:
+            (root / kind).mkdir()
+            for number in range(15):
+                draw(kind, number).save(root / kind / f"{number:02d}.png")
+
+    return once("images", fill)
 
 
 @pytest.fixture(scope="session")
@@ -103,11 +131,8 @@ def run_in_process(tiny_settings: Settings, image_root: Path, tmp_path_factory: 
     """
 
     def run(name: str, config: Section, inputs: dict[str, Path]) -> Path:
-        stage, output = STAGES[name], tmp_path_factory.mktemp(name)
-        read = {source: inputs[source] for source in inputs_read(stage, _with_section(tiny_settings, name, config))}
-        if stage.reads_images:
-            read["images"] = inputs.get("images", image_root)
-        _call(stage.entry, config, read, output)
+        output = tmp_path_factory.mktemp(name)
+        _run(_with_section(tiny_settings, name, config), name, {"images": image_root} | inputs, output)
         return output
 
     return run
@@ -131,19 +156,47 @@ def _with_section(settings: Settings, name: str, config: Section) -> Settings:
     return settings.model_copy(update={name: config})
 
 
+def _run(settings: Settings, name: str, inputs: dict[str, Path], output: Path) -> None:
+    stage = STAGES[name]
+    read = [*inputs_read(stage, settings), *(["images"] if stage.reads_images else [])]
+    _call(stage.entry, getattr(settings, name), {source: inputs[source] for source in read}, output)
+
+
 def _call(entry: tuple[str, str], config: Section, inputs: dict[str, Path], output: Path) -> None:
     module, function = entry
-    getattr(importlib.import_module(module), function)(config, inputs, output, RuntimeConfig(device="cpu", threads=2))
+    threads = torch.get_num_threads()
+    try:
+        getattr(importlib.import_module(module), function)(config, inputs, output, RUNTIME)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
-def tiny_artifacts(tiny_settings: Settings, run_in_process: Run) -> dict[str, Path]:
+def tiny_artifacts(
+    tiny_settings: Settings, image_root: Path, once: Callable[[str, Callable[[Path], None]], Path]
+) -> dict[str, Path]:
     """Finished artifacts of all stages up to `sample`, made one after the other. Tests must not write to them."""
-    artifacts: dict[str, Path] = {}
-    for stage in STAGES.values():
-        if stage.name != "evaluate":
-            artifacts[stage.name] = run_in_process(stage.name, getattr(tiny_settings, stage.name), artifacts)
-    return artifacts
+    names = [name for name in STAGES if name != "evaluate"]
+
+    def fill(root: Path) -> None:
+        for name in names:
+            (root / name).mkdir()
+            made = {source: root / source for source in names}
+            _run(tiny_settings, name, made | {"images": image_root}, root / name)
+
+    root = once("artifacts", fill)
+    return {name: root / name for name in names}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Give each worker one thread. It inherits that: numpy, which a plugin imports, has counted when this file runs."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "DPAR_THREADS": "1"}
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking again and again through a million objects of imported modules."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 KillWait=5
 NodeName=127.0.0.[2-3] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{second}] CPUs=2 RealMemory=1000
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -75,6 +75,14 @@ class Cluster:
 
     def state(self, number: int) -> str:
         return self.call("squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T")
+
+    def start_again(self, number: int) -> None:
+        """Wait until a job is in the queue again: its nodes have ended it. Let it start in two seconds, not in six.
+
+        Not at once: a node refuses a job in the second in which it ended it.
+        """
+        wait_for(lambda: self.state(number) == "PENDING", 60)
+        self.call("scontrol", "update", f"jobid={number}", "starttime=now+2")
 
     def cancel_all(self) -> None:
         for number in self.jobs():
@@ -159,13 +167,14 @@ def _program(name: str) -> str | None:
 
 def _stop(pid_file: Path, number: signal.Signals = signal.SIGTERM) -> None:
     """End a daemon. Its steps are not its children."""
-    with contextlib.suppress(OSError, ValueError):
-        pid = int(pid_file.read_text())
-        os.kill(pid, number)
-        for _ in range(100):
-            os.kill(pid, 0)
-            time.sleep(0.1)
-        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
+        daemon = psutil.Process(int(pid_file.read_text()))
+        daemon.send_signal(number)
+        for _ in range(500):
+            if daemon.status() == psutil.STATUS_ZOMBIE:  # ended; its parent, the init process, looks only now and then
+                return
+            time.sleep(0.02)
+        daemon.kill()
 
 
 def _free_ports() -> tuple[int, int]:

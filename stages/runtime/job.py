@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from conf.runtime import RuntimeConfig
 from conf.section import Section
@@ -73,17 +73,29 @@ def main(function: StageFunction[Config], config_type: type[Config]) -> None:
     # SIGUSR1 comes before the time limit of a Slurm job. A stage that can save in between sets its own handlers.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: sys.exit(143))
+    code = 0
     try:
         function(config_type.model_validate(job.config), job.inputs, job.output, runtime)
     except Interrupted as stop:
+        code = 128 + stop.number
         logger.warning("%s", stop)
         _write_error(job, stop, 1, rank)
-        sys.exit(128 + stop.number)
     except Exception as error:
         code = 2 if isinstance(error, InputError) else 1
         logger.error("%s", traceback.format_exc())
         _write_error(job, error, code, rank)
-        sys.exit(code)
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """End this process now: its work is on disk, and all that Python would still do could only fail.
+
+    Python's own end destroys C++ objects while threads that use them may run. A rank of a finished training aborted
+    there once, and its stage counted as failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _write_error(job: Job, error: Exception, code: int, rank: int) -> None:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from models.config import DPARConfig, GPTConfig
 from models.macs import block_macs, dpar_cost, gpt_cost
 
 
-@lru_cache(maxsize=8)
 def gpt_macs(config: GPTConfig, side: int = 1) -> float:
     """MACs of LlamaGen or of the entropy model; with a `side` above 1, of NPP on blocks of side x side tokens."""
-    macs = gpt_cost(config).forward if side == 1 else block_macs(config, side)
-    return macs.linear + macs.attention
+    return (gpt_cost(config).forward if side == 1 else block_macs(config, side)).total
 
 
 def dpar_macs(config: DPARConfig, patches: float) -> float:
     """MACs of DPAR on an image of so many patches, which are rounded to whole ones."""
-    return _dpar_macs(config, min(max(2, round(patches)), config.num_tokens - 1))
-
-
-@lru_cache(maxsize=64)
-def _dpar_macs(config: DPARConfig, patches: int) -> float:
-    macs = dpar_cost(config, (config.num_tokens - 1) / patches).forward
-    return macs.linear + macs.attention
+    whole = min(max(2, round(patches)), config.num_tokens - 1)
+    return dpar_cost(config, (config.num_tokens - 1) / whole).forward.total

@@ -9,16 +9,12 @@ images of a tar, each in a process of its own.
 from __future__ import annotations
 
 import argparse
-import io
-import os
-import subprocess
-import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from peaks import peak, tiny_images
 from PIL import Image
 from report import report
 from timing import interleaved
@@ -36,14 +32,18 @@ from stages.images.tensors import pixels_to_float
 from stages.runtime.distributed import World
 from stages.runtime.progress import Progress
 from stages.stores.image_index import ImageIndex
-from stages.tokenize import Encoder, ViewReader, batches, tokenize
+from stages.tokenize import Encoder, ViewReader, batches
 from stages.weights.own import save_vq
 
 THROUGHPUT_BOUND = 0.9
 BYTES_BOUND = 200.0
-FACTOR, CLASS_SIZE = 10, 1300  # images of a class in ImageNet
+FACTOR = 10
 TINY = VQConfig(channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, z_channels=32, codebook_size=64)
 STAGES = ("dataset", "tokenize")
+SETTINGS = (
+    *("tokenize.image_size=16", "tokenize.views=center"),
+    *("tokenize.batch_size=64", "tokenize.chunk_rows=1024"),
+)
 Rows = dict[str, float]
 
 
@@ -119,64 +119,23 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def bytes_per_image(folder: Path, stage: str, few: int) -> Rows:
-    """How much the peak memory of a stage grows from `few` to FACTOR * few images."""
-    # glibc adapts its thresholds to what was freed, and threads share arenas by chance: peaks would jump by megabytes.
-    steady = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
-    peaks = {}
-    for count in (few, FACTOR * few):
-        command = [sys.executable, __file__, "--peak", stage, "--images", str(count), "--folder", str(folder)]
-        peaks[count] = int(subprocess.run(command, env=steady, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    first, last = peaks.values()
-    return {
-        f"peak memory at {few} images, MB": first / 1e6,
-        f"peak memory at {FACTOR * few} images, MB": last / 1e6,
-        "bytes an added image": (last - first) / ((FACTOR - 1) * few),
-    }
-
-
-def tiny_images(path: Path, count: int) -> None:
-    """A tar of class tars with PNGs of 16 x 16 pixels, CLASS_SIZE a class as in ImageNet."""
-    generator = np.random.default_rng(0)
-    with tarfile.open(path, "w") as outer:
-        for first in range(0, count, CLASS_SIZE):
-            name, packed = f"n{first:08d}", io.BytesIO()
-            with tarfile.open(fileobj=packed, mode="w") as class_tar:
-                for number in range(first, min(first + CLASS_SIZE, count)):
-                    data = io.BytesIO()
-                    Image.fromarray(generator.integers(0, 256, (16, 16), dtype=np.uint8)).save(data, "PNG")
-                    add(class_tar, f"{name}_{number}.JPEG", data)
-            add(outer, f"{name}.tar", packed)
-
-
-def add(archive: tarfile.TarFile, name: str, data: io.BytesIO) -> None:
-    """Put bytes into an archive under a name."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data.getbuffer())
-    data.seek(0)
-    archive.addfile(member, data)
-
-
-def print_peak(stage: str, count: int, folder: Path) -> None:
-    """Run a stage over the tar of `count` images and print its largest memory."""
-    inputs = {"images": folder / f"{count}.tar", "dataset": folder / f"dataset-{count}", "tokenizer": folder / "vq"}
-    runtime = RuntimeConfig(device="cpu", threads=1)
-    if stage == "dataset":
-        dataset(DatasetConfig(source="imagenet_tar", root=inputs["images"]), inputs, inputs["dataset"], runtime)
-    else:
-        config = TokenizeConfig(image_size=16, views="center", batch_size=64, chunk_rows=1024)
-        tokenize(config, inputs, folder / f"tokenize-{count}", runtime)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    print(1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
-
-
 def memory(folder: Path, few: int) -> dict[str, Rows]:
-    """Growth of both stages, by stage."""
-    for count in (few, FACTOR * few):
-        tiny_images(folder / f"{count}.tar", count)
+    """How much the peak memory of each stage grows from `few` to FACTOR * few images."""
+    counts = (few, FACTOR * few)
     torch.manual_seed(0)
-    save_vq(folder / "vq", VQModel(TINY))
-    return {stage: bytes_per_image(folder, stage, few) for stage in STAGES}
+    model = VQModel(TINY)
+    for count in counts:
+        tiny_images(folder / f"{count}.tar", count)
+        save_vq(folder / str(count) / "tokenizer", model)
+    found = {}
+    for stage in STAGES:
+        first, last = (peak(stage, folder / f"{count}.tar", folder / str(count), SETTINGS) for count in counts)
+        found[stage] = {
+            f"peak memory at {few} images, MB": first / 1e6,
+            f"peak memory at {FACTOR * few} images, MB": last / 1e6,
+            "bytes an added image": (last - first) / ((FACTOR - 1) * few),
+        }
+    return found
 
 
 def main() -> None:
@@ -190,12 +149,7 @@ def main() -> None:
     # The default is more than what any block of work holds.
     parser.add_argument("--few", type=int, default=5000, help="images of the smaller data set of the two for memory")
     parser.add_argument("--only", choices=["vq16", "demo", "memory"])
-    parser.add_argument("--peak", choices=STAGES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.peak:
-        print_peak(options.peak, options.images, options.folder)
-        return
     figures: Figures = {}
     gates: list[Gate] = []
     with tempfile.TemporaryDirectory() as name:

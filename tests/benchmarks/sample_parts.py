@@ -22,6 +22,7 @@ from samplers import (
     entropy_head,
     entropy_model,
     gpt,
+    grid_of,
     llamagen_decoder,
     packed,
     ragged_starts,
@@ -99,18 +100,19 @@ def totals(spent: dict[str, float]) -> dict[str, float]:
 
 def by_batch(size: str, batches: Sequence[int], entropies: str) -> dict[str, dict[str, float]]:
     """Seconds an image of LlamaGen and DPAR at each batch."""
+    grid = grid_of(size)
     llamagen, model = packed(gpt(size)), packed(dpar(size))
     head, deciding = entropy_head(model), entropy_model(entropies)
     found: dict[str, dict[str, float]] = {}
     for batch in batches:
-        starts = ragged_starts(batch)
+        starts = ragged_starts(batch, grid)
         decoders = {
             f"LlamaGen-{size}": llamagen_decoder(llamagen, batch),
             f"DPAR-{size}, boundaries given": dpar_decoder(model, Watched(starts)),
             f"DPAR-{size}, entropy head": dpar_decoder(model, Watched(starts, {"head": head})),
             f"DPAR-{size}, entropy model {entropies}": dpar_decoder(model, Watched(starts, {"entropies": deciding})),
         }
-        for name, seconds in seconds_an_image(decoders, GRIDS[256].num_tokens).items():
+        for name, seconds in seconds_an_image(decoders, grid.num_tokens).items():
             found.setdefault(name, {})[f"batch {batch}"] = seconds
     return found
 

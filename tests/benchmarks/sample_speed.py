@@ -11,7 +11,6 @@ import torch
 from model_sizes import BOTH, GPTS
 from report import report
 from samplers import (
-    GRIDS,
     Decoder,
     Watched,
     dpar,
@@ -19,6 +18,7 @@ from samplers import (
     entropy_head,
     entropy_model,
     gpt,
+    grid_of,
     llamagen_decoder,
     packed,
     ragged_starts,
@@ -36,7 +36,6 @@ from models.sampling import DPARDecoding
 from models.token_sampling import SamplingOptions
 from pipeline.bench.gates import Figures, Gate, gate
 
-TOKENS = GRIDS[256].num_tokens
 EXACT_BOUND, LOOP_BOUND, LINEAR_BOUND, CACHE_BOUND = 1e-4, 25.0, 1.4, 0.05
 RIVAL_BOUNDS = {  # of images a second, DPAR over LlamaGen, by size, batch and source of boundaries
     ("L", 64): {"entropy model B": 1.1, "entropy model T": 1.25, "entropy head": 1.25},
@@ -48,12 +47,12 @@ EVERY = 16  # prefix lengths of the published loop that are timed
 
 def exactness(size: str) -> float:
     """Largest difference of cached logits from those of the full forward: DPAR, float32, a ragged batch of 8."""
-    model, starts = dpar(size).float(), ragged_starts(8)
-    tokens = torch.randint(model.config.codebook_size, (8, TOKENS), generator=torch.Generator().manual_seed(1))
+    model, starts = dpar(size).float(), ragged_starts(8, grid_of(size))
+    tokens = torch.randint(model.config.codebook_size, starts.shape, generator=torch.Generator().manual_seed(1))
     labels, worst = torch.arange(8), 0.0
     expected = model(tokens, labels, pack_patches(starts))
     decoding = DPARDecoding(packed(model), labels, SamplingOptions(), GivenBoundaries(starts))
-    for position in range(TOKENS):
+    for position in range(starts.shape[1]):
         logits = decoding.step(tokens[:, position - 1] if position else None)
         worst = max(worst, float((logits - expected[:, position]).abs().max()))
     return worst
@@ -61,13 +60,14 @@ def exactness(size: str) -> float:
 
 def loop_over_cached(size: str, entropies_size: str, batch: int) -> float:
     """Time of the published loop over ours, DPAR with an entropy model, by the trapezoidal rule."""
-    starts = ragged_starts(batch)
+    starts = ragged_starts(batch, grid_of(size))
     model, entropies = dpar(size), gpt(entropies_size, conditional=False)
     ours = dpar_decoder(packed(dpar(size)), Watched(starts, {"entropies": entropy_model(entropies_size)}))
-    tokens = torch.randint(model.config.codebook_size, (batch, TOKENS))
-    lengths = [1, *range(EVERY, TOKENS, EVERY), TOKENS - 1]
+    tokens = torch.randint(model.config.codebook_size, starts.shape)
+    count = model.config.num_tokens
+    lengths = [1, *range(EVERY, count, EVERY), count - 1]
     cached, loop = 0.0, []
-    for position in range(TOKENS):
+    for position in range(count):
         cached += seconds_of(ours.step)
         if position in lengths:
             prefix = tokens[:, :position]
@@ -79,7 +79,7 @@ def loop_over_cached(size: str, entropies_size: str, batch: int) -> float:
 def prefix_forward(model: DPAR, entropies: GPT, tokens: Tensor, starts: Tensor) -> None:
     """What the published loop does for one token: all of both models on the whole prefix, guided."""
     embedded = entropies.tok_embeddings(tokens)
-    token_entropy(entropies.output(entropies.transform(embedded, None, GRIDS[256].side)))
+    token_entropy(entropies.output(entropies.transform(embedded, None, entropies.config.grid)))
     length = tokens.shape[1]
     twice, labels = tokens.repeat(2, 1), torch.zeros(2 * len(tokens), dtype=torch.int64)
     patches = pack_patches(starts[:, : length + 1].repeat(2, 1))
@@ -95,7 +95,7 @@ Products = list[list[Callable[[], Tensor]]]
 """For each position, the products of the linear layers that its step makes, each to be made again on its own."""
 
 
-def products(model: nn.Module, decoder: Decoder) -> Products:
+def products(model: GPT | DPAR, decoder: Decoder) -> Products:
     """Those of `decoder`, which steps `model`, on random rows as many as it has."""
     found: Products = []
 
@@ -105,7 +105,7 @@ def products(model: nn.Module, decoder: Decoder) -> Products:
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | PackedLinear)]
     handles = [layer.register_forward_hook(record) for layer in layers]
-    for _ in range(TOKENS):
+    for _ in range(model.config.num_tokens):
         found.append([])
         decoder.step()
     for handle in handles:
@@ -113,23 +113,24 @@ def products(model: nn.Module, decoder: Decoder) -> Products:
     return found
 
 
-def over_linear_layers(make: Callable[[Any], Decoder], plain: nn.Module, fast: nn.Module) -> dict[str, float]:
+def over_linear_layers(make: Callable[[Any], Decoder], plain: GPT | DPAR, fast: GPT | DPAR) -> dict[str, float]:
     """Milliseconds a token, and how much longer that is than its linear layers alone; in turns at each position.
 
     Twice: the linear layers as torch makes them, and packed.
     """
     alone = {"torch's": products(plain, make(plain)), "packed": products(fast, make(fast))}
     decoder, whole, seconds = make(fast), 0.0, dict.fromkeys(alone, 0.0)
-    for position in range(TOKENS):
+    count = fast.config.num_tokens
+    for position in range(count):
         whole += seconds_of(decoder.step)
         for name, calls in alone.items():
             seconds[name] += seconds_of(lambda here=calls[position]: [call() for call in here])
-    return {"ms a token": 1000 * whole / TOKENS, **{name: whole / total for name, total in seconds.items()}}
+    return {"ms a token": 1000 * whole / count, **{name: whole / total for name, total in seconds.items()}}
 
 
 def against_llamagen(size: str, batch: int, entropy_models: Sequence[str]) -> dict[str, float]:
     """Seconds an image of LlamaGen and of DPAR with each source of boundaries, in turns."""
-    model, starts = packed(dpar(size)), ragged_starts(batch)
+    model, starts = packed(dpar(size)), ragged_starts(batch, grid_of(size))
     rivals = {
         "LlamaGen": llamagen_decoder(packed(gpt(size)), batch),
         "boundaries given": dpar_decoder(model, Watched(starts)),
@@ -137,23 +138,23 @@ def against_llamagen(size: str, batch: int, entropy_models: Sequence[str]) -> di
     }
     for name in entropy_models:
         rivals[f"entropy model {name}"] = dpar_decoder(model, Watched(starts, {name: entropy_model(name)}))
-    return seconds_an_image(rivals, TOKENS)
+    return seconds_an_image(rivals, model.config.num_tokens)
 
 
 def cache_misfit(size: str) -> float:
     """Share by which the bytes of a filled cache differ from 2 L T D of bfloat16 a sequence."""
     model = gpt(size)
     cache, config = model.new_cache(), model.config
-    for position in range(TOKENS):
+    for position in range(config.num_tokens):
         model.step(torch.zeros(2, config.dim, dtype=torch.bfloat16), position, cache)
-    return abs(cache.num_bytes / (2 * 2 * config.num_layers * TOKENS * config.dim * 2) - 1)
+    return abs(cache.num_bytes / (2 * 2 * config.num_layers * config.num_tokens * config.dim * 2) - 1)
 
 
 def linear_gates(figures: Figures, size: str, batches: Sequence[int]) -> list[Gate]:
     """Both families against their linear layers, at each batch."""
     gates = []
     for batch in batches:
-        starts = ragged_starts(batch)
+        starts = ragged_starts(batch, grid_of(size))
         found = {
             f"LlamaGen-{size}": over_linear_layers(
                 lambda model, batch=batch: llamagen_decoder(model, batch), gpt(size), packed(gpt(size))

@@ -45,10 +45,17 @@ class Grid:
 
 
 GRIDS = {256: Grid(16, 1.81), 384: Grid(24, 2.06)}  # by pixels
+TINY_GRID = Grid(8, 1.81)
 
 
-def gpt(size: str, grid: Grid = GRIDS[256], *, conditional: bool = True) -> GPT:
+def grid_of(size: str) -> Grid:
+    """Tokens of an image for a model of this size where nothing else is asked for: 256 pixels."""
+    return TINY_GRID if size == "tiny" else GRIDS[256]
+
+
+def gpt(size: str, grid: Grid | None = None, *, conditional: bool = True) -> GPT:
     """A transformer with random weights, its head too."""
+    grid = grid or grid_of(size)
     torch.manual_seed(0)
     num_classes = CLASSES if conditional else None
     config = GPTConfig(
@@ -59,8 +66,9 @@ def gpt(size: str, grid: Grid = GRIDS[256], *, conditional: bool = True) -> GPT:
     return model.bfloat16().eval()
 
 
-def dpar(size: str, grid: Grid = GRIDS[256]) -> DPAR:
+def dpar(size: str, grid: Grid | None = None) -> DPAR:
     """The same for DPAR."""
+    grid = grid or grid_of(size)
     torch.manual_seed(0)
     config = DPARConfig(
         **asdict(DPARS[size]), codebook_size=codebook_size(size), num_tokens=grid.num_tokens, num_classes=CLASSES
@@ -76,7 +84,7 @@ def packed(model: Model) -> Model:
     return model
 
 
-def ragged_starts(batch: int, grid: Grid = GRIDS[256]) -> Tensor:
+def ragged_starts(batch: int, grid: Grid) -> Tensor:
     """Boundaries (B, T) of the grid's mean patch length, other ones in each image."""
     entropies = torch.rand(batch, grid.num_tokens, generator=torch.Generator().manual_seed(0))
     candidates = (patch_starts(PatchRule(th / 500, 4, True, grid.side), entropies) for th in range(500))
@@ -106,8 +114,9 @@ class Watched:
         return self._given.opens(token)
 
 
-def entropy_model(size: str, grid: Grid = GRIDS[256]) -> EntropyBoundaries:
+def entropy_model(size: str, grid: Grid | None = None) -> EntropyBoundaries:
     """An entropy model as a source of boundaries."""
+    grid = grid or grid_of(size)
     return EntropyBoundaries(packed(gpt(size, grid, conditional=False)), PatchRule(0.5, 4, True, grid.side))
 
 

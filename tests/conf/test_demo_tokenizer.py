@@ -52,7 +52,7 @@ def shipped(stride: int) -> tuple[VQModel, PixelBatch]:
 
 @pytest.mark.slow
 def test_it_reconstructs_emoji_about_as_well_as_the_card_says() -> None:
-    model, images = shipped(60)
+    model, images = shipped(120)
     with torch.inference_mode():
         decoded = float_to_pixels(model.decode(model.encode(pixels_to_float(images))))
     errors = ((decoded.astype(np.float64) - images) ** 2).reshape(len(images), -1).mean(axis=1)
@@ -63,7 +63,7 @@ def test_it_reconstructs_emoji_about_as_well_as_the_card_says() -> None:
 @pytest.mark.slow
 def test_in_bfloat16_one_token_in_a_hundred_differs_and_pixels_hardly() -> None:
     """Why tokens are made in float32, and images may be decoded in bfloat16."""
-    model, images = shipped(150)
+    model, images = shipped(300)
     pixels = pixels_to_float(images)
     with torch.inference_mode():
         tokens = model.encode(pixels)

@@ -25,7 +25,7 @@ def test_a_cancelled_training_goes_on_where_it_was(
     tmp_path: Path, tiny_settings: Settings, tiny_artifacts: dict[str, Path]
 ) -> None:
     stage, output = STAGES["entropy_model"], tmp_path / "out"
-    runtime = RuntimeConfig(home=tmp_path, device="cpu", processes=2, threads=1)
+    runtime = RuntimeConfig(home=tmp_path, device="cpu", threads=1)
     changes = {"steps": 100_000, "checkpoint_every": 100_000}
     training = tiny_settings.entropy_model.training.model_copy(update=changes)
     job = Job(
@@ -37,7 +37,7 @@ def test_a_cancelled_training_goes_on_where_it_was(
     )
     seen: list[int] = []
 
-    def cancel_at(least: int) -> None:
+    def cancel_at(least: int, processes: int) -> None:
         """Run until progress reports so many steps, then cancel as Ctrl-C does."""
         seen.clear()
 
@@ -53,7 +53,7 @@ def test_a_cancelled_training_goes_on_where_it_was(
                     stage.name,
                     stage.entry[0],
                     job,
-                    runtime,
+                    runtime.model_copy(update={"processes": processes}),
                     code_root=DPAR.code_root,
                     locks=(lock,),
                     spmd=stage.spmd,
@@ -62,10 +62,10 @@ def test_a_cancelled_training_goes_on_where_it_was(
         finally:
             os.close(lock)
 
-    cancel_at(5)
+    cancel_at(5, processes=2)
     state = load_latest(output / CHECKPOINTS, torch.device("cpu"))
     assert state is not None
     assert state["step"] >= seen[-1]
     assert f"interrupted by SIGTERM after step {state['step']} of 100000" in (output / "record/log.txt").read_text()
-    cancel_at(0)
+    cancel_at(0, processes=1)
     assert seen[0] == state["step"]

@@ -24,6 +24,8 @@ from models.patching import PatchRule, patch_starts
 from models.sampling import DPARDecoding, sample_dpar, sample_gpt
 from models.token_sampling import SamplingOptions
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")  # they cost more than what is counted here
+
 CODES = 16384
 IMAGES, GRID, TOKENS = 8, 3, 9
 PLAIN, GUIDED = SamplingOptions(), SamplingOptions(cfg_scale=2.5)

@@ -200,6 +200,17 @@ def tiny(tmp_path: Path) -> Tiny:
 
 
 @pytest.fixture
+def finished(tmp_path: Path, once: Callable[[str, Callable[[Path], None]], Path]) -> Tiny:
+    """A copy of the small project after a run of all stages."""
+
+    def fill(folder: Path) -> None:
+        assert make_tiny_project(folder).run_all() == ["ran"] * 3
+
+    shutil.copytree(once("small-project", fill), tmp_path, dirs_exist_ok=True)
+    return load_tiny_project(tmp_path)
+
+
+@pytest.fixture
 def make_tiny() -> Callable[[Path], Tiny]:
     """A function that creates the small project in an empty folder."""
     return make_tiny_project
@@ -216,6 +227,11 @@ def make_tiny_project(tmp_path: Path) -> Tiny:
     for name, text in STAGES.items():
         (tmp_path / "stages" / f"{name}.py").write_text(text)
     (tmp_path / "project.py").write_text(PROJECT)
+    return load_tiny_project(tmp_path)
+
+
+def load_tiny_project(tmp_path: Path) -> Tiny:
+    """Open the small project in a folder that has it."""
     spec = importlib.util.spec_from_file_location("tiny_project", tmp_path / "project.py")
     assert spec is not None
     assert spec.loader is not None

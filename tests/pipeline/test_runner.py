@@ -42,26 +42,23 @@ def test_a_rerun_finds_everything_and_rewrites_nothing(tiny: Tiny) -> None:
 
 
 @pytest.mark.slow
-def test_a_setting_reruns_its_stage_and_equal_contents_stop_there(tiny: Tiny) -> None:
-    tiny.run_all()
+def test_a_setting_reruns_its_stage_and_equal_contents_stop_there(finished: Tiny) -> None:
     # beta clips its value at 2: its contents change for 7, and are the same for 7 and 8.
-    assert tiny.run_all(beta=7) == ["cached", "ran", "ran"]
-    assert tiny.run_all(beta=8) == ["cached", "ran", "cached"]
-    assert tiny.run_all() == ALL_CACHED  # the first artifact is still cached
+    assert finished.run_all(beta=7) == ["cached", "ran", "ran"]
+    assert finished.run_all(beta=8) == ["cached", "ran", "cached"]
+    assert finished.run_all() == ALL_CACHED  # the first artifact is still cached
 
 
-def test_a_docstring_or_comment_reruns_nothing(tiny: Tiny) -> None:
-    tiny.run_all()
-    tiny.edit("helper", '"""One more."""', '"""The successor."""  # of a number')
-    assert tiny.run_all() == ALL_CACHED
+def test_a_docstring_or_comment_reruns_nothing(finished: Tiny) -> None:
+    finished.edit("helper", '"""One more."""', '"""The successor."""  # of a number')
+    assert finished.run_all() == ALL_CACHED
 
 
 @pytest.mark.slow
-def test_an_edit_with_the_same_result_reruns_one_stage_only(tiny: Tiny) -> None:
-    tiny.run_all()
-    tiny.edit("helper", "x + 1", "1 + x")
-    assert tiny.plan()["alpha"].reason == "code stages.helper:increase was edited"
-    assert tiny.run_all() == ["ran", "cached", "cached"]
+def test_an_edit_with_the_same_result_reruns_one_stage_only(finished: Tiny) -> None:
+    finished.edit("helper", "x + 1", "1 + x")
+    assert finished.plan()["alpha"].reason == "code stages.helper:increase was edited"
+    assert finished.run_all() == ["ran", "cached", "cached"]
 
 
 @pytest.mark.slow
@@ -71,49 +68,47 @@ def test_an_edit_with_another_result_reruns_what_it_changes(tiny: Tiny) -> None:
     assert tiny.run_all(beta=9) == ["ran", "ran", "ran"]
 
 
-def test_an_unused_function_reruns_nothing(tiny: Tiny) -> None:
-    tiny.run_all()
-    tiny.edit("helper", "def increase", "def decrease(x):\n    return x - 1\n\n\ndef increase")
-    assert tiny.run_all() == ALL_CACHED
+def test_an_unused_function_reruns_nothing(finished: Tiny) -> None:
+    finished.edit("helper", "def increase", "def decrease(x):\n    return x - 1\n\n\ndef increase")
+    assert finished.run_all() == ALL_CACHED
 
 
 @pytest.mark.slow
-def test_a_deleted_file_is_made_again_and_later_stages_stay(tiny: Tiny) -> None:
-    tiny.run_all()
-    (tiny.run("beta").path / "number.json").unlink()
-    assert tiny.plan()["beta"].reason == "file number.json is missing"
-    assert tiny.run_all() == ["cached", "ran", "cached"]
+def test_a_deleted_file_is_made_again_and_later_stages_stay(finished: Tiny) -> None:
+    (finished.run("beta").path / "number.json").unlink()
+    assert finished.plan()["beta"].reason == "file number.json is missing"
+    assert finished.run_all() == ["cached", "ran", "cached"]
 
 
 @pytest.mark.parametrize("damage", ["truncated file", "damaged manifest", "empty manifest"])
-def test_damage_is_a_miss(tiny: Tiny, damage: str) -> None:
-    path = tiny.run("alpha").path
+def test_damage_is_a_miss(finished: Tiny, damage: str) -> None:
+    path = finished.run("alpha").path
     if damage == "truncated file":
         (path / "number.json").write_text("")
     else:
         (path / "manifest.json").write_text("{" if damage == "damaged manifest" else "")
-    assert tiny.plan()["alpha"].state != "cached"
-    assert tiny.run("alpha").state == "ran"
-    assert tiny.run("alpha").state == "cached"
+    assert finished.plan()["alpha"].state != "cached"
+    assert finished.run("alpha").state == "ran"
+    assert finished.run("alpha").state == "cached"
 
 
-def test_a_forced_run_replaces_and_keeps_the_old_one_in_the_trash(tiny: Tiny) -> None:
-    first = tiny.run("alpha")
+def test_a_forced_run_replaces_and_keeps_the_old_one_in_the_trash(finished: Tiny) -> None:
+    first = finished.run("alpha")
     before = (first.path / "number.json").stat().st_ino
-    assert tiny.run("alpha", force=True).state == "ran"
+    assert finished.run("alpha", force=True).state == "ran"
     assert (first.path / "number.json").stat().st_ino != before
-    assert len(list((tiny.home / ".trash").iterdir())) == 1
+    assert len(list((finished.home / ".trash").iterdir())) == 1
 
 
-def test_a_forced_run_that_fails_keeps_what_there_was(tiny: Tiny) -> None:
-    path = tiny.run("alpha").path
-    (tiny.home / "fail-alpha").touch()
+def test_a_forced_run_that_fails_keeps_what_there_was(finished: Tiny) -> None:
+    path = finished.run("alpha").path
+    (finished.home / "fail-alpha").touch()
     with pytest.raises(StageFailed) as caught:
-        tiny.run("alpha", force=True)
+        finished.run("alpha", force=True)
     assert caught.value.code == 2
     assert caught.value.message == "the test asked for it"
     assert json.loads((path / "number.json").read_text()) == 2
-    assert tiny.run("alpha").state == "cached"
+    assert finished.run("alpha").state == "cached"
 
 
 def test_inputs_must_be_there_and_the_error_says_what_to_run(tiny: Tiny) -> None:

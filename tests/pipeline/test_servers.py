@@ -10,7 +10,7 @@ import pytest
 from conf.runtime import RuntimeConfig
 from pipeline import servers
 from pipeline.processes import HOST, ServerError, answers, free_port
-from stages.runtime.artifact import read_json, write_json
+from stages.runtime.artifact import write_json
 from stages.runtime.errors import InputError
 
 
@@ -21,33 +21,11 @@ def runtime(tmp_path: Path) -> Iterator[RuntimeConfig]:
     servers.down(runtime)
 
 
-def pids(runtime: RuntimeConfig) -> list[int]:
-    return [service["pid"] for service in read_json(runtime.home / ".servers" / "state.json")["services"]]
-
-
 @pytest.mark.parametrize("module", ["servers", "tracking.tracker", "serving.local", "serving.relay"])
 def test_neither_prefect_nor_mlflow_is_imported_before_it_is_needed(module: str) -> None:
     program = f"import sys, pipeline.{module}; print(sorted({{'prefect', 'mlflow', 'torch'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.slow
-def test_up_serves_and_down_leaves_nothing(runtime: RuntimeConfig) -> None:
-    addresses = servers.up(runtime)
-    assert addresses.prefect == f"http://{HOST}:{runtime.prefect_port}"
-    assert answers(runtime.prefect_port, "/api/health")
-    assert answers(runtime.mlflow_port, "/health")
-    first = pids(runtime)
-    assert servers.up(runtime) == addresses  # already up: nothing is started
-    assert pids(runtime) == first
-    with servers.prefect_server(runtime) as server:
-        assert server.api_url == f"{addresses.prefect}/api"
-    servers.down(runtime)
-    assert servers.running(runtime) is None
-    assert not answers(runtime.prefect_port, "/api/health")
-    assert not answers(runtime.mlflow_port, "/health")
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in first)
 
 
 def test_a_port_in_use_is_reported_with_its_owner_and_how_to_choose_another(runtime: RuntimeConfig) -> None:
@@ -77,22 +55,6 @@ def test_state_of_processes_that_have_died_counts_as_down(runtime: RuntimeConfig
     )
     assert servers.running(runtime) is None
     servers.down(runtime)  # the pid belongs to this test's process, which must survive
-
-
-@pytest.mark.slow
-def test_the_temporary_server_is_gone_after_the_body_however_it_ends(runtime: RuntimeConfig) -> None:
-    ports = []
-
-    def body() -> None:
-        with servers.temporary_prefect_server(runtime) as server:
-            server.wait()
-            ports.append(int(server.api_url.split(":")[2].removesuffix("/api")))
-            assert answers(ports[0], "/api/health")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        body()
-    assert not answers(ports[0], "/api/health")
 
 
 def test_a_prefect_server_that_is_named_is_used(runtime: RuntimeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,35 +14,33 @@ if TYPE_CHECKING:
     from conftest import Tiny
 
 
-def test_verify_finds_sizes_at_once_and_flipped_bits_when_deep(tiny: Tiny) -> None:
-    tiny.run_all()
-    path = tiny.run("beta").path / "number.json"
-    assert [finding.damages for finding in verify(tiny.runtime, deep=True, project=tiny.project)] == [[]] * 3
+def test_verify_finds_sizes_at_once_and_flipped_bits_when_deep(finished: Tiny) -> None:
+    path = finished.run("beta").path / "number.json"
+    assert [finding.damages for finding in verify(finished.runtime, deep=True, project=finished.project)] == [[]] * 3
     path.write_text("9")  # as long as what it was
-    shallow = {finding.stage: finding.damages for finding in verify(tiny.runtime, project=tiny.project)}
-    deep = {finding.stage: finding.damages for finding in verify(tiny.runtime, deep=True, project=tiny.project)}
+    shallow = {finding.stage: finding.damages for finding in verify(finished.runtime, project=finished.project)}
+    deep = {finding.stage: finding.damages for finding in verify(finished.runtime, deep=True, project=finished.project)}
     assert shallow["beta"] == []
     assert deep["beta"] == ["file number.json has other contents than when it was made"]
     path.unlink()
-    missing = {finding.stage: finding.damages for finding in verify(tiny.runtime, project=tiny.project)}
+    missing = {finding.stage: finding.damages for finding in verify(finished.runtime, project=finished.project)}
     assert missing["beta"] == ["file number.json is missing"]
 
 
-def test_accept_makes_an_artifact_valid_for_edited_code_and_records_it(tiny: Tiny) -> None:
-    tiny.run_all()
-    before = tiny.run("alpha").path / "number.json"
-    tiny.edit("helper", "x + 1", "x + 2")
-    assert tiny.plan()["alpha"].state == "stale"
-    manifest, ignored = accept(tiny.module.GRAPH["alpha"], tiny.settings(), tiny.runtime, tiny.project)
+def test_accept_makes_an_artifact_valid_for_edited_code_and_records_it(finished: Tiny) -> None:
+    before = finished.run("alpha").path / "number.json"
+    finished.edit("helper", "x + 1", "x + 2")
+    assert finished.plan()["alpha"].state == "stale"
+    manifest, ignored = accept(finished.module.GRAPH["alpha"], finished.settings(), finished.runtime, finished.project)
     assert ignored == ["code stages.helper:increase was edited"]
-    assert manifest == tiny.cache.lookup(manifest.key)
-    assert tiny.plan()["alpha"].state == "cached"
-    assert tiny.plan()["alpha"].reason.startswith("accepted by ")
+    assert manifest == finished.cache.lookup(manifest.key)
+    assert finished.plan()["alpha"].state == "cached"
+    assert finished.plan()["alpha"].reason.startswith("accepted by ")
     assert "stages.helper:increase was edited" in (manifest.accepted or "")
-    assert tiny.run_all() == ["cached"] * 3
-    assert (tiny.run("alpha").path / "number.json").stat().st_ino == before.stat().st_ino
-    tiny.edit("helper", "x + 2", "x + 1")  # the old key is still valid
-    assert tiny.run_all() == ["cached"] * 3
+    assert finished.run_all() == ["cached"] * 3
+    assert (finished.run("alpha").path / "number.json").stat().st_ino == before.stat().st_ino
+    finished.edit("helper", "x + 2", "x + 1")  # the old key is still valid
+    assert finished.run_all() == ["cached"] * 3
 
 
 def test_accept_needs_an_undamaged_artifact(tiny: Tiny) -> None:
@@ -111,12 +109,12 @@ def test_why_compares_with_the_nearest_artifact_also_while_an_input_is_missing(t
     assert tiny.plan(beta=6, alpha=2)["gamma"].reason == "waits for beta"
 
 
-def test_why_names_the_damage_of_an_artifact_with_the_right_key(tiny: Tiny) -> None:
-    path = tiny.run("alpha").path
+def test_why_names_the_damage_of_an_artifact_with_the_right_key(finished: Tiny) -> None:
+    path = finished.run("alpha").path
     (path / "number.json").write_text("")
-    alpha = tiny.module.GRAPH["alpha"]
+    alpha = finished.module.GRAPH["alpha"]
     damaged = ["file number.json has 0 bytes, expected 1"]
-    assert explain(alpha, tiny.settings(), tiny.runtime, tiny.project) == damaged
+    assert explain(alpha, finished.settings(), finished.runtime, finished.project) == damaged
 
 
 @pytest.mark.slow

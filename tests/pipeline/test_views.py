@@ -85,23 +85,22 @@ def test_a_view_is_drawn_after_the_commit_and_is_no_content(tiny: Tiny) -> None:
 
 
 @pytest.mark.slow
-def test_an_edited_view_is_drawn_again_and_nothing_else_is_made(tiny: Tiny) -> None:
-    tiny.run_all()
-    tiny.edit("views/alpha", '{"x": x}', '{"x": x, "y": 2 * x}')
-    assert {status.state for status in tiny.plan().values()} == {"cached"}
-    result = tiny.run("alpha")
+def test_an_edited_view_is_drawn_again_and_nothing_else_is_made(finished: Tiny) -> None:
+    finished.edit("views/alpha", '{"x": x}', '{"x": x, "y": 2 * x}')
+    assert {status.state for status in finished.plan().values()} == {"cached"}
+    result = finished.run("alpha")
     assert (result.state, result.metrics) == ("cached", {"x": 2, "y": 4})
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_lost_view_is_drawn_again(tiny: Tiny, damage: str) -> None:
-    path = tiny.run("alpha").path / "views" / "metrics.json"
+def test_a_lost_view_is_drawn_again(finished: Tiny, damage: str) -> None:
+    path = finished.run("alpha").path / "views" / "metrics.json"
     if damage == "gone":
         path.unlink()
     else:
         path.write_text("{")
     assert read_metrics(path.parent.parent) == {}
-    assert tiny.run("alpha").metrics == {"x": 2}
+    assert finished.run("alpha").metrics == {"x": 2}
 
 
 def test_a_view_that_fails_costs_the_view_alone(tiny: Tiny) -> None:
@@ -120,19 +119,19 @@ def redrawn(tiny: Tiny, names: list[str], *, force: bool) -> dict[str, str | Non
     return draw_all(names, tiny.settings(), tiny.runtime, artifacts, force=force, project=tiny.project)
 
 
-def test_a_view_that_fails_leaves_the_one_before(tiny: Tiny) -> None:
-    path = tiny.run("alpha").path
-    (tiny.home / "fail-view").touch()
-    drawn = redrawn(tiny, ["alpha"], force=True)
+def test_a_view_that_fails_leaves_the_one_before(finished: Tiny) -> None:
+    path = finished.run("alpha").path
+    (finished.home / "fail-view").touch()
+    drawn = redrawn(finished, ["alpha"], force=True)
     assert "the test asked for it" in (drawn["alpha"] or "")
     assert json.loads((path / "views" / "metrics.json").read_text()) == {"x": 2}
-    assert is_current(tiny.module.GRAPH["alpha"], path, tiny.home, tiny.project)
+    assert is_current(finished.module.GRAPH["alpha"], path, finished.home, finished.project)
 
 
-def test_views_are_drawn_again_on_demand(tiny: Tiny) -> None:
-    path = tiny.run("alpha").path
+def test_views_are_drawn_again_on_demand(finished: Tiny) -> None:
+    path = finished.run("alpha").path
     before = (path / "views" / "figure.png").stat().st_ino
-    names = list(tiny.module.GRAPH)
-    assert redrawn(tiny, names, force=False) == {}
-    assert redrawn(tiny, names, force=True) == {"alpha": None}
+    names = list(finished.module.GRAPH)
+    assert redrawn(finished, names, force=False) == {}
+    assert redrawn(finished, names, force=True) == {"alpha": None}
     assert (path / "views" / "figure.png").stat().st_ino != before

@@ -34,6 +34,13 @@ from stages.weights.own import load_head
 Run = Callable[[str, Section, dict[str, Path]], Path]
 
 
+@pytest.fixture(scope="module")
+def without_head(tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run) -> Path:
+    """The artifact with settings that ask for no head."""
+    config = tiny_settings.entropy_head.model_copy(update={"kind": "none"})
+    return run_in_process("entropy_head", config, tiny_artifacts)
+
+
 def test_thresholds_give_the_patch_indexs_mean_length_on_what_they_were_chosen_by(
     tiny_artifacts: dict[str, Path],
 ) -> None:
@@ -99,13 +106,9 @@ def test_a_baseline_has_no_source_of_its_own(
 
 
 @pytest.mark.slow
-def test_without_a_head_the_models_own_entropy_is_left(
-    tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
-) -> None:
-    config = tiny_settings.entropy_head.model_copy(update={"kind": "none"})
-    artifact = run_in_process("entropy_head", config, tiny_artifacts)
-    assert set(read_json(artifact / "thresholds.json")) == {"own_entropy"}
-    assert not (artifact / "entropy_head.safetensors").exists()
+def test_without_a_head_the_models_own_entropy_is_left(without_head: Path) -> None:
+    assert set(read_json(without_head / "thresholds.json")) == {"own_entropy"}
+    assert not (without_head / "entropy_head.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -129,10 +132,9 @@ def test_own_entropies_are_of_forwards_in_which_no_patch_opens(tiny_artifacts: d
 
 @pytest.mark.slow
 def test_the_models_own_entropies_do_not_depend_on_a_head_that_was_trained(
-    tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
+    tiny_artifacts: dict[str, Path], without_head: Path
 ) -> None:
-    config = tiny_settings.entropy_head.model_copy(update={"kind": "none"})
-    artifacts = (tiny_artifacts["entropy_head"], run_in_process("entropy_head", config, tiny_artifacts))
+    artifacts = (tiny_artifacts["entropy_head"], without_head)
     thresholds = [read_json(artifact / "thresholds.json")["own_entropy"] for artifact in artifacts]
     assert thresholds[0] == thresholds[1]
     saved = []
@@ -143,18 +145,16 @@ def test_the_models_own_entropies_do_not_depend_on_a_head_that_was_trained(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed_at", [6, None])
-def test_interrupted_in_training_or_after_it_ends_the_same_bit_for_bit(
-    tiny_settings: Settings,
-    tiny_artifacts: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    killed_at: int | None,
+@pytest.mark.usefixtures("without_shape_checks")
+def test_interrupted_in_training_and_after_it_ends_the_same_bit_for_bit(
+    tiny_settings: Settings, tiny_artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = EntropyData.training_batch
+    steps: list[int] = []
 
-    def breaks(self: EntropyData, stream: Any, step: int, *given: Any) -> Any:
-        if step == killed_at:
+    def breaks_once(self: EntropyData, stream: Any, step: int, *given: Any) -> Any:
+        steps.append(step)
+        if steps == list(range(7)):
             raise KeyboardInterrupt
         return whole(self, stream, step, *given)
 
@@ -164,11 +164,13 @@ def test_interrupted_in_training_or_after_it_ends_the_same_bit_for_bit(
     inputs = {name: tiny_artifacts[name] for name in STAGES["entropy_head"].inputs}
     given = (tiny_settings.entropy_head, inputs, tmp_path, RuntimeConfig(device="cpu", threads=2))
     with monkeypatch.context() as patch:
-        patch.setattr(EntropyData, "training_batch", breaks)
-        if killed_at is None:
-            patch.setattr("stages.entropy_head._calibrate", stops)
-        with pytest.raises(KeyboardInterrupt):
-            entropy_head(*given)
+        patch.setattr(EntropyData, "training_batch", breaks_once)
+        patch.setattr("stages.entropy_head._calibrate", stops)
+        for seed in (97, 98):
+            torch.manual_seed(seed)
+            with pytest.raises(KeyboardInterrupt):
+                entropy_head(*given)
+    assert steps == [*range(7), *range(4, 8)], "the second run starts from the checkpoint, and reaches the end"
     torch.manual_seed(99)
     entropy_head(*given)
     made = sorted(path for path in tiny_artifacts["entropy_head"].iterdir() if path.is_file())

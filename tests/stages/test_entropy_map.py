@@ -1,8 +1,5 @@
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +8,6 @@ import pytest
 import torch
 from toy_facts import token_facts
 
-import stages.entropy_map
 from conf.entropy_map import EntropyMapConfig
 from conf.runtime import RuntimeConfig
 from conf.section import Section
@@ -20,14 +16,12 @@ from models.gpt import GPT
 from stages.entropy_map import entropy_map
 from stages.runtime.artifact import read_json
 from stages.runtime.errors import ArtifactError
-from stages.runtime.job import Job
 from stages.stores.entropies import EntropyStore
 from stages.stores.tokens import TokenStore, token_writer
 from stages.weights.own import GPT_FAMILY, load_gpt, save_model
 
 N, A, T, V = 11, 2, 16, 40
 CONFIG = EntropyMapConfig(batch_size=3, precision="float32")
-ROOT = Path(stages.entropy_map.__file__).parents[1]
 
 
 def write_tokens(path: Path) -> None:
@@ -109,25 +103,6 @@ def test_a_killed_run_is_continued_to_the_same_bytes(whole: Path, inputs: dict[s
     entropy_map(CONFIG, inputs, tmp_path / "killed", RuntimeConfig(device="cpu", threads=1))
     assert content(tmp_path / "killed") == content(whole)
     assert kept.stat().st_mtime_ns == before
-
-
-@pytest.mark.slow
-def test_two_processes_write_the_same_bytes(whole: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
-    job = Job(
-        stage="entropy_map",
-        config=CONFIG.model_dump(mode="json"),
-        inputs=inputs,
-        output=tmp_path / "out",
-        runtime={"device": "cpu", "threads": 1},
-    )
-    job.write(tmp_path / "job.json")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command = [*torchrun, "stages.entropy_map", "--job", str(tmp_path / "job.json")]
-    result = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert content(tmp_path / "out") == content(whole)
 
 
 def test_a_model_for_other_tokens_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -53,14 +53,20 @@ def test_every_rung_is_scored_on_the_same_number_of_images(scored: Path) -> None
     assert metrics["ratio_to_random"] == pytest.approx(metrics["fd_lite0_samples"] / metrics["fd_lite0_random"])
 
 
-def frechet(mean: np.ndarray, covariance: np.ndarray, features: np.ndarray) -> float:
-    """|m - n|^2 + tr(A + B - 2 sqrt(A B)), with the root's trace from the eigenvalues of the symmetric product."""
-    other = np.cov(features.astype(np.float64), rowvar=False)
+def square_root(covariance: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(covariance)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    return vectors * np.sqrt(values.clip(0)) @ vectors.T
+
+
+def frechet(mean: np.ndarray, root: np.ndarray, features: np.ndarray) -> float:
+    """|m - n|^2 + tr(A + B - 2 sqrt(A B)), with the last trace from the eigenvalues of the symmetric product.
+
+    `root` is the root of A.
+    """
+    other = np.cov(features.astype(np.float64), rowvar=False)
     trace = np.sqrt(np.linalg.eigvalsh(root @ other @ root).clip(0)).sum()
     distance = np.square(mean - features.astype(np.float64).mean(axis=0)).sum()
-    return float(distance + np.trace(covariance) + np.trace(other) - 2 * trace)
+    return float(distance + np.square(root).sum() + np.trace(other) - 2 * trace)
 
 
 def balls(points: np.ndarray, neighbours: int) -> np.ndarray:
@@ -74,12 +80,12 @@ def test_the_scores_are_those_of_the_features(evaluated: Path, scored: Path) -> 
     metrics = read_json(scored / "metrics.json")
     with np.load(evaluated / "features.npz") as features:
         assert "reference" not in features, "of a large data set they would fill the disk"
-        mean, covariance = features["reference_mean"], features["reference_covariance"]
+        mean, root = features["reference_mean"], square_root(features["reference_covariance"])
         for rung in RUNGS:
-            wanted = frechet(mean, covariance, features[rung][:9])
+            wanted = frechet(mean, root, features[rung][:9])
             assert metrics[f"fd_lite0_{rung}"] == pytest.approx(wanted, rel=1e-6)
         samples, real = features["samples"].astype(np.float64), features["reference_compared"].astype(np.float64)
-        assert metrics["fd_lite0"] == pytest.approx(frechet(mean, covariance, samples), rel=1e-6)
+        assert metrics["fd_lite0"] == pytest.approx(frechet(mean, root, samples), rel=1e-6)
     distances = np.linalg.norm(samples[:, None] - real[None], axis=-1)
     assert metrics["precision_lite0"] == (distances <= balls(real, 3)).any(axis=1).mean()
     assert metrics["recall_lite0"] == (distances <= balls(samples, 3)[:, None]).any(axis=0).mean()
@@ -143,7 +149,7 @@ def test_precision_looks_at_no_more_real_images_than_it_is_told_to(
     draw_view: Run,
     tiny_artifacts: dict[str, Path],
 ) -> None:
-    config = tiny_settings.evaluate.model_copy(update={"compared": 8})
+    config = tiny_settings.evaluate.model_copy(update={"compared": 8, "ladder": False})
     output = run_in_process("evaluate", config, tiny_artifacts)
     views = (scored, draw_view("evaluate", config, {"evaluate": output}))
     assert [read_json(view / "scores.json")["compared_reference"] for view in views] == [36, 8]

@@ -70,6 +70,7 @@ def step(model: nn.Module, objective: nn.Module, batch: TokenBatch, config: Trai
 
 
 @pytest.mark.parametrize(("preset", "family"), [*cases()])
+@pytest.mark.usefixtures("without_shape_checks")
 def test_a_family_takes_its_first_step(preset: str, family: str) -> None:
     settings, _ = load_settings(preset, None, [f"train.family={family}"])
     store = SimpleNamespace(codebook_size=CODES, num_tokens=num_tokens(settings), num_classes=CLASSES)

@@ -26,6 +26,13 @@ Run = Callable[[str, Section, dict[str, Path]], Path]
 TRAINING_LABELS = np.repeat(np.arange(4), [60, 25, 10, 5]).astype(np.uint16)
 
 
+@pytest.fixture(scope="module")
+def in_fives(tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]) -> Path:
+    """The samples of the tiny artifacts again, in batches of 5, 5 and 2 where those had batches of 4."""
+    config = tiny_settings.sample.model_copy(update={"batch_size": 5})
+    return run_in_process("sample", config, tiny_artifacts)
+
+
 def labels(policy: str, count: int, seed: int = 0) -> np.ndarray:
     return sample_labels(SampleConfig(num_samples=count, labels=policy, seed=seed), TRAINING_LABELS, 4)
 
@@ -82,39 +89,34 @@ def test_patches_keep_to_the_rule(tiny_artifacts: dict[str, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_batch_size_does_not_change_the_samples(
-    tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
-) -> None:
-    other = tiny_settings.sample.model_copy(update={"batch_size": 6})
-    again = SampleStore.open(run_in_process("sample", other, tiny_artifacts) / "samples.zarr")
+def test_batch_size_does_not_change_the_samples(in_fives: Path, tiny_artifacts: dict[str, Path]) -> None:
+    again = SampleStore.open(in_fives / "samples.zarr")
     store = SampleStore.open(tiny_artifacts["sample"] / "samples.zarr")
     assert np.array_equal(again.labels, store.labels)
     assert (again.tokens != store.tokens).mean() < 0.01  # equal up to float noise of another batch shape
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 def test_a_longer_maximum_and_an_unreachable_threshold_give_longer_patches(
     tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
 ) -> None:
-    config = tiny_settings.sample.model_copy(update={"threshold": 100.0, "max_length": 8})
+    config = tiny_settings.sample.model_copy(update={"threshold": 100.0, "max_length": 8, "num_samples": 2})
     store = SampleStore.open(run_in_process("sample", config, tiny_artifacts) / "samples.zarr")
     # Only the forced starts remain: 0, 1, and the start of each row.
     assert (store.patch_starts.sum(axis=1) == 9).all()
 
 
 @pytest.mark.slow
-def test_batches_need_not_divide_the_samples(
-    tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
-) -> None:
-    config = tiny_settings.sample.model_copy(update={"batch_size": 5})
-    output = run_in_process("sample", config, tiny_artifacts)
-    store = SampleStore.open(output / "samples.zarr")
+def test_batches_need_not_divide_the_samples(in_fives: Path, tiny_artifacts: dict[str, Path]) -> None:
+    store = SampleStore.open(in_fives / "samples.zarr")
     assert [len(block) for block in store.blocks()] == [5, 5, 2]
-    assert read_json(output / "record" / "progress.json")["done"] == 12
+    assert read_json(in_fives / "record" / "progress.json")["done"] == 12
     assert np.array_equal(store.labels, SampleStore.of(tiny_artifacts).labels)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
     ("threshold", "share", "words"), [(100.0, 0.0, "by no entropy .* rows and max_length"), (-1.0, 1.0, "single")]
 )
@@ -149,6 +151,7 @@ def test_a_threshold_between_is_counted_and_not_warned_of(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 def test_a_full_disk_keeps_finished_units_and_the_same_bytes_come_later(
     tiny_settings: Settings,
     tiny_artifacts: dict[str, Path],

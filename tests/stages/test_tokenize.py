@@ -1,9 +1,6 @@
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +22,12 @@ from stages.images.decode import decode, view_names, views
 from stages.images.tensors import pixels_to_float
 from stages.runtime.artifact import read_json
 from stages.runtime.errors import InputError
-from stages.runtime.job import Job
 from stages.stores.image_index import ImageIndex
 from stages.stores.tokens import TokenStore
 from stages.tokenize import batches, tokenize
 from stages.weights.own import save_vq
 
 CONFIG = TokenizeConfig(image_size=32, views="flip", batch_size=6, chunk_rows=8)
-ROOT = Path(stages.tokenize.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +41,19 @@ def inputs(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     )
     save_vq(folder / "tokenizer", model)
     return {"dataset": folder / "dataset", "tokenizer": folder / "tokenizer", "images": image_root}
+
+
+@pytest.fixture(scope="module")
+def few(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same with 12 images, for tests that take many views of each."""
+    folder = tmp_path_factory.mktemp("few")
+    for kind in sorted(inputs["images"].iterdir()):
+        for image in sorted(kind.iterdir())[:4]:
+            (folder / "images" / kind.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, folder / "images" / kind.name)
+    config = DatasetConfig(root=folder / "images", heldout_fraction=0.2)
+    dataset(config, {"images": folder / "images"}, folder / "dataset", RuntimeConfig(threads=1))
+    return inputs | {"dataset": folder / "dataset", "images": folder / "images"}
 
 
 @pytest.fixture(scope="module")
@@ -107,30 +115,11 @@ def test_a_killed_run_is_continued_to_the_same_bytes(whole: Path, inputs: dict[s
     assert kept.stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
-def test_two_processes_write_the_same_bytes(whole: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
-    job = Job(
-        stage="tokenize",
-        config=CONFIG.model_dump(mode="json"),
-        inputs=inputs,
-        output=tmp_path / "out",
-        runtime={"device": "cpu", "threads": 1},
-    )
-    job.write(tmp_path / "job.json")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command = [*torchrun, "stages.tokenize", "--job", str(tmp_path / "job.json")]
-    result = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert content(tmp_path / "out") == content(whole)
-
-
-@pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("views", ["center", "ten_crop_x2"])
 @pytest.mark.parametrize("batch_size", [7, 20, 64])
 def test_batches_are_full_but_the_last_of_a_chunk_and_hold_every_view_once(
-    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: str, batch_size: int
+    few: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: str, batch_size: int
 ) -> None:
     sizes: list[int] = []
     encode = VQModel.encode
@@ -140,18 +129,19 @@ def test_batches_are_full_but_the_last_of_a_chunk_and_hold_every_view_once(
         return encode(model, pixels)
 
     monkeypatch.setattr(VQModel, "encode", spy)
-    config = TokenizeConfig(image_size=16, views=views, batch_size=batch_size, chunk_rows=30)
-    tokenize(config, inputs, tmp_path, RuntimeConfig(device="cpu", threads=2))
+    config = TokenizeConfig(image_size=16, views=views, batch_size=batch_size, chunk_rows=8)
+    tokenize(config, few, tmp_path, RuntimeConfig(device="cpu", threads=2))
     num_views = len(view_names(views))
     wanted = []
-    for rows in (30, 15):
+    for rows in (8, 4):
         whole, rest = divmod(rows * num_views, batch_size)
         wanted += [batch_size] * whole + [rest] * (rest > 0)
     assert sizes == wanted
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_an_image_is_read_and_decoded_once_whatever_the_number_of_views(
-    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[bytes] = []
 
@@ -160,10 +150,11 @@ def test_an_image_is_read_and_decoded_once_whatever_the_number_of_views(
         return decode(data)
 
     monkeypatch.setattr(stages.tokenize, "decode", spy)
-    config = TokenizeConfig(image_size=16, views="ten_crop_x2", batch_size=7, chunk_rows=16)
-    tokenize(config, inputs, tmp_path, RuntimeConfig(device="cpu", threads=2))
-    index = ImageIndex.of(inputs)
-    assert sorted(decoded) == sorted(index.read(inputs["images"], image) for image in range(len(index)))
+    config = TokenizeConfig(image_size=16, views="ten_crop_x2", batch_size=7, chunk_rows=5)
+    tokenize(config, few, tmp_path, RuntimeConfig(device="cpu", threads=2))
+    index = ImageIndex.of(few)
+    assert len(index) == 12
+    assert sorted(decoded) == sorted(index.read(few["images"], image) for image in range(len(index)))
 
 
 def test_batches_cut_a_stream_of_views_anywhere() -> None:

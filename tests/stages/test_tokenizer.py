@@ -74,15 +74,13 @@ def test_training_lowers_the_loss_and_an_import_gives_the_same_weights(
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
+@pytest.mark.usefixtures("without_shape_checks")
+def test_another_seed_gives_other_weights(
     tiny_settings: Settings, run_in_process: Run, tiny_artifacts: dict[str, Path]
 ) -> None:
     inputs = {"dataset": tiny_artifacts["dataset"]}
-    again = run_in_process("tokenizer", tiny_settings.tokenizer, inputs)
     other = run_in_process("tokenizer", tiny_settings.tokenizer.model_copy(update={"seed": 1}), inputs)
-    weights = (tiny_artifacts["tokenizer"] / "vq.safetensors").read_bytes()
-    assert (again / "vq.safetensors").read_bytes() == weights
-    assert (other / "vq.safetensors").read_bytes() != weights
+    assert (other / "vq.safetensors").read_bytes() != (tiny_artifacts["tokenizer"] / "vq.safetensors").read_bytes()
 
 
 def test_perceptual_loss_needs_its_weights_and_says_so(
@@ -154,6 +152,7 @@ def test_the_tiny_preset_plays_against_a_discriminator_from_its_start_on(tiny_ar
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 def test_killed_after_the_discriminators_start_it_ends_the_same_bit_for_bit(
     tiny_settings: Settings,
     tiny_artifacts: dict[str, Path],
@@ -161,6 +160,7 @@ def test_killed_after_the_discriminators_start_it_ends_the_same_bit_for_bit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """So the same seed gives the same weights."""
     inputs = {"dataset": tiny_artifacts["dataset"], "images": image_root}
     runtime = RuntimeConfig(device="cpu", threads=2)
     training = tiny_settings.tokenizer.training.model_copy(update={"checkpoint_every": 6})

@@ -1,4 +1,7 @@
-"""The flows run as from Prefect's page: through the server, a deployment, and a process that Prefect starts."""
+"""The servers that `dpar up` starts, which take a while, and what runs on them until the last tests end them.
+
+The flows run as from Prefect's page: through the server, a deployment, and a process that Prefect starts.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ import pytest
 
 from conf.runtime import RuntimeConfig
 from pipeline import servers
-from pipeline.processes import free_port
+from pipeline.processes import HOST, answers, free_port
+from stages.runtime.artifact import read_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 _BUSY = 503
@@ -28,7 +32,9 @@ class Prefect:
     """Client of a Prefect server with the deployments; sends the requests that the page sends."""
 
     def __init__(self, runtime: RuntimeConfig, images: Path) -> None:
-        self.api = f"{servers.up(runtime).prefect}/api"
+        self.runtime = runtime
+        self.addresses = servers.up(runtime)
+        self.api = f"{self.addresses.prefect}/api"
         self.images = images
 
     def call(self, path: str, body: Any = None) -> Any:
@@ -60,6 +66,10 @@ class Prefect:
         return [log["message"] for log in self.call("/logs/filter", {"sort": "TIMESTAMP_ASC"})]
 
 
+# Importing MLflow and writing to it takes longer than such a run; one run of the pipeline is tracked.
+UNTRACKED = "runtime.tracking=false"
+
+
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Iterator[Prefect]:
     runtime = RuntimeConfig(
@@ -76,12 +86,14 @@ def prefect(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Itera
 
 def test_a_run_makes_what_is_missing_and_the_next_shows_it_cached(prefect: Prefect) -> None:
     assert prefect.run("dpar-pipeline", until_stage="dataset") == ("Completed", "1 made", {"dataset": "Completed"})
-    assert prefect.run("dpar-pipeline", until_stage="dataset") == ("Completed", "1 cached", {"dataset": "Cached"})
+    again = prefect.run("dpar-pipeline", until_stage="dataset", overrides=[UNTRACKED])
+    assert again == ("Completed", "1 cached", {"dataset": "Cached"})
     assert any("45 images of 3 classes" in message for message in prefect.messages())  # the stage's own log
 
 
 def test_one_stage_can_be_made_again(prefect: Prefect) -> None:
-    assert prefect.run("dpar-stage", stage="dataset", force=True) == ("Completed", "1 made", {"dataset": "Completed"})
+    made = prefect.run("dpar-stage", stage="dataset", force=True, overrides=[UNTRACKED])
+    assert made == ("Completed", "1 made", {"dataset": "Completed"})
 
 
 def test_a_user_error_is_one_line(prefect: Prefect) -> None:
@@ -123,3 +135,43 @@ def test_a_run_from_this_machine_raises_what_the_stage_raised(prefect: Prefect, 
     assert run["state_name"] == "Failed"
     assert run["state"]["message"].startswith("stage dataset failed: ")
     assert not any("Encountered exception" in message for message in prefect.messages())
+
+
+def test_a_second_up_starts_nothing(prefect: Prefect) -> None:
+    first = pids(prefect.runtime)
+    assert servers.up(prefect.runtime) == prefect.addresses
+    assert pids(prefect.runtime) == first
+
+
+def test_up_serves_and_down_leaves_nothing(prefect: Prefect) -> None:
+    runtime, addresses = prefect.runtime, prefect.addresses
+    assert addresses.prefect == f"http://{HOST}:{runtime.prefect_port}"
+    assert answers(runtime.prefect_port, "/api/health")
+    assert answers(runtime.mlflow_port, "/health")
+    with servers.prefect_server(runtime) as server:
+        assert server.api_url == f"{addresses.prefect}/api"
+    started = pids(runtime)
+    servers.down(runtime)
+    assert servers.running(runtime) is None
+    assert not answers(runtime.prefect_port, "/api/health")
+    assert not answers(runtime.mlflow_port, "/health")
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in started)
+
+
+def test_the_temporary_server_is_gone_after_the_body_however_it_ends(prefect: Prefect) -> None:
+    ports = []
+
+    def body() -> None:
+        with servers.temporary_prefect_server(prefect.runtime) as server:
+            server.wait()
+            ports.append(int(server.api_url.split(":")[2].removesuffix("/api")))
+            assert answers(ports[0], "/api/health")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        body()
+    assert not answers(ports[0], "/api/health")
+
+
+def pids(runtime: RuntimeConfig) -> list[int]:
+    return [service["pid"] for service in read_json(runtime.home / ".servers" / "state.json")["services"]]

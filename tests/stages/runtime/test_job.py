@@ -47,6 +47,13 @@ def test_a_stage_gets_its_own_section(tmp_path: Path) -> None:
     assert (tmp_path / "out/x").read_text() == "3"
 
 
+@pytest.mark.parametrize(("body", "code"), [("print('done')", 0), ("raise InputError('no')", 2)])
+def test_nothing_after_the_work_can_make_it_fail(tmp_path: Path, body: str, code: int) -> None:
+    done = run(tmp_path, f"import atexit, os; atexit.register(os.abort); {body}")
+    assert done.returncode == code
+    assert ("done" in done.stdout) == (code == 0), "what was printed is not lost"
+
+
 def test_a_process_whose_agent_died_while_it_loaded_does_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

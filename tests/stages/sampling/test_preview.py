@@ -53,6 +53,7 @@ def test_images_are_shared_out_among_the_classes() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 def test_a_preview_shows_the_samples_of_the_stage(
     tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path, batches: list[dict[str, Any]]
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_preview_shows_the_samples_of_the_stage(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 def test_patches_are_outlined_where_they_start(
     tiny_artifacts: dict[str, Path], tiny_settings: Settings, tmp_path: Path
 ) -> None:
@@ -97,6 +99,7 @@ def continued(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 def test_a_continuation_keeps_the_first_rows_of_the_real_image(
     tiny_artifacts: dict[str, Path],
     tiny_settings: Settings,
@@ -150,6 +153,7 @@ def test_requests_that_make_no_sense_are_refused_in_a_line(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 def test_half_of_the_rows_stay_unless_told_otherwise(
     tiny_artifacts: dict[str, Path],
     tiny_settings: Settings,

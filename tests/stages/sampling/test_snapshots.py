@@ -27,6 +27,7 @@ def inputs(artifacts: dict[str, Path], *names: str) -> dict[str, Path]:
     return {name: artifacts[name] for name in ("tokenize", "patch_index", *names)}
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_pictures_come_at_their_steps_and_change_no_weight(
     tiny_settings: Settings, tiny_artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +63,7 @@ def test_pictures_come_at_their_steps_and_change_no_weight(
     assert np.array_equal(original(finished, np.arange(16), classes)["tokens"], tokens)
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_without_a_tokenizer_or_memory_training_goes_on(
     tiny_settings: Settings,
     tiny_artifacts: dict[str, Path],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +23,7 @@ from models.packed_patches import PackedPatches, pack_patches
 from models.patching import PatchRule, patch_starts
 from stages.runtime.errors import InputError
 from stages.training.compiled import compile_as_set, compile_blocks, is_compiled
+from stages.training.recomputed import recompute_blocks
 
 STEPS, TOKENS, CODES = 20, 16, 64
 SIZE = DPARConfig(
@@ -102,24 +105,80 @@ def losses(model: DPAR, device: torch.device, *, bfloat16: bool) -> list[float]:
     return found
 
 
-def eager_and_compiled(device: torch.device, *, bfloat16: bool) -> tuple[list[float], list[float]]:
+def eager_and_compiled(device: torch.device, *, bfloat16: bool) -> tuple[list[float], list[float], DPAR]:
+    """Losses of both, and the compiled model."""
     torch.compiler.reset()
     torch.manual_seed(0)
     eager = DPAR(SIZE)
     compiled = copy.deepcopy(eager)
     compile_blocks(compiled)
     assert set(compiled.state_dict()) == set(eager.state_dict())
-    return losses(eager, device, bfloat16=bfloat16), losses(compiled, device, bfloat16=bfloat16)
+    return losses(eager, device, bfloat16=bfloat16), losses(compiled, device, bfloat16=bfloat16), compiled
+
+
+def step(model: DPAR) -> tuple[Tensor, list[Tensor], int]:
+    """Loss and gradients of a step, and the bytes that its forward pass keeps."""
+    kept = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    model.zero_grad()
+    saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with saved, torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(*batches()[0])
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None], kept
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Losses of the twenty steps of an eager and of a compiled model, that model, and how often it was compiled."""
+
+    eager: list[float]
+    compiled: list[float]
+    model: DPAR
+    graphs: int
+
+
+@pytest.fixture(scope="module")
+def steps() -> Iterator[Steps]:
+    """All that the compiler does but making machine code, which takes it two minutes for these blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        torch._dynamo.utils.counters.clear()
+        eager, compiled, model = eager_and_compiled(torch.device("cpu"), bfloat16=True)
+        yield Steps(eager, compiled, model, torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
-def test_twenty_compiled_steps_have_the_losses_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that the compiler does but making machine code, which takes it two minutes for these blocks."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    eager, compiled = eager_and_compiled(torch.device("cpu"), bfloat16=True)
-    assert eager[-1] < eager[0] - 0.1
-    assert compiled == pytest.approx(eager, rel=1e-3)
+def test_twenty_compiled_steps_have_the_losses_of_eager_ones(steps: Steps) -> None:
+    assert steps.eager[-1] < steps.eager[0] - 0.1
+    assert steps.compiled == pytest.approx(steps.eager, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_are_computed_again_as_a_whole(steps: Steps) -> None:
+    """The blocks of those steps, so that they are not compiled again."""
+    loss, gradients, kept = step(steps.model)
+    recompute_blocks(steps.model)
+    found_loss, found, found_kept = step(steps.model)
+    assert torch.equal(found_loss, loss)
+    for expected, gradient in zip(gradients, found, strict=True):
+        torch.testing.assert_close(gradient, expected)
+    assert found_kept < 0.5 * kept
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_twenty_batches_with_other_lengths_compile_nothing_anew(steps: Steps) -> None:
+    """One graph for each stack of whole sequences, and four where attention on packed rows is left out."""
+    assert steps.graphs == 2 + 4
 
 
 @pytest.mark.slow
@@ -163,12 +222,12 @@ def varlen_twin(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, *_: object, is_ca
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("backend", "packed_graphs"), [("xformers", 4), ("varlen", 1), ("padded", 4)])
+@pytest.mark.parametrize(("backend", "graphs"), [("xformers", 4), ("varlen", 1)])
 @torch.no_grad()
-def test_a_block_is_one_graph_but_for_operators_that_cannot_be_traced(
-    backend: str, packed_graphs: int, monkeypatch: pytest.MonkeyPatch
+def test_a_block_of_packed_rows_is_one_graph_but_for_operators_that_cannot_be_traced(
+    backend: str, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twenty batches with other lengths compile nothing anew: one graph a stack, and more where packed rows break."""
+    """Twenty batches with other lengths compile nothing anew: one graph, and more where it breaks."""
     monkeypatch.setattr("xformers.ops.memory_efficient_attention", xformers_twin)
     monkeypatch.setattr(models.attention, "varlen_attn", varlen_twin)
     torch.compiler.reset()
@@ -177,7 +236,7 @@ def test_a_block_is_one_graph_but_for_operators_that_cannot_be_traced(
     eager = DPAR(SIZE)
     nn.init.normal_(eager.output.weight, std=0.1)
     traced = copy.deepcopy(eager)
-    for block in (*traced.local_encoder.layers, *traced.layers, *traced.local_decoder.layers):
+    for block in traced.layers:
         # Traced as by `compile_blocks`, but no code is made: that takes half a minute.
         block.forward = torch.compile(block.forward, dynamic=True, backend="eager")
     expected = [eager.loss(*batch).item() for batch in batches()]
@@ -185,12 +244,12 @@ def test_a_block_is_one_graph_but_for_operators_that_cannot_be_traced(
     with torch.autocast("cpu", torch.bfloat16):
         found = [traced.loss(*batch).item() for batch in batches()]
     assert found == pytest.approx(expected, rel=1e-2)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 + packed_graphs
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore")
 def test_twenty_compiled_steps_on_cuda_have_the_losses_of_eager_ones() -> None:
-    eager, compiled = eager_and_compiled(torch.device("cuda"), bfloat16=True)
+    eager, compiled, _ = eager_and_compiled(torch.device("cuda"), bfloat16=True)
     assert compiled == pytest.approx(eager, rel=1e-3)

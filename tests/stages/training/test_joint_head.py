@@ -47,6 +47,7 @@ def joined(tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_proc
     return run_in_process("train", joint(tiny_settings), train_inputs(tiny_artifacts))
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("kind", ["linear", "mlp", "block"])
 def test_with_a_stopped_gradient_the_model_is_the_same_bit_for_bit(
     tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run, kind: str
@@ -59,6 +60,7 @@ def test_with_a_stopped_gradient_the_model_is_the_same_bit_for_bit(
     assert not (without / HEAD).exists()
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_otherwise_the_encoder_learns_from_the_head(
     joined: Path, tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
 ) -> None:
@@ -77,6 +79,7 @@ def test_both_losses_are_logged_and_the_head_learns(joined: Path) -> None:
     assert steps[-1]["entropy_error"] < steps[0]["entropy_error"]
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.slow
 def test_the_stage_takes_that_head_as_it_is_and_finds_its_threshold(
     joined: Path, tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run
@@ -89,6 +92,7 @@ def test_the_stage_takes_that_head_as_it_is_and_finds_its_threshold(
     assert not (artifact / "record/metrics.jsonl").exists(), "nothing was trained"
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_interrupted_model_and_head_end_the_same_bit_for_bit(
     joined: Path,
     tiny_settings: Settings,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,14 @@ from stages.training.stream import Part, divided
 CPU = torch.device("cpu")
 WORLD = World(0, 1, CPU)
 SHARE = Part(0, IMAGES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> Iterator[None]:
+    """The search collects garbage after each attempt, which takes long among all that other tests have loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def gradients(name: str, parts: list[Part], **changes: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -66,6 +76,7 @@ def test_batches_of_patches_are_ragged_in_these_tests() -> None:
     assert len(counts) > 1
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_the_discriminator_sees_a_micro_batch_as_it_would_the_batch_of_a_process() -> None:
     """Its BatchNorm has the statistics of a micro-batch: gradients are the mean over as many processes."""
     parts = divided(SHARE, 4)

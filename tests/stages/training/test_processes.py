@@ -7,124 +7,85 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from toy_training import objective, training
+import toy_game
+import toy_processes
+from toy_processes import NAMES, toy, train
+from toy_training import interrupt
 
 import stages
-from conf.runtime import RuntimeConfig
 from stages.runtime.distributed import World
-from stages.training.loop import train_model
+from stages.runtime.errors import Interrupted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-TESTS = Path(__file__).resolve().parents[2]
-SCRIPT = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import toy_training as toy
-from conf.runtime import RuntimeConfig
-from stages.runtime.distributed import process_group
-from stages.runtime.errors import Interrupted
-from stages.training.loop import train_model
-
-options = json.loads(sys.argv[2])
-runtime = RuntimeConfig(device="cpu", threads=1, micro_batch=options["micro_batch"])
-with process_group(runtime) as world:
-    for name, output in options["outputs"].items():
-        run = toy.training(name, toy.objective(name, **options["noise"]))
-        if options["stop_rank"] == world.rank:
-            toy.interrupt(run, options["stop_in"])
-        try:
-            train_model(run, Path(output), world, runtime)
-        except Interrupted as stop:
-            print(stop)
-"""
-
-
 WORLD = World(0, 1, torch.device("cpu"))
 
 
-@dataclass(frozen=True)
-class Runner:
-    """Trains 20 steps of toy models, or until a rank gets SIGTERM in a forward pass."""
-
-    folder: Path
-
-    def alone(self, run: str, name: str = "dpar", micro_batch: int | None = None, noise: float = 0.0) -> list[float]:
-        """The losses of a run in this process."""
-        module = objective(name, **({"dropout": noise, "class_dropout_prob": noise} if noise else {}))
-        runtime = RuntimeConfig(device="cpu", micro_batch=micro_batch)
-        train_model(training(name, module), self.folder / run, WORLD, runtime)
-        return self.losses(run)
-
-    def together(
-        self,
-        processes: int,
-        outputs: dict[str, str],
-        *,
-        micro_batch: int | None = None,
-        noise: float = 0.0,
-        stop_in: int = 0,
-        stop_rank: int | None = None,
-    ) -> str:
-        """Train each model in processes of torchrun. `outputs` has the run of each model. Returns what they print."""
-        options = {
-            "outputs": {name: str(self.folder / run) for name, run in outputs.items()},
-            "micro_batch": micro_batch,
-            "noise": {"dropout": noise, "class_dropout_prob": noise} if noise else {},
-            "stop_in": stop_in,
-            "stop_rank": stop_rank,
-        }
-        script = self.folder / "script.py"
-        script.write_text(SCRIPT.format(tests=str(TESTS)))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += [f"--log-dir={self.folder / 'logs'}", str(script), "_", json.dumps(options)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(stages.__file__).parents[1])}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    def losses(self, run: str) -> list[float]:
-        """Loss of each of the 20 steps."""
-        lines = [json.loads(line) for line in (self.folder / run / "record/metrics.jsonl").read_text().splitlines()]
-        found = {line["step"]: line["loss"] for line in lines if "loss" in line}
-        assert list(found) == list(range(1, 21))
-        return list(found.values())
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Runner]:
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the processes: sums depend on it in their last bits."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes: sums depend on it in their last bits
-    yield Runner(tmp_path)
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)
 
 
-def test_two_processes_take_the_steps_of_one(run: Runner) -> None:
-    names = ("dpar", "joint_head", "npp", "tokenizer")
-    run.together(2, {name: f"{name}-two" for name in names})
-    for name in names:
-        assert run.losses(f"{name}-two") == pytest.approx(run.alone(f"{name}-one", name), rel=1e-6), name
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> Path:
+    """What `toy_processes` leaves on two processes. This process alone has begun `noisy`."""
+    folder = tmp_path_factory.mktemp("two")
+    run = toy(noise=0.3)
+    interrupt(run, 11)  # two passes a step; on two processes it will be one, and they agree on a stop a step later
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM after step 6 of 20"):
+        train(run, folder / "noisy", WORLD, micro_batch=4)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [f"--log-dir={folder / 'logs'}", toy_processes.__file__, str(folder)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(stages.__file__).parents[1])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
-def test_micro_batches_on_two_processes_take_the_undivided_steps(run: Runner) -> None:
-    run.together(2, {"dpar": "divided"}, micro_batch=3)
-    assert run.losses("divided") == pytest.approx(run.alone("one"), rel=1e-6)
+def losses(output: Path) -> list[float]:
+    """Loss of each of the 20 steps."""
+    lines = [json.loads(line) for line in (output / "record/metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert list(found) == list(range(1, 21))
+    return list(found.values())
 
 
-def test_resuming_on_other_numbers_of_processes_changes_nothing(run: Runner) -> None:
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_take_the_steps_of_one(two: Path, tmp_path: Path, name: str) -> None:
+    train(toy(name), tmp_path, WORLD)
+    assert losses(two / name) == pytest.approx(losses(tmp_path), rel=1e-6)
+
+
+def test_micro_batches_on_two_processes_take_the_undivided_steps(two: Path) -> None:
+    assert losses(two / "divided") == pytest.approx(losses(two / "dpar"), rel=1e-6)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_resuming_on_other_numbers_of_processes_changes_nothing(two: Path, tmp_path: Path) -> None:
     """From one to two and back, in micro-batches, with dropout: it depends on the place in the global batch alone."""
-    noisy = {"micro_batch": 4, "noise": 0.3}
-    whole = run.alone("one", **noisy)
-    # Passes of a process: two a step on one, one a step on two, where the stop is agreed a step later.
-    said = run.together(1, {"dpar": "many"}, **noisy, stop_in=11, stop_rank=0)
-    assert "interrupted by SIGTERM after step 6 of 20" in said
-    said = run.together(2, {"dpar": "many"}, **noisy, stop_in=5, stop_rank=1)
-    assert said.count("interrupted by SIGTERM after step 13 of 20") == 2
-    run.together(1, {"dpar": "many"}, **noisy)
-    assert run.losses("many") == pytest.approx(whole, rel=1e-5)
-    assert run.alone("without", micro_batch=4) != pytest.approx(whole, rel=1e-3)
+    for rank in (0, 1):
+        assert "interrupted by SIGTERM after step 13 of 20" in (two / f"stop-{rank}.txt").read_text()
+    train(toy(noise=0.3), two / "noisy", WORLD, micro_batch=4)
+    train(toy(noise=0.3), tmp_path / "whole", WORLD, micro_batch=4)
+    whole = losses(tmp_path / "whole")
+    assert losses(two / "noisy") == pytest.approx(whole, rel=1e-5)
+    train(toy(), tmp_path / "without", WORLD, micro_batch=4)
+    assert losses(tmp_path / "without") != pytest.approx(whole, rel=1e-3)
+
+
+def test_two_processes_with_the_same_samples_train_an_adversary_as_one(two: Path, tmp_path: Path) -> None:
+    """Their gradients are equal, so is the mean; and BatchNorm, which sees a process's own batch, sees the same one."""
+    one, run = toy_game.training()
+    train(run, tmp_path, WORLD)
+    for rank in (0, 1):
+        other, _ = toy_game.training()
+        other.load_state_dict(torch.load(two / f"game/{rank}.pt", weights_only=True))
+        assert toy_game.different(one, other) == []

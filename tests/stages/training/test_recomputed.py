@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,6 @@ from toy_training import IMAGES, batch, objective, training
 
 from conf.runtime import RuntimeConfig
 from stages.runtime.distributed import World
-from stages.training.compiled import compile_blocks
 from stages.training.loop import train_model
 from stages.training.recomputed import recompute_blocks
 from stages.training.stream import Part
@@ -64,6 +61,7 @@ def test_they_are_equal_under_autocast_too() -> None:
     assert_equal_steps("dpar", recompute_blocks, bfloat16=True)
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_the_setting_changes_no_weight_of_a_run(tmp_path: Path) -> None:
     weights = []
     for setting in (False, True):
@@ -72,21 +70,3 @@ def test_the_setting_changes_no_weight_of_a_run(tmp_path: Path) -> None:
         train_model(training("dpar", module), tmp_path / str(setting), WORLD, runtime)
         weights.append(module.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
-def test_compiled_blocks_are_computed_again_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # all but making machine code
-    torch.compiler.reset()
-    compiled, both = objective("dpar"), objective("dpar")
-    compile_blocks(compiled)
-    compile_blocks(both)
-    recompute_blocks(both)
-    loss, gradients, kept = step(compiled, "dpar", bfloat16=False)
-    found_loss, found, found_kept = step(both, "dpar", bfloat16=False)
-    assert torch.equal(found_loss, loss)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(found[name], gradient)
-    assert found_kept < kept
