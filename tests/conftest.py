@@ -194,6 +194,14 @@ def pytest_xdist_setupnodes() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "DPAR_THREADS": "1"}
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Call all tests of the tiny run slow: its artifacts take twenty seconds."""
+    for item in items:
+        if "tiny_artifacts" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from looking again and again through a million objects of imported modules."""
     gc.freeze()

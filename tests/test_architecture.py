@@ -72,6 +72,7 @@ def test_the_search_for_process_groups_finds_them(text: str, knows: bool) -> Non
     assert _knows_process_groups(text) == knows
 
 
+@pytest.mark.slow
 def test_models_know_no_process_group() -> None:
     # Beside the contracts: import-linter sees of an installed package no more than its top-level name.
     paths = (ROOT / "models").rglob("*.py")
@@ -130,6 +131,7 @@ def test_no_package_file_where_a_name_would_shadow_an_installed_package(folder: 
     assert list((ROOT / folder).rglob("__init__.py")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["status"], ["config"], ["why", "train"], ["run", "--dry-run"]])
 def test_a_question_imports_nothing_heavy(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "images" / "cat").mkdir(parents=True)

@@ -22,6 +22,7 @@ def compile_blocks(model: nn.Module) -> None:
     Only blocks are compiled: they do nearly all of the work, and one compiled block serves all layers of a stack. The
     code around them depends on the patches of a batch and would be recompiled for each batch.
     """
+    torch._dynamo.config.specialize_float = True  # ours are constants; as variables they double the time of compiling
     for block in model.modules():
         if isinstance(block, Block):
             # Not block.compile(), whose compiled code would include what `recomputed` puts around the forward pass.

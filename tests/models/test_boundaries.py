@@ -126,6 +126,7 @@ def test_own_entropies_are_those_of_a_forward_in_which_the_patch_goes_on(dpar: C
     assert 1 < float(starts.sum()) / IMAGES < TOKENS
 
 
+@pytest.mark.slow
 def test_a_step_that_was_taken_again_gives_the_logits_of_the_full_forward(dpar: Callable[..., DPAR]) -> None:
     model, (labels, uniforms) = dpar(), batch()
     tokens, starts = sample_dpar(model, labels, uniforms, GUIDED, OwnEntropyBoundaries(PatchRule(3.3, 3, True, GRID)))

@@ -156,6 +156,7 @@ def test_a_step_of_next_patch_prediction_waits_for_nothing(waits: HostWaits) -> 
     assert not waits.found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xformers", "varlen", "padded"])
 def test_a_step_of_dpar_waits_for_nothing(
     backend: str, waits: HostWaits, packed: PackedPatches, monkeypatch: pytest.MonkeyPatch
@@ -166,6 +167,7 @@ def test_a_step_of_dpar_waits_for_nothing(
     assert not waits.found
 
 
+@pytest.mark.slow
 def test_a_step_of_dpar_and_its_head_waits_for_nothing(waits: HostWaits, packed: PackedPatches) -> None:
     model = dpar()
     beside = head(model)
@@ -221,6 +223,7 @@ def test_sampling_of_llamagen_waits_for_nothing(waits: HostWaits) -> None:
     assert not waits.found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["given", "head", "entropy model", "own entropy"])
 def test_sampling_of_dpar_mixes_no_devices(source: str, waits: HostWaits) -> None:
     model = dpar(BFLOAT16).eval()

@@ -141,6 +141,7 @@ class LargestTensor(TorchDispatchMode):
         return made
 
 
+@pytest.mark.slow
 def test_entropies_of_a_large_batch_never_hold_all_logits() -> None:
     size = {"dim": 8, "num_layers": 1, "num_heads": 2}
     model = GPT(GPTConfig(**size, codebook_size=16384, num_tokens=256, num_classes=None)).eval()

@@ -97,6 +97,7 @@ def test_a_gpt_costs_what_the_formula_says(name: str, num_tokens: int, num_class
     assert guided == (drawn if num_classes is None else drawn * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_tokens", "patches"), [("B", 256, 128), ("B", 64, 63), ("L", 576, 250), ("L-E3D2", 64, 40)]
 )
@@ -116,6 +117,7 @@ def test_dpar_costs_what_the_formula_says(name: str, num_tokens: int, patches: i
     assert cost.sampling.macs(guided=True).linear == pytest.approx(unclassed + 2 * classed, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_tokens", [64, 256])
 @pytest.mark.parametrize(
     ("schedule", "steps"),
@@ -146,6 +148,7 @@ def test_parameters_are_those_of_the_published_sizes() -> None:
     assert dpar_cost(dpar_config("B", 64), 1.5).parameters == 115_021_824
 
 
+@pytest.mark.slow
 def test_a_patch_count_between_two_is_the_mean_of_images_that_have_them() -> None:
     config = small_dpar()
     cost = dpar_cost(config, (TOKENS - 1) / 5.25)
@@ -154,6 +157,7 @@ def test_a_patch_count_between_two_is_the_mean_of_images_that_have_them() -> Non
     assert cost.forward.attention == pytest.approx(0.75 * low.attention + 0.25 * high.attention, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_training_costs_what_its_backward_pass_really_multiplies() -> None:
     starts = torch.zeros(1, TOKENS, dtype=torch.bool)
     starts[0, torch.arange(0, TOKENS - 1, 2)] = True
@@ -169,6 +173,7 @@ def test_training_costs_what_its_backward_pass_really_multiplies() -> None:
     assert found == (expected.linear, expected.attention)
 
 
+@pytest.mark.slow
 def test_training_by_next_patch_prediction_costs_what_its_steps_really_multiply() -> None:
     schedule, steps = NextPatchSchedule(levels=2, rate=0.3), 10
     config = small_gpt(5, 16)
@@ -230,6 +235,7 @@ def test_sampling_llamagen_costs_what_the_sampler_really_multiplies(options: Sam
     assert (linear, attention) == (expected.linear, expected.attention)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [PLAIN, GUIDED])
 @torch.no_grad()
 def test_sampling_dpar_costs_what_the_sampler_really_multiplies(options: SamplingOptions) -> None:
@@ -251,6 +257,7 @@ def test_attention_of_a_drawn_image_meets_only_what_came_before(options: Samplin
     assert attention == round(expected.attention)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [PLAIN, GUIDED])
 @torch.no_grad()
 def test_an_entropy_model_that_decides_boundaries_runs_once_an_image(options: SamplingOptions) -> None:
@@ -267,6 +274,7 @@ def test_an_entropy_model_that_decides_boundaries_runs_once_an_image(options: Sa
     assert linear == round(drawn_dpar(starts[0], options) + IMAGES * entropy_model_cost.linear)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [PLAIN, GUIDED])
 @pytest.mark.parametrize("opening", [(1, 8), (3, 6), (2, 4, 5, 7), range(1, TOKENS)])  # mirrored, so spread evenly
 @torch.no_grad()
@@ -294,6 +302,7 @@ def test_own_entropy_costs_a_prediction_more_where_a_patch_closes(
     assert more == (pytest.approx(own.linear, rel=1e-12), pytest.approx(own.attention, rel=1e-12))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_entropy_head_costs_its_narrow_block_once_a_token() -> None:
     labels, uniforms, _ = batch()

@@ -67,6 +67,7 @@ def logits_of(model: GPT, tokens: Tensor, labels: Tensor, side: int) -> Tensor:
     return model.output(caught[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [1, 2, 4, 8])
 def test_the_loss_equals_the_reference_one_block_at_a_time(side: int) -> None:
     model, (tokens, labels) = opinionated(), batch()

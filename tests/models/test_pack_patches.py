@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,7 @@ def packed_by_hand(starts: list[list[bool]]) -> dict[str, list]:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), tokens=st.integers(2, 12), images=st.integers(1, 5))
 def test_patches_are_packed_as_by_hand(data: st.DataObject, tokens: int, images: int) -> None:

@@ -24,6 +24,7 @@ def algorithm_1(entropies: list[float], rule: PatchRule) -> list[bool]:
     return starts
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     grid=st.sampled_from([2, 3, 5, 8, 11, 16]),

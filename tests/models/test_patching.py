@@ -50,6 +50,7 @@ def test_offline_online_and_algorithm_1_agree(
     assert online == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     grid=st.integers(2, 12),

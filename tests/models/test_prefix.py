@@ -39,6 +39,7 @@ def sample(family: str, uniforms: Tensor, prefix: Tensor | None) -> tuple[Tensor
     return sample_dpar(model.eval(), LABELS, uniforms, GUIDED, boundaries, prefix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt", "dpar"])
 @pytest.mark.parametrize("kept", [0, 1, 6, TOKENS])
 def test_a_models_own_tokens_as_prefix_change_nothing(family: str, kept: int) -> None:

@@ -105,6 +105,7 @@ def test_the_likeliest_token_is_that_of_the_full_forward(
     assert torch.equal(tokens, full_logits(patched, tokens, labels, starts, options).argmax(dim=-1))
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch(dpar: Callable[..., DPAR], gpt: Callable[..., GPT]) -> None:
     labels, uniforms, _ = batch(8)
     model, entropy_model = dpar(), gpt(None)
@@ -122,6 +123,7 @@ def test_an_image_does_not_depend_on_its_batch(dpar: Callable[..., DPAR], gpt: C
     assert torch.equal(sample_gpt(gpt(CLASSES), labels[3:5], uniforms[3:5], GUIDED), whole[3:5])
 
 
+@pytest.mark.slow
 def test_one_entropy_model_serves_batch_after_batch(dpar: Callable[..., DPAR], gpt: Callable[..., GPT]) -> None:
     labels, uniforms, _ = batch(8)
     model, boundaries = dpar(), EntropyBoundaries(gpt(None), PatchRule(3.2, 4, True, GRID))

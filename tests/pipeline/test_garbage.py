@@ -84,6 +84,7 @@ def test_a_preset_that_cannot_be_resolved_keeps_artifacts_of_its_settings(
     assert [entry.belongs for entry in found.garbage] == ["preset one with value=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("later")
 def test_what_an_edit_has_made_stale_is_kept_until_it_is_made_again(tiny: Tiny) -> None:
     old = tiny.run("alpha").path
@@ -109,6 +110,7 @@ def test_what_was_made_or_tracked_lately_is_kept_with_its_sources(tiny: Tiny, mo
     assert names(find(tiny)) == {results[2].key}  # beta was tracked recently; alpha is its source
 
 
+@pytest.mark.slow
 def test_unfinished_work_is_kept_for_a_while_with_what_it_reads(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     alpha = tiny.run("alpha", alpha=3)
     wanted = target(tiny.module.GRAPH["beta"], tiny.settings(alpha=3, beta=5), tiny.runtime, tiny.project)
@@ -128,6 +130,7 @@ def test_unfinished_work_is_kept_for_a_while_with_what_it_reads(tiny: Tiny, monk
     assert names(find(tiny, days=1, alpha=3, beta=5)) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("later")
 def test_what_a_process_holds_is_neither_listed_nor_removed(tiny: Tiny) -> None:
     made = tiny.run("alpha", alpha=3)
@@ -163,6 +166,7 @@ def test_a_running_stage_holds_its_inputs_and_a_forced_run_of_them_goes_on(tiny:
     assert not tiny.cache.is_busy(alpha.key)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("later")
 def test_files_that_the_cache_did_not_make_are_never_listed(tiny: Tiny) -> None:
     own = tiny.run("alpha", alpha=3)
@@ -198,6 +202,7 @@ def test_files_that_the_cache_did_not_make_are_never_listed(tiny: Tiny) -> None:
     assert not own.path.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("later")
 def test_a_damaged_manifest_is_named_and_left_alone(tiny: Tiny) -> None:
     path = tiny.run("alpha", alpha=3).path
@@ -208,6 +213,7 @@ def test_a_damaged_manifest_is_named_and_left_alone(tiny: Tiny) -> None:
     assert found.left_alone == [(path, "manifest.json: key does not match parts")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("later")
 def test_a_removal_that_is_cut_short_leaves_nothing_in_the_place_of_an_artifact(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch

@@ -33,6 +33,7 @@ def inodes(home: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
+@pytest.mark.slow
 def test_a_rerun_finds_everything_and_rewrites_nothing(tiny: Tiny) -> None:
     assert tiny.run_all() == ["ran"] * 3
     before = inodes(tiny.home)
@@ -80,6 +81,7 @@ def test_a_deleted_file_is_made_again_and_later_stages_stay(finished: Tiny) -> N
     assert finished.run_all() == ["cached", "ran", "cached"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated file", "damaged manifest", "empty manifest"])
 def test_damage_is_a_miss(finished: Tiny, damage: str) -> None:
     path = finished.run("alpha").path
@@ -92,6 +94,7 @@ def test_damage_is_a_miss(finished: Tiny, damage: str) -> None:
     assert finished.run("alpha").state == "cached"
 
 
+@pytest.mark.slow
 def test_a_forced_run_replaces_and_keeps_the_old_one_in_the_trash(finished: Tiny) -> None:
     first = finished.run("alpha")
     before = (first.path / "number.json").stat().st_ino
@@ -117,6 +120,7 @@ def test_inputs_must_be_there_and_the_error_says_what_to_run(tiny: Tiny) -> None
     assert tiny.plan()["gamma"].reason == "waits for beta"
 
 
+@pytest.mark.slow
 def test_sigkill_leaves_no_artifact_frees_the_lock_and_a_rerun_goes_on(tiny: Tiny) -> None:
     gate = tiny.gate("alpha")
     runner = tiny.start("alpha")
@@ -135,6 +139,7 @@ def test_sigkill_leaves_no_artifact_frees_the_lock_and_a_rerun_goes_on(tiny: Tin
     assert (result.path / "record/steps").stat().st_size == done_before  # the folder of the killed attempt was reused
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_make_it_once(tiny: Tiny) -> None:
     gate = tiny.gate("alpha")
     first = tiny.start("alpha")
@@ -147,6 +152,7 @@ def test_two_runs_at_once_make_it_once(tiny: Tiny) -> None:
     assert states == {"ran", "waited"}
 
 
+@pytest.mark.slow
 def test_an_orphan_that_still_writes_keeps_the_lock(tiny: Tiny) -> None:
     gate = tiny.gate("alpha")
     runner = tiny.start("alpha")
@@ -163,6 +169,7 @@ def test_an_orphan_that_still_writes_keeps_the_lock(tiny: Tiny) -> None:
     assert tiny.run("alpha").state == "ran"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_children_and_leaves_a_state_that_resumes(tiny: Tiny) -> None:
     gate = tiny.gate("alpha")
     runner = tiny.start("alpha")
@@ -188,6 +195,7 @@ def test_a_process_that_cannot_start_gives_its_last_line(tiny: Tiny) -> None:
         tiny.run("alpha")
 
 
+@pytest.mark.slow
 def test_the_record_is_no_part_of_the_contents(tiny: Tiny) -> None:
     first = tiny.run("alpha")
     manifest = tiny.cache.lookup(first.key)
@@ -198,6 +206,7 @@ def test_the_record_is_no_part_of_the_contents(tiny: Tiny) -> None:
     assert tiny.run("alpha", force=True).digest == first.digest
 
 
+@pytest.mark.slow
 def test_observers_hear_start_end_and_failure(tiny: Tiny) -> None:
     heard: list[str] = []
 
@@ -227,6 +236,7 @@ def test_observers_hear_start_end_and_failure(tiny: Tiny) -> None:
     assert heard == ["started alpha", "finished alpha ran", "finished alpha cached", "started beta", "failed beta"]
 
 
+@pytest.mark.slow
 def test_an_observer_hears_of_a_commit_that_fails(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.cache.store import Cache
     from pipeline.runner import NullObserver, run_stage
@@ -254,6 +264,7 @@ def test_a_full_disk_is_one_clear_line(tiny: Tiny) -> None:
         tiny.run("alpha")
 
 
+@pytest.mark.slow
 def test_a_stage_on_the_command_line_is_the_same_cache(tiny: Tiny) -> None:
     assert tiny.start("alpha").communicate()[0].strip() == "ran"
     assert tiny.run("alpha").state == "cached"

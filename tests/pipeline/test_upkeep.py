@@ -27,6 +27,7 @@ def test_verify_finds_sizes_at_once_and_flipped_bits_when_deep(finished: Tiny) -
     assert missing["beta"] == ["file number.json is missing"]
 
 
+@pytest.mark.slow
 def test_accept_makes_an_artifact_valid_for_edited_code_and_records_it(finished: Tiny) -> None:
     before = finished.run("alpha").path / "number.json"
     finished.edit("helper", "x + 1", "x + 2")
@@ -43,6 +44,7 @@ def test_accept_makes_an_artifact_valid_for_edited_code_and_records_it(finished:
     assert finished.run_all() == ["cached"] * 3
 
 
+@pytest.mark.slow
 def test_accept_needs_an_undamaged_artifact(tiny: Tiny) -> None:
     alpha = tiny.module.GRAPH["alpha"]
     with pytest.raises(InputError, match="alpha has no undamaged artifact to accept"):

@@ -74,6 +74,7 @@ def test_every_stage_has_a_view() -> None:
     assert [name for name, stage in STAGES.items() if not project.has_view(stage)] == []
 
 
+@pytest.mark.slow
 def test_a_view_is_drawn_after_the_commit_and_is_no_content(tiny: Tiny) -> None:
     result = tiny.run("alpha")
     assert result.metrics == {"x": 2}
@@ -92,6 +93,7 @@ def test_an_edited_view_is_drawn_again_and_nothing_else_is_made(finished: Tiny) 
     assert (result.state, result.metrics) == ("cached", {"x": 2, "y": 4})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_a_lost_view_is_drawn_again(finished: Tiny, damage: str) -> None:
     path = finished.run("alpha").path / "views" / "metrics.json"
@@ -103,6 +105,7 @@ def test_a_lost_view_is_drawn_again(finished: Tiny, damage: str) -> None:
     assert finished.run("alpha").metrics == {"x": 2}
 
 
+@pytest.mark.slow
 def test_a_view_that_fails_costs_the_view_alone(tiny: Tiny) -> None:
     tiny.home.mkdir()
     (tiny.home / "fail-view").touch()
@@ -119,6 +122,7 @@ def redrawn(tiny: Tiny, names: list[str], *, force: bool) -> dict[str, str | Non
     return draw_all(names, tiny.settings(), tiny.runtime, artifacts, force=force, project=tiny.project)
 
 
+@pytest.mark.slow
 def test_a_view_that_fails_leaves_the_one_before(finished: Tiny) -> None:
     path = finished.run("alpha").path
     (finished.home / "fail-view").touch()
@@ -128,6 +132,7 @@ def test_a_view_that_fails_leaves_the_one_before(finished: Tiny) -> None:
     assert is_current(finished.module.GRAPH["alpha"], path, finished.home, finished.project)
 
 
+@pytest.mark.slow
 def test_views_are_drawn_again_on_demand(finished: Tiny) -> None:
     path = finished.run("alpha").path
     before = (path / "views" / "figure.png").stat().st_ino

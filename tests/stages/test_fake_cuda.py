@@ -60,6 +60,7 @@ def test_entropies_are_mapped_without_a_wait(waits: HostWaits, precision: str) -
     assert waits.found == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 8])
 def test_samples_are_decoded_without_a_wait_between_their_parts(
     waits: HostWaits, monkeypatch: pytest.MonkeyPatch, size: int

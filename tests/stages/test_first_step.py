@@ -69,6 +69,7 @@ def step(model: nn.Module, objective: nn.Module, batch: TokenBatch, config: Trai
         assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "family"), [*cases()])
 @pytest.mark.usefixtures("without_shape_checks")
 def test_a_family_takes_its_first_step(preset: str, family: str) -> None:

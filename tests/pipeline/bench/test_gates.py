@@ -58,6 +58,7 @@ def test_numbers_that_are_not_there_are_named() -> None:
         demo_gates({name: LEARNED[name] for name in LEARNED.keys() - {"train_unigram_loss", "fd_lite0_samples"}})
 
 
+@pytest.mark.slow
 def test_wall_time_is_that_of_fresh_processes_and_a_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench._median_seconds(["--help"], repeats=1) > 0
     with pytest.raises(ArtifactError, match=r"dpar status --preset nosuch ended with exit code 2: .*nosuch"):

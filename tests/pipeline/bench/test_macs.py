@@ -60,6 +60,7 @@ def test_only_the_entropy_model_costs_more_than_the_smallest_dpar_saves_in_sampl
     assert saved == {("dpar-B", 256): smallest, ("dpar-XL", 256): larger}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [256, 384])
 def test_next_patch_prediction_saves_three_eighths_of_llamagens_training_and_no_sampling(size: int) -> None:
     (row,) = measure(["npp-B"], [size])
@@ -74,6 +75,7 @@ def test_next_patch_prediction_needs_whole_blocks() -> None:
         measure(["npp-T"], [48])
 
 
+@pytest.mark.slow
 def test_the_papers_number_is_shown_only_at_its_own_patch_length() -> None:
     given, own = (measure(["dpar-B"], [256], length)[0] for length in (2.5, 1.81))
     assert given.paper_gmacs is None

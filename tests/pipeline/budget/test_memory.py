@@ -77,6 +77,7 @@ def test_training_of_a_transformer(size: GPTSize, precision: str, saved_per_imag
     assert planned.image == pytest.approx(counted, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_training_of_dpar(precision: str, saved_per_image: Callable[..., int]) -> None:
     size = DPARSize(dim=256, num_heads=4, encoder_layers=1, global_layers=4, decoder_layers=2)

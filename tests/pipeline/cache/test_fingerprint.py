@@ -83,6 +83,7 @@ def test_an_edit_reaches_the_stages_that_use_it(
     assert changed(code_copy, before) == stages
 
 
+@pytest.mark.slow
 def test_an_edit_of_dpar_does_not_reach_the_entropy_model(code_copy: Path) -> None:
     before = all_digests(code_copy)
     edit(
@@ -318,6 +319,7 @@ def test_a_computed_import_is_refused(tmp_path: Path) -> None:
         definitions(code)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_does_not_depend_on_where_the_code_lies(
     code_copy: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -88,6 +88,7 @@ def test_a_chunk_that_a_stage_finds_damaged_is_made_again(tiny: Tiny) -> None:
     assert tiny.run_all() == ["ran", "ran", "ran"]
 
 
+@pytest.mark.slow
 def test_an_artifact_is_not_blamed_for_an_error_that_only_names_it(tiny: Tiny) -> None:
     with_chunks(tiny, "True")
     tiny.run("alpha")
@@ -96,6 +97,7 @@ def test_an_artifact_is_not_blamed_for_an_error_that_only_names_it(tiny: Tiny) -
     assert tiny.plan()["alpha"].state == "cached"
 
 
+@pytest.mark.slow
 def test_an_input_that_is_made_again_with_other_contents_meanwhile_commits_nothing(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

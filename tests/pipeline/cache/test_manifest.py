@@ -109,6 +109,7 @@ def test_keys_name_their_stage() -> None:
         assert stage_of(other) is None
 
 
+@pytest.mark.slow
 def test_every_flipped_digit_is_found(tiny: Tiny) -> None:
     path = tiny.run("alpha").path / "manifest.json"
     text = path.read_text()
@@ -138,6 +139,7 @@ def test_one_broken_manifest_hides_no_other(tiny: Tiny) -> None:
     assert tiny.run("beta", beta=5).state == "ran"
 
 
+@pytest.mark.slow
 def test_a_manifest_that_is_no_file_is_not_opened(tiny: Tiny) -> None:
     path = tiny.run("alpha").path
     (path / "manifest.json").unlink()

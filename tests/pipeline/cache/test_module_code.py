@@ -151,17 +151,20 @@ def test_the_order_of_definitions_does_not_count(program: Program, data: st.Data
     assert digests(program, order=order) == digests(program)
 
 
+@pytest.mark.slow
 @given(program=programs(), name=st.sampled_from(["main_2", "a", "zz"]))
 def test_the_name_of_the_module_does_not_count(program: Program, name: str) -> None:
     assert digests(program, rooms=dict.fromkeys(range(len(program)), name)) == digests(program)
 
 
+@pytest.mark.slow
 @given(program=programs(), style=st.sampled_from(["from", "relative", "module", "dotted"]), data=st.data())
 def test_splitting_a_module_does_not_count(program: Program, style: str, data: st.DataObject) -> None:
     rooms = {place: data.draw(st.sampled_from(["main", "part"])) for place in range(len(program))}
     assert digests(program, rooms=rooms, style=style) == digests(program)
 
 
+@pytest.mark.slow
 @given(program=programs(), data=st.data())
 def test_an_edit_counts_exactly_where_it_is_reached(program: Program, data: st.DataObject) -> None:
     place = data.draw(st.sampled_from(range(len(program))))
@@ -169,6 +172,7 @@ def test_an_edit_counts_exactly_where_it_is_reached(program: Program, data: st.D
     assert changed == (place in reached(program))
 
 
+@pytest.mark.slow
 @given(program=programs(), data=st.data())
 def test_an_edit_counts_in_every_other_module_too(program: Program, data: st.DataObject) -> None:
     rooms = {place: data.draw(st.sampled_from(["main", "part"])) for place in range(len(program))}

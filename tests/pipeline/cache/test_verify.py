@@ -209,6 +209,7 @@ def test_a_damaged_chunk_is_named_by_array_chunk_and_file(home: Home, where: tup
         assert "its checksum differs" in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_no_damage_to_any_file_goes_undetected(home: Home, kind: str) -> None:
     generator = np.random.default_rng(9)
@@ -256,6 +257,7 @@ def parquet_pages(path: Path) -> dict[tuple[str, int], int]:
     return columns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "name"), [("patch_index", "patches.parquet"), ("dataset", "images.parquet")])
 def test_a_damaged_table_is_named_by_column_and_row_group(home: Home, stage: str, name: str) -> None:
     path = home.artifacts[stage] / name

@@ -82,6 +82,7 @@ def test_a_cached_run_answers_at_once_and_changes_nothing(
     assert "prefect" not in sys.modules
 
 
+@pytest.mark.slow
 def test_a_run_hands_the_choice_on_and_reports_what_was_made(
     options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +258,7 @@ def test_a_stage_without_its_inputs_says_what_to_run(options: list[str], capsys:
     assert "--until dataset`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_failed_stage_passes_its_code_and_line_on(
     options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

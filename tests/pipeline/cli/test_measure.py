@@ -85,6 +85,7 @@ def costs(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_costs_as_json_are_counts(capsys: pytest.CaptureFixture[str]) -> None:
     told = costs(capsys, "--model", "llamagen-T", "--model", "dpar-B", "--image-size", "128", "--entropy-model", "T")
     assert told["entropy_model"] == "T"
@@ -100,6 +101,7 @@ def test_costs_as_json_are_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert added == pytest.approx(llamagen["forward"]["linear"] * 63 / 64), "the entropy model reads no class"
 
 
+@pytest.mark.slow
 def test_costs_as_tables_show_every_model(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", "llamagen-T", "--model", "dpar-B", "--image-size", "64", "--mean-length", "2"]
     assert run_command(["flops", *options]) == 0

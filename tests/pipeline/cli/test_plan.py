@@ -28,6 +28,7 @@ def plan(capsys: pytest.CaptureFixture[str], image_root: Path, tmp_path: Path) -
     return plan
 
 
+@pytest.mark.slow
 def test_the_table_has_every_stage_and_says_what_it_assumes(plan: Callable[..., str]) -> None:
     lines = plan("--gpus", "4", "--mfu", "0.5").splitlines()
     assert lines[0] == "images   1,000 in 2 views (--images, 200 held out)"
@@ -46,6 +47,7 @@ def test_the_json_has_numbers_in_base_units(plan: Callable[..., str]) -> None:
     assert told["efficiency"]["training bfloat16"] == 0.35
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_in_the_output(plan: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     small = cards.Card(
         name="small", memory=1.0005e9, bfloat16=1e14, float32=1e13, bandwidth=1e12, launch_s=1e-5, cores=8
@@ -56,6 +58,7 @@ def test_what_does_not_fit_is_in_the_output(plan: Callable[..., str], monkeypatc
     assert "none" in next(line for line in out.splitlines() if line.startswith("train") and "none" in line)
 
 
+@pytest.mark.slow
 def test_the_cpu_is_measured(plan: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cards, "_PRODUCT", 64)
     monkeypatch.setattr(cards, "_COPIED", 1 << 16)

@@ -79,6 +79,7 @@ def test_a_path_outside_all_claims_is_named() -> None:
         rendered(Path("/home/x/train-1"))
 
 
+@pytest.mark.slow
 def test_what_the_job_made_is_committed_by_the_next_run(tiny: Any) -> None:
     """The process that `prepare` describes stands for the TrainJob."""
     process = prepare(tiny.module.GRAPH["alpha"], tiny.settings(), tiny.runtime, tiny.project)
@@ -88,6 +89,7 @@ def test_what_the_job_made_is_committed_by_the_next_run(tiny: Any) -> None:
     assert (result.state, (result.path / "made-elsewhere").exists()) == ("ran", True)
 
 
+@pytest.mark.slow
 def test_the_command_needs_finished_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images").mkdir()
     overrides = ["--set", f"dataset.root={tmp_path / 'images'}", "--set", f"runtime.home={tmp_path / 'home'}"]

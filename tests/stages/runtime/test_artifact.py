@@ -56,6 +56,7 @@ def test_objects_are_not_unpickled(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "part.npz is damaged" in caplog.text
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_gives_other_arrays(path: Path) -> None:
     """Bits beside the arrays' bytes may pass, such as those of the date that a zip has of each of its files."""
     whole = path.read_bytes()

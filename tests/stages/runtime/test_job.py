@@ -54,6 +54,7 @@ def test_nothing_after_the_work_can_make_it_fail(tmp_path: Path, body: str, code
     assert ("done" in done.stdout) == (code == 0), "what was printed is not lost"
 
 
+@pytest.mark.slow
 def test_a_process_whose_agent_died_while_it_loaded_does_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

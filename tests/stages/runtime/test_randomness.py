@@ -21,6 +21,7 @@ def first_words(seed: int, purpose: Purpose, index: int, part: int) -> tuple[int
     return tuple(stream(seed, purpose, index, part).integers(2**64, size=4, dtype=np.uint64).tolist())
 
 
+@pytest.mark.slow
 @given(addresses=lists(ADDRESSES, min_size=2, max_size=20, unique=True))
 @example(addresses=[(0, Purpose.LABELS, 0, 1), (0, Purpose.LABELS, 1, 0), (1, Purpose.LABELS, 0, 0)])
 @example(addresses=[(1, Purpose.TOKENS, 0, 0), (2, Purpose.LABELS, 0, 0)])

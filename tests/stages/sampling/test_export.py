@@ -78,6 +78,7 @@ def test_the_same_samples_give_the_same_bytes_over_an_older_file(store: SampleSt
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_memory_of_an_npz_does_not_grow_with_the_images(tmp_path: Path) -> None:
     peaks = []
     for count in (64, 64, 1024):  # the first one loads what is loaded once

@@ -165,6 +165,7 @@ def test_a_damaged_chunk_stays_an_error_and_does_not_hide_the_others(
         chunk.write_bytes(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel kills the process")
 @pytest.mark.parametrize("read", ["block", "rows"])
 def test_a_chunk_that_is_cut_after_opening_is_an_error(tmp_path: Path, read: str) -> None:

@@ -53,6 +53,7 @@ def test_one_backward_pass_equals_training_in_turn(tmp_path: Path) -> None:
     assert different(together, training()[0]) != []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_a_killed_run_ends_the_same_bit_for_bit(tmp_path: Path, ema_decay: float | None) -> None:
     whole, run = training(ema_decay=ema_decay)

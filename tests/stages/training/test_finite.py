@@ -41,6 +41,7 @@ def run_poisoned(output: Path, at: int, factor: float, **changes: int) -> None:
     train_model(run, output, WORLD, RuntimeConfig(device="cpu", micro_batch=2))
 
 
+@pytest.mark.slow
 def test_the_images_of_the_micro_batch_are_written_and_the_file_is_named(tmp_path: Path) -> None:
     # Four micro-batches a step: the 22nd is the third of the sixth step. It is read when the log is written.
     with pytest.raises(RuntimeError, match=r"^loss is not finite at step 6.*not_finite.json.*learning_rate"):

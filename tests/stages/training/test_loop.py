@@ -83,6 +83,7 @@ def test_the_loss_falls_and_is_logged(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path) if "heldout_loss" in line] == [20, 40, 60]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
     whole = training()
     train_model(whole, tmp_path / "whole", WORLD, RUNTIME)

@@ -61,6 +61,7 @@ def test_the_rate_of_a_product_and_the_memory_are_of_this_machine() -> None:
     assert 1e-3 < Meter(World(0, 1, CPU), None).report({}, None)["memory_gb"] < 1e4
 
 
+@pytest.mark.slow
 def test_macs_are_those_that_dpar_flops_counts() -> None:
     config, patched = gpt().config, dpar().config
     cost = gpt_cost(config).forward

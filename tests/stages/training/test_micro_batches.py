@@ -76,6 +76,7 @@ def test_batches_of_patches_are_ragged_in_these_tests() -> None:
     assert len(counts) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")
 def test_the_discriminator_sees_a_micro_batch_as_it_would_the_batch_of_a_process() -> None:
     """Its BatchNorm has the statistics of a micro-batch: gradients are the mean over as many processes."""

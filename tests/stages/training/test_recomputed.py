@@ -61,6 +61,7 @@ def test_they_are_equal_under_autocast_too() -> None:
     assert_equal_steps("dpar", recompute_blocks, bfloat16=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")
 def test_the_setting_changes_no_weight_of_a_run(tmp_path: Path) -> None:
     weights = []

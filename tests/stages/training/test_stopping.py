@@ -59,6 +59,7 @@ def saved_step(output: Path) -> int:
     return int(state["step"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")
 def test_a_training_cancelled_at_step_10_goes_on_from_step_10(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
@@ -86,6 +87,7 @@ def test_a_stop_in_the_last_step_leaves_only_what_comes_after_it(tmp_path: Path)
     assert saved_step(tmp_path) == 20
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_clock_change_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, timed = objective("llamagen", dropout=0.3), objective("llamagen", dropout=0.3)
     train_model(training("llamagen", plain), tmp_path / "plain", WORLD, RUNTIME)
@@ -122,6 +124,7 @@ def test_a_checkpoint_is_written_before_the_heldout_loss(tmp_path: Path) -> None
     assert seen == [8, 16, 20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "name", "message"),
     [

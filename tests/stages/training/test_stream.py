@@ -37,6 +37,7 @@ def test_an_epoch_is_a_permutation_wherever_batches_cut_it(num_images: int, batc
         assert (epochs[part] == epoch).all()
 
 
+@pytest.mark.slow
 @given(num_images=integers(1, 60), share=integers(1, 12), size=integers(2, 6), first=integers(0, 200), seed=SEEDS)
 def test_the_number_of_processes_changes_nothing(num_images: int, share: int, size: int, first: int, seed: int) -> None:
     stream, steps = SampleStream(num_images, share * size, seed), range(first, first + 4)
@@ -44,6 +45,7 @@ def test_the_number_of_processes_changes_nothing(num_images: int, share: int, si
         assert np.array_equal(alone, shared)
 
 
+@pytest.mark.slow
 @given(num_images=integers(1, 60), batch=integers(1, 40), first=integers(0, 300), seed=SEEDS)
 def test_a_step_is_the_same_whatever_was_taken_before(num_images: int, batch: int, first: int, seed: int) -> None:
     stream = SampleStream(num_images, batch, seed)
