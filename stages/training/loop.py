@@ -27,12 +27,12 @@ from conf.runtime import RuntimeConfig
 from conf.section import TrainingConfig
 from stages.runtime.artifact import RECORD
 from stages.runtime.distributed import (
+    Heap,
     World,
     all_reduce_sum,
     barrier,
     data_parallel,
     own_gradients,
-    return_free_memory,
 )
 from stages.runtime.errors import ArtifactError, Interrupted
 from stages.runtime.interruption import Interruption
@@ -175,6 +175,7 @@ class _Loop:
         self.log = MetricLog(output, self.first, enabled=world.is_main)
         self.progress = Progress(output, "steps", self.config.steps, done=self.first, enabled=world.is_main)
         self.meter, self.counts = Meter(world, self._peak()), Counter[str]()
+        self.heap = Heap()
         self.interruption = Interruption(world, runtime.checkpoint_minutes)
 
     def train(self) -> dict[str, float]:
@@ -226,7 +227,7 @@ class _Loop:
         self.counts.clear()
         macs = self.run.macs(done - 1, counted) if self.world.is_main else None
         self.log.write(done, numbers | self.meter.report(counted, macs))
-        return_free_memory()
+        self.heap.trim()
         self.progress.update(done, f"loss {numbers['loss']:.4f}")
 
     def _save(self, done: int) -> None:
