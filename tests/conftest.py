@@ -66,6 +66,8 @@ CLASSES = ("discs", "squares", "stripes")
 RUNTIME = RuntimeConfig(device="cpu", threads=2)  # sums depend on the number of threads in their last bits
 Run = Callable[[str, Section, dict[str, Path]], Path]
 """Takes the name of a stage, its settings, and artifacts by name; gives the folder that was filled."""
+Once = Callable[[str, Callable[[Path], None]], Path]
+"""Takes the name of a folder that all workers share and a function that fills it; gives the folder."""
 
 
 def draw(kind: str, number: int, size: int = 40) -> Image.Image:
@@ -84,7 +86,7 @@ def draw(kind: str, number: int, size: int = 40) -> Image.Image:
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """A function that fills a folder in the first worker that asks for it; the others wait and share it."""
     base = tmp_path_factory.getbasetemp()
     shared = base if ALONE else base.parent
@@ -104,7 +106,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 
 
 @pytest.fixture(scope="session")
-def image_root(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+def image_root(once: Once) -> Path:
     """Three classes of 15 PNG images of 40 px. Tests must not write to them."""
 
     def fill(root: Path) -> None:
@@ -172,9 +174,7 @@ def _call(entry: tuple[str, str], config: Section, inputs: dict[str, Path], outp
 
 
 @pytest.fixture(scope="session")
-def tiny_artifacts(
-    tiny_settings: Settings, image_root: Path, once: Callable[[str, Callable[[Path], None]], Path]
-) -> dict[str, Path]:
+def tiny_artifacts(tiny_settings: Settings, image_root: Path, once: Once) -> dict[str, Path]:
     """Finished artifacts of all stages up to `sample`, made one after the other. Tests must not write to them."""
     names = [name for name in STAGES if name != "evaluate"]
 

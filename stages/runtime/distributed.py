@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -129,29 +126,6 @@ def start_max(values: Sequence[int]) -> Callable[[], list[int]]:
         return numbers
 
     return result
-
-
-class Heap:
-    """Keeps the heap of a training at about the size that it has after its first steps (Linux).
-
-    Batches of patches change their shape at every step. This fragments the heap: a process that needs one gigabyte
-    grows to four. Pages that are given back cost time when they are needed again, so they are kept until it has grown.
-    """
-
-    _GROWTH = 1.25
-
-    def __init__(self) -> None:
-        self._usual: int | None = None
-
-    def trim(self) -> None:
-        """Return the allocator's free pages to the system if the process has grown. Call it between steps."""
-        if sys.platform != "linux":
-            return
-        size = psutil.Process().memory_info().rss
-        if self._usual is None:
-            self._usual = size
-        elif size > self._GROWTH * self._usual:
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _device(runtime: RuntimeConfig) -> torch.device:

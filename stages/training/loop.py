@@ -27,7 +27,6 @@ from conf.runtime import RuntimeConfig
 from conf.section import TrainingConfig
 from stages.runtime.artifact import RECORD
 from stages.runtime.distributed import (
-    Heap,
     World,
     all_reduce_sum,
     barrier,
@@ -35,6 +34,7 @@ from stages.runtime.distributed import (
     own_gradients,
 )
 from stages.runtime.errors import ArtifactError, Interrupted
+from stages.runtime.heap import Heap
 from stages.runtime.interruption import Interruption
 from stages.runtime.prefetch import prefetch
 from stages.runtime.progress import Progress

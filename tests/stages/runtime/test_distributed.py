@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 
-import psutil
 import pytest
 import torch
 from torch import nn
 
 from conf.runtime import RuntimeConfig
-from stages.runtime.distributed import Heap, World, data_parallel, own_gradients, process_group, start_max
+from stages.runtime.distributed import World, data_parallel, own_gradients, process_group, start_max
 from stages.runtime.errors import InputError
 
 
@@ -42,18 +40,3 @@ def test_alone_nothing_is_wrapped_and_its_own_numbers_are_the_largest() -> None:
         module(torch.ones(1, 2)).sum().backward()
     assert module.weight.grad is not None
     assert start_max([3, -4])() == [3, -4]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs malloc_trim")
-def test_free_pages_are_kept_until_the_heap_has_grown() -> None:
-    def holding(pieces: int) -> int:
-        """Allocate small pieces, free them all but the last, and return the bytes that are left."""
-        held = [bytearray(100_000) for _ in range(pieces)]
-        del held[:-1]
-        heap.trim()
-        return psutil.Process().memory_info().rss
-
-    heap, before = Heap(), psutil.Process().memory_info().rss
-    usual = holding(100)
-    grown = holding(before // 100_000)
-    assert grown < 1.1 * usual
