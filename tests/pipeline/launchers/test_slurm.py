@@ -51,6 +51,15 @@ def attempts(folder: Path) -> int:
     return (folder / "record/log.txt").read_text().count(ATTEMPT)
 
 
+def attach_and_finish(tiny: Any, number: int) -> None:
+    """Run `alpha` again while its job works: the run attaches to the job, which makes it in one attempt."""
+    second = tiny.start("alpha")
+    assert second.stderr.readline().startswith(f"attached to Slurm job {number}, which is making alpha-")
+    open_gate(tiny)
+    assert second.communicate()[0].strip() == "ran"
+    assert attempts(tiny.run("alpha").path) == 1
+
+
 def test_a_job_makes_the_artifact_and_leaves_its_script(jobs: Any) -> None:
     result = jobs.run("alpha")
     assert (result.state, json.loads((result.path / "number.json").read_text())) == ("ran", 2)
@@ -74,12 +83,7 @@ def test_a_killed_launcher_costs_nothing_and_the_next_one_attaches(jobs: Any, cl
         )
     garbage = find_garbage(jobs.settings(), jobs.runtime, {}, older_than_s=-60, project=jobs.project).garbage
     assert [entry.path for entry in garbage] == []
-    second = jobs.start("alpha")
-    assert second.stderr is not None
-    assert second.stderr.readline().startswith(f"attached to Slurm job {number}, which is making alpha-")
-    open_gate(jobs)
-    assert second.communicate()[0].strip() == "ran"
-    assert attempts(jobs.run("alpha").path) == 1
+    attach_and_finish(jobs, number)
 
 
 def test_a_job_that_ended_while_nobody_looked_is_committed(jobs: Any, cluster: Cluster) -> None:
@@ -96,9 +100,9 @@ def test_a_job_is_found_by_its_name_if_its_number_was_never_written(jobs: Any, c
     launcher, work = start(jobs)
     launcher.kill()
     launcher.communicate()
+    (number,) = cluster.jobs()
     (work / "record/slurm.json").unlink()
-    open_gate(jobs)
-    assert attempts(jobs.run("alpha").path) == 1
+    attach_and_finish(jobs, number)
 
 
 def test_ctrl_c_cancels_the_job_and_a_rerun_goes_on(jobs: Any, cluster: Cluster) -> None:
