@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import cluster, doctor, measure, patches, plan, run, sample, upkeep
-from pipeline.cli.failures import describe_failure
-from pipeline.cli.streams import READER_LEFT, drop_output, open_streams
+from pipeline.cli.failures import FAILURE, describe_failure
+from pipeline.cli.streams import drop_output, open_streams, use_utf8
 from pipeline.launchers.inherited import forget_other_launchers
 
 logger = logging.getLogger("pipeline")
@@ -37,9 +37,6 @@ def run_command(arguments: Sequence[str]) -> int:
     forget_other_launchers()
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="dpar", standalone_mode=False)
-    except BrokenPipeError:
-        drop_output()
-        return READER_LEFT
     except Exception as error:
         if logger.isEnabledFor(logging.DEBUG):
             traceback.print_exception(error)
@@ -53,13 +50,14 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the command `dpar`."""
+    use_utf8()
     open_streams()
     code = run_command(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except OSError:  # nobody reads it any more, or the disk of a file is full
+    except OSError:  # nobody reads it any more, or the disk is full
         drop_output()
-        code = code or READER_LEFT
+        code = code or FAILURE
     sys.exit(code)
 
 

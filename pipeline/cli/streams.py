@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 from typing import TextIO
 
-READER_LEFT = 128 + signal.SIGPIPE  # exit code when nobody reads the output any more, as of other programs
+
+def use_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode if the locale has another encoding: names of files are UTF-8."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def open_streams() -> None:

@@ -89,7 +89,8 @@ class Process:
     @property
     def torchrun(self) -> list[str]:
         """Command line of torchrun, without how the machines meet and what runs."""
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={self.nodes}"]
+        module = "torch.distributed.run" if self.nodes > 1 else "stages.runtime.torchrun"
+        command = [sys.executable, "-m", module, f"--nnodes={self.nodes}"]
         # Without a folder of its own, torchrun leaves an empty one in /tmp.
         return [*command, f"--nproc-per-node={self.per_node}", f"--log-dir={self.rendezvous / 'logs'}"]
 
