@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from conf.places import Place
 from conf.section import NOT_IN_KEY, Probability, Section
 
 
@@ -18,7 +18,7 @@ class DatasetConfig(Section):
         description="Layout of the images: `image_folder`, root/<class>/<image>; `imagenet_tar`, ImageNet's class "
         "tars in a tar or in a folder; `twemoji`, emoji from the installed package.",
     )
-    root: Path | None = Field(
+    root: Place | None = Field(
         None,
         description="Folder of the class folders or class tars, or the tar of the class tars.",
         json_schema_extra=NOT_IN_KEY,

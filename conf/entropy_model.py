@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from conf.places import Place
 from conf.section import NOT_IN_KEY, Probability, Section, Seed, TrainingConfig
-from conf.sizes import named_size
+from conf.sizes import FromFields, named_size
 from models.config import (
     GPT_SIZES,
     GPTSize,
@@ -21,13 +22,13 @@ class EntropyModelConfig(Section):
     source: Literal["train", "checkpoint"] = Field(
         "train", description="Train on the tokens of the dataset, or import weights, e.g. those of another dataset."
     )
-    checkpoint: Path | None = Field(
+    checkpoint: Place | None = Field(
         None,
         description="Weights to import, model.safetensors of an entropy_model artifact whose tokens have the same "
         "tokenizer; not read when training.",
         json_schema_extra=NOT_IN_KEY,
     )
-    model: GPTSize = Field(
+    model: Annotated[GPTSize, FromFields] = Field(
         default_factory=lambda: GPT_SIZES["B"], description="Size of the model: a name (T, B, L …) or its numbers."
     )
     training: TrainingConfig = Field(

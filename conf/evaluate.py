@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from conf.places import Place
 from conf.section import NOT_IN_KEY, Section, Seed
 
 
@@ -18,7 +18,7 @@ class EvaluateConfig(Section):
         description="Network that computes features: EfficientNet-Lite0 from the demo packages, or FID's Inception "
         "from a weights file.",
     )
-    weights: Path | None = Field(
+    weights: Place | None = Field(
         None, description="Weights file of the Inception network.", json_schema_extra=NOT_IN_KEY
     )
     input_size: int = Field(

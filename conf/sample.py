@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, Strict, model_validator
 
 from conf.boundary_sources import BOUNDARY_SOURCES, BoundarySource
 from conf.section import Precision, Section, Seed
@@ -23,7 +23,7 @@ class SampleConfig(Section):
     cfg_schedule: Schedule = Field(
         "constant", description="Scale over an image: constant, or linear from 1 at the first token to cfg_scale."
     )
-    cfg_interval: tuple[NonNegativeInt, PositiveInt] | None = Field(
+    cfg_interval: Annotated[tuple[NonNegativeInt, PositiveInt], Strict(False)] | None = Field(
         None, description="Tokens of an image that are guided, [first, last + 1]; null guides all."
     )
     temperature: float = Field(1.0, gt=0, description="Divisor of the logits.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, Strict, model_validator
 
 # Not in the key: paths (their content digest is) and settings without effect on results.
 NOT_IN_KEY: dict[str, Any] = {"in_key": False}
@@ -16,9 +16,9 @@ Seed = Annotated[
 
 
 class Section(BaseModel):
-    """Base of all sections. Unknown settings are errors; values cannot be changed."""
+    """Base of all sections. Unknown settings and values of another kind are errors; values cannot be changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -56,7 +56,7 @@ class TrainingConfig(Section):
         description="Learning rate after the warm-up: `constant`; `cosine`, down to zero; or NPP's `linear_tail`, down "
         "to a tenth over the last fifth of the steps, after a warm-up whose first step has rate 0.",
     )
-    betas: tuple[Probability, Probability] = Field(
+    betas: Annotated[tuple[Probability, Probability], Strict(False)] = Field(
         (0.9, 0.95), description="AdamW's decay rates of the moving averages of gradients and their squares."
     )
     weight_decay: float = Field(

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import GetCoreSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, core_schema
 
 from models.config import GPT_SIZES, DPARSize
+
+
+class FromFields:
+    """Annotation of a field that holds a dataclass of `models.config`: its fields are as strict as a section's."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Build the dataclass from a mapping first."""
+        return core_schema.no_info_before_validator_function(lambda value: _built(kind, value), handler(kind))
+
+
+def _built(kind: Any, value: Any) -> Any:
+    """A dataclass from its fields, as JSON has them: lists for tuples. Anything but a mapping is left as it is."""
+    return _adapter(kind).validate_json(json.dumps(value), strict=True) if isinstance(value, dict) else value
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def gpt_size_name(dim: int, num_layers: int) -> str | None:
@@ -32,5 +54,5 @@ def named_size(size: Any, sizes: Mapping[str, Any]) -> Any:
 def gpt_size(size: Any) -> Any:
     """The same for a GPT, where a DPAR size stands for the GPT of its width and of as many layers in all."""
     if isinstance(size, dict) and "global_layers" in size:
-        size = TypeAdapter(DPARSize).validate_python(size)
+        size = _built(DPARSize, size)
     return size.as_gpt() if isinstance(size, DPARSize) else named_size(size, GPT_SIZES)

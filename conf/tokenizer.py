@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from conf.places import Place
 from conf.section import NOT_IN_KEY, Section, Seed, TrainingConfig
+from conf.sizes import FromFields
 from models.config import (
     SMALLEST_JUDGED_IMAGE,
     VQConfig,
@@ -20,12 +21,14 @@ class TokenizerConfig(Section):
     source: Literal["checkpoint", "train"] = Field(
         "checkpoint", description="Import weights, or train on the images of the dataset."
     )
-    checkpoint: Path | None = Field(
+    checkpoint: Place | None = Field(
         None,
         description="Weights to import, a LlamaGen .pt or safetensors; not read when training.",
         json_schema_extra=NOT_IN_KEY,
     )
-    model: VQConfig = Field(default_factory=VQConfig, description="Shape of the VQ model; the default is VQ-16.")
+    model: Annotated[VQConfig, FromFields] = Field(
+        default_factory=VQConfig, description="Shape of the VQ model; the default is VQ-16."
+    )
     image_size: int = Field(256, ge=16, le=1024, description="Side of the training crops, pixels.")
     training: TrainingConfig = Field(
         default_factory=lambda: TrainingConfig(steps=400_000, global_batch_size=128, weight_decay=0.0),

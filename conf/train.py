@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, ModelWrapValidatorHandler, PositiveInt, field_validator, model_validator
 
 from conf.entropy_head import HeadChoice
+from conf.places import Place
 from conf.section import NOT_IN_KEY, Probability, Section, Seed, TrainingConfig
-from conf.sizes import gpt_size, named_size
+from conf.sizes import FromFields, gpt_size, named_size
 from models.config import (
     DPAR_SIZES,
     GPT_SIZES,
@@ -55,7 +56,7 @@ class TrainConfig(Section):
         if isinstance(data, TrainConfig) or not isinstance(data, dict):
             return handler(data)
         family = data.get("family", cls.model_fields["family"].default)
-        section = FAMILIES.get(family)
+        section = FAMILIES.get(family) if isinstance(family, str) else None
         if section is None:
             raise ValueError(f"train.family is {family!r}, expected one of {', '.join(FAMILIES)}")
         if cls is TrainConfig:
@@ -133,7 +134,7 @@ class DPARSettings(TransformerSettings):
 
     family: Literal["dpar"] = Field("dpar", description="DPAR on patches.")
     source: Literal["train"] = Field("train", description="There are no weights of DPAR to import.")
-    model: DPARSize = Field(
+    model: Annotated[DPARSize, FromFields] = Field(
         default_factory=lambda: DPAR_SIZES["B"], description="A name (B, L, XL …) or the size itself."
     )
     position_embedding: PositionEmbedding = Field(
@@ -176,12 +177,12 @@ class LlamaGenSettings(TransformerSettings):
 
     family: Literal["llamagen"] = Field("llamagen", description="LlamaGen: a transformer on tokens.")
     source: Literal["train", "checkpoint"] = Field("train", description="Train, or import LlamaGen's released weights.")
-    checkpoint: Path | None = Field(
+    checkpoint: Place | None = Field(
         None,
         description="Weights to import, a LlamaGen .pt or safetensors; not read when training.",
         json_schema_extra=NOT_IN_KEY,
     )
-    model: GPTSize = Field(
+    model: Annotated[GPTSize, FromFields] = Field(
         default_factory=lambda: GPT_SIZES["B"],
         description="A name (B, L, XL …) or the size itself; a DPAR size stands for its width and all its layers.",
     )
@@ -217,7 +218,7 @@ class NPPSettings(LlamaGenSettings):
     family: Literal["npp"] = Field(  # type: ignore[assignment]
         "npp", description="LlamaGen trained by Next Patch Prediction."
     )
-    npp: NextPatchSchedule = Field(
+    npp: Annotated[NextPatchSchedule, FromFields] = Field(
         default_factory=NextPatchSchedule,
         description="Schedule of Next Patch Prediction: from blocks of tokens to single ones.",
     )

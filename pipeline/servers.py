@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
+from conf.environment import as_variables
 from conf.runtime import RuntimeConfig
+from pipeline.databases import sqlite_address
 from pipeline.processes import HOST, Service, answers, fetch, free_port, listener, start, wait_until
 from stages.runtime.artifact import read_json, write_json
 from stages.runtime.errors import InputError
@@ -56,12 +58,15 @@ def server_folder(runtime: RuntimeConfig) -> Path:
 
 def mlflow_uri(runtime: RuntimeConfig) -> str:
     """URI of the MLflow store."""
-    return runtime.tracking_uri or f"sqlite:///{server_folder(runtime) / 'mlflow.db'}"
+    return runtime.tracking_uri or sqlite_address(server_folder(runtime) / "mlflow.db")
 
 
 def environment(runtime: RuntimeConfig) -> dict[str, str]:
     """Environment variables for Prefect and MLflow, to be set before either is imported. Existing variables win."""
-    home = {"PREFECT_HOME": str(server_folder(runtime) / "prefect"), "PREFECT_RUNNER_POLL_FREQUENCY": "2"}
+    folder = server_folder(runtime) / "prefect"
+    home = {"PREFECT_HOME": str(folder), "PREFECT_RUNNER_POLL_FREQUENCY": "2"}
+    if "PREFECT_HOME" not in os.environ:  # Prefect does not quote the path in its default
+        home["PREFECT_API_DATABASE_CONNECTION_URL"] = sqlite_address(folder / "prefect.db", "aiosqlite")
     return _QUIET | home | os.environ
 
 
@@ -175,18 +180,9 @@ def _start_mlflow(runtime: RuntimeConfig, port: int) -> Service:
 
 def _start_runs(runtime: RuntimeConfig, prefect_port: int) -> Service:
     command = [sys.executable, "-c", "from pipeline.serving.flows import serve; serve()"]
-    variables = {"PREFECT_API_URL": f"http://{HOST}:{prefect_port}/api"} | _as_variables(runtime)
+    variables = {"PREFECT_API_URL": f"http://{HOST}:{prefect_port}/api"} | as_variables(runtime)
     log = server_folder(runtime) / "runs.log"
     return start("runs", command, environment(runtime) | variables, log, die_with_parent=False)
-
-
-def _as_variables(runtime: RuntimeConfig) -> dict[str, str]:
-    """Runtime settings as `DPAR_*` variables, for runs started from Prefect's page."""
-    values = runtime.model_dump(mode="json", exclude_none=True) | {"home": str(runtime.home.absolute())}
-    return {
-        f"DPAR_{name.upper()}": json.dumps(value) if isinstance(value, dict) else str(value)
-        for name, value in values.items()
-    }
 
 
 def _polled_since(prefect_port: int, deployment: str, since: float) -> bool:

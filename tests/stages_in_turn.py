@@ -6,11 +6,12 @@ import importlib
 import os
 from pathlib import Path
 
+from conf.environment import INIT_METHOD
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
 from conf.section import Section
 from pipeline.graph import STAGES
-from stages.runtime.job import INIT_METHOD, Inputs, Job, main
+from stages.runtime.job import Inputs, Job, main
 
 
 class InTurn(Section):

@@ -128,7 +128,7 @@ def warnings(budget: Budget, home: Path) -> Iterator[str]:
         if stage.micro_batch == 0:
             yield (
                 f"{stage.stage} needs {needed} for one image at a time and {name}: choose a larger card, or try "
-                "DPAR_CHECKPOINT_ACTIVATIONS=1, which is not planned here"
+                "DPAR_CHECKPOINT_ACTIVATIONS=true, which is not planned here"
             )
         elif stage.micro_batch is None and stage.device > memory:
             yield f"{stage.stage} needs {needed} and {name}: lower {stage.stage}.batch_size"

@@ -15,7 +15,8 @@ from typing import Any
 
 from pipeline.cache import code_reader, fingerprint, module_code
 from pipeline.cache.fingerprint import Code, Fingerprint, Place
-from stages.runtime.artifact import read_json, write_json
+from pipeline.cache.memory import remember
+from stages.runtime.artifact import read_json
 
 
 class CodeMemory:
@@ -36,7 +37,7 @@ class CodeMemory:
         fresh = self._code.fingerprint(entry)
         modules = {module: self._metadata(module) for module in self._code.looked_up}
         entries[name] = {"modules": modules, **asdict(fresh)}
-        write_json(self._path, entries)
+        remember(self._path, entries)
         return fresh
 
     def _known(self, entry: Any) -> Fingerprint | None:

@@ -13,9 +13,10 @@ from typing import Any
 from conf.schema import Settings
 from conf.section import Section
 from pipeline.cache.listing import scan
+from pipeline.cache.memory import remember
 from pipeline.graph import Stage
 from stages.images.sources import image_root
-from stages.runtime.artifact import file_sha256, read_json, write_json
+from stages.runtime.artifact import file_sha256, read_json
 from stages.runtime.errors import InputError
 
 MEMORY = ".digests.json"
@@ -85,7 +86,7 @@ def _weights_digest(path: Path, home: Path, *, deep: bool) -> str:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     entry = {"metadata": metadata, "digest": digest}
     if entry != known:
-        write_json(home / MEMORY, memory | {place: entry})
+        remember(home / MEMORY, memory | {place: entry})
     return digest
 
 

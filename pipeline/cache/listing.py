@@ -177,10 +177,15 @@ def _read(home: Path) -> dict[str, Any]:
 
 @contextmanager
 def _memory(home: Path) -> Iterator[dict[str, Any]]:
-    """The remembered state, locked for an update: it is written back when the block ends."""
+    """The remembered state, locked for an update: it is written back when the block ends, if home can be written."""
     lock = home / _LOCK
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("ab") as file:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("ab")
+    except OSError:
+        yield _read(home)
+        return
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         memory = _read(home)
         yield memory

@@ -11,7 +11,9 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import cluster, doctor, measure, patches, plan, run, sample, upkeep
-from pipeline.cli.failures import describe_failure
+from pipeline.cli.failures import FAILURE, describe_failure
+from pipeline.cli.streams import drop_output, open_streams, use_utf8
+from pipeline.launchers.inherited import forget_other_launchers
 
 logger = logging.getLogger("pipeline")
 INTERRUPTED = 130
@@ -32,6 +34,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code. An error is printed as one line on standard error."""
+    forget_other_launchers()
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="dpar", standalone_mode=False)
     except Exception as error:
@@ -47,7 +50,15 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the command `dpar`."""
-    sys.exit(run_command(sys.argv[1:]))
+    use_utf8()
+    open_streams()
+    code = run_command(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more, or the disk is full
+        drop_output()
+        code = code or FAILURE
+    sys.exit(code)
 
 
 if __name__ == "__main__":

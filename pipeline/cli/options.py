@@ -21,7 +21,7 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="STAGE.FIELD=VALUE",
-        help="Override one setting; repeatable.",
+        help="Override one setting, its value in JSON or as plain text; repeatable.",
         default_factory=list,
         show_default=False,
     ),

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from conf.places import expanded
 from pipeline.cli import display
 from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, load, show_json
 from pipeline.graph import STAGES, inputs_read
@@ -34,7 +35,11 @@ def patches(
     overrides: Overrides,
     compare: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Another entropy_map artifact of the same tokens, to correlate with."),
+        typer.Option(
+            parser=expanded,
+            metavar="FOLDER",
+            help="Another entropy_map artifact of the same tokens, to correlate with.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -32,6 +32,7 @@ from pipeline.cli.options import (
     show_json,
 )
 from pipeline.graph import STAGES
+from pipeline.home import require_writable
 from pipeline.plan import StageStatus, cached_paths, explain, plan
 from pipeline.report import collect, numbers
 from pipeline.runner import run_stage
@@ -62,6 +63,7 @@ def run(
         _show_statuses(statuses, as_json)
         return
     if any(status.state != "cached" for status in statuses):
+        require_writable(runtime.home)
         _warn(settings, runtime, preset, [status.stage for status in statuses if status.state != "cached"])
         from pipeline.serving.local import run_pipeline
 
@@ -103,6 +105,8 @@ def stage(
     if dry_run:
         _show_statuses(statuses, as_json)
         return
+    if force or any(status.state != "cached" for status in statuses):
+        require_writable(runtime.home)
     _warn(settings, runtime, preset, [status.stage for status in statuses if status.state != "cached"])
     with display.make_screen(display.make_console(stderr=as_json)) as screen:
         run_stage(STAGES[name], settings, runtime, force=force, observer=screen)

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from conf.places import expanded
 from pipeline.cli import display
 from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, load, show_json
 from pipeline.graph import STAGES, inputs_read
@@ -31,15 +32,17 @@ def sample(
         str | None, typer.Option(metavar="A,B,...", help="Class numbers or names; default: all.")
     ] = None,
     count: Annotated[int, typer.Option("--n", min=1, max=MAX_IMAGES, help="Number of images to sample.")] = 16,
-    seed: Annotated[int | None, typer.Option(metavar="SEED", help="Same as sample.seed.")] = None,
-    cfg_scale: Annotated[float | None, typer.Option(metavar="SCALE", help="Same as sample.cfg_scale.")] = None,
+    seed: Annotated[str | None, typer.Option(metavar="SEED", help="Same as sample.seed.")] = None,
+    cfg_scale: Annotated[str | None, typer.Option(metavar="SCALE", help="Same as sample.cfg_scale.")] = None,
     boundaries: Annotated[str | None, typer.Option(metavar="SOURCE", help="Same as sample.boundaries.")] = None,
     patches: Annotated[bool, typer.Option("--patches", help="Outline the patches.")] = False,
-    init: Annotated[Path | None, typer.Option(metavar="IMAGE", help="Image to continue.")] = None,
+    init: Annotated[Path | None, typer.Option(parser=expanded, metavar="IMAGE", help="Image to continue.")] = None,
     keep_rows: Annotated[
         int | None, typer.Option(metavar="K", help="Token rows of that image to keep; default: half.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="PNG", help="Where to write the picture.")] = Path("samples.png"),
+    out: Annotated[Path, typer.Option(parser=expanded, metavar="PNG", help="Where to write the picture.")] = Path(
+        "samples.png"
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Sample a few images, or continue a real image.
@@ -80,10 +83,11 @@ def export(
     ablation: Ablation = None,
     overrides: Overrides,
     npz: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Write one array arr_0, the format of ADM's evaluator.")
+        Path | None,
+        typer.Option(parser=expanded, metavar="PATH", help="Write one array arr_0, the format of ADM's evaluator."),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write one PNG per image into a new folder.")
+        Path | None, typer.Option(parser=expanded, metavar="FOLDER", help="Write one PNG per image into a new folder.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -11,6 +11,7 @@ from conf.load import load_settings, names
 from pipeline import garbage, upkeep
 from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, StageName, load, show_json
 from pipeline.graph import STAGES
+from pipeline.home import require_writable
 from pipeline.selection import known_stage
 from pipeline.text import size
 
@@ -107,6 +108,7 @@ def up(*, overrides: Overrides) -> None:
     from pipeline import servers
 
     _, runtime = load(overrides=overrides)
+    require_writable(runtime.home)
     typer.echo("starting the servers; this can take a minute", err=True)
     addresses = servers.up(runtime)
     typer.echo(f"Prefect  {addresses.prefect}\nMLflow   {addresses.mlflow}\nstop them with `dpar down`")

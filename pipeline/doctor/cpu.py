@@ -59,7 +59,7 @@ def check_compiler(runtime: RuntimeConfig, facts: TorchFacts, environment: Mappi
     if found is not None:
         return ok("C++ compiler", found)
     if runtime.compile:
-        return blocker("C++ compiler", "none, and runtime.compile is on", "install g++, or set DPAR_COMPILE=0")
+        return blocker("C++ compiler", "none, and runtime.compile is on", "install g++, or set DPAR_COMPILE=false")
     if runtime.compile is None and facts.devices:
         return warning("C++ compiler", "none: training is not compiled", "install g++ for faster steps")
     return ok("C++ compiler", "none: torch.compile cannot be used")

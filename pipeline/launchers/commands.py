@@ -13,11 +13,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.environment import INIT_METHOD
 from stages.runtime.artifact import RECORD, remove_partials
-from stages.runtime.job import ERROR_FILE, INIT_METHOD, Job
+from stages.runtime.job import ERROR_FILE, Job
 
 JOB_FILE, TORCHRUN = "job.json", "torchrun"  # in the record folder, while the process runs
-_QUIET = {"DO_NOT_TRACK": "true", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+_QUIET = {
+    "DO_NOT_TRACK": "true",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONSAFEPATH": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONUTF8": "1",  # names of files and log.txt do not depend on the locale
+}
 # Ragged batches have a new shape at every step. By default oneDNN keeps kernels of the last 1024 shapes, which takes
 # gigabytes; 128 are enough for the fixed shapes of a model. On a GPU they fragment the memory of torch's allocator.
 _RAGGED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
@@ -82,7 +89,8 @@ class Process:
     @property
     def torchrun(self) -> list[str]:
         """Command line of torchrun, without how the machines meet and what runs."""
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={self.nodes}"]
+        module = "torch.distributed.run" if self.nodes > 1 else "stages.runtime.torchrun"
+        command = [sys.executable, "-m", module, f"--nnodes={self.nodes}"]
         # Without a folder of its own, torchrun leaves an empty one in /tmp.
         return [*command, f"--nproc-per-node={self.per_node}", f"--log-dir={self.rendezvous / 'logs'}"]
 
@@ -91,14 +99,7 @@ class Process:
         if self.per_node == 1:
             return [sys.executable, "-m", *self.arguments]
         meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.rendezvous / 'agents'}", "--local-addr=127.0.0.1"]
-        return [
-            *self.torchrun,
-            *meeting,
-            "--rdzv-conf=store_type=file",
-            "--local-addr=127.0.0.1",
-            "-m",
-            *self.arguments,
-        ]
+        return [*self.torchrun, *meeting, "--rdzv-conf=store_type=file", "-m", *self.arguments]
 
     def environment(self) -> dict[str, str]:
         """Variables that are set for the process, over those that it inherits."""
@@ -116,7 +117,7 @@ class Process:
         found = {INIT_METHOD: f"file://{self.rendezvous / 'ranks'}"}
         found["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # otherwise torchrun opens a port for the processes
         if sys.platform == "linux":
-            found |= {name: os.environ.get(name, "lo") for name in _INTERFACES}
+            found |= {name: os.environ.get(name) or "lo" for name in _INTERFACES}
         return found
 
 

@@ -31,7 +31,7 @@ def manifest(process: Process, runtime: RuntimeConfig) -> dict[str, Any]:
         if not any(path.is_relative_to(folder) for folder in settings.claims.values()):
             raise InputError(
                 f"{path} is in no volume claim of runtime.kubernetes.claims, found {_shown(settings.claims)}: "
-                "give the claim that holds it, e.g. runtime.kubernetes.claims={data: /data}"
+                "give the claim that holds it, e.g. runtime.kubernetes.claims.data=/data"
             )
     variables = {name: value for name, value in process.environment().items() if name != "PYTHONPATH"}  # the image's
     trainer: dict[str, Any] = {

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from pipeline.launchers.commands import Process
 from pipeline.launchers.failure import failure
+from pipeline.launchers.inherited import inherited
 from pipeline.launchers.progress import OnProgress, ProgressFile
 from pipeline.processes import parent_death_hook
 
@@ -44,7 +45,7 @@ def run(process: Process, *, locks: Sequence[int], on_progress: OnProgress) -> N
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | process.environment() | process.meeting(),
+                env=inherited() | process.environment() | process.meeting(),
                 pass_fds=locks,
                 start_new_session=True,
                 preexec_fn=parent_death_hook(),

@@ -7,19 +7,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from conf.environment import INIT_METHOD
 from conf.runtime import RuntimeConfig
 from models.attention import use_backend
 from stages.runtime.cores import available_cores
 from stages.runtime.errors import InputError
-from stages.runtime.job import INIT_METHOD
 
 _TIMEOUT = timedelta(minutes=30)
+FILE = "file://"  # begins the value of INIT_METHOD
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def process_group(runtime: RuntimeConfig) -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         dist.init_process_group(
             backend,
-            init_method=os.environ.get(INIT_METHOD),
+            store=_meeting_file(size),
             rank=rank,
             world_size=size,
             timeout=_TIMEOUT,
@@ -67,6 +69,19 @@ def process_group(runtime: RuntimeConfig) -> Iterator[World]:
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def _meeting_file(size: int) -> Any:
+    """A store in the file where the processes of one machine meet; None for several, which meet at MASTER_ADDR.
+
+    torch would read a path in an address only up to a `?` or `#`.
+    """
+    address = os.environ.get(INIT_METHOD)
+    if address is None:
+        return None
+    store = dist.FileStore(address.removeprefix(FILE), size)  # type: ignore[attr-defined]
+    store.set_timeout(_TIMEOUT)
+    return store
 
 
 def data_parallel(objective: nn.Module, world: World) -> nn.Module:

@@ -29,9 +29,6 @@ Inputs = Mapping[str, Path]
 Config = TypeVar("Config", bound=Section)
 StageFunction = Callable[[Config, Inputs, Path, RuntimeConfig], None]
 ERROR_FILE = Path(RECORD) / "error.json"
-INIT_METHOD = (
-    "DPAR_INIT_METHOD"  # variable: where the processes meet, as torch.distributed takes it; unset is MASTER_ADDR
-)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -66,7 +63,7 @@ def main(function: StageFunction[Config], config_type: type[Config]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--job", type=Path, required=True)
     job = Job.read(parser.parse_args().job)
-    runtime = RuntimeConfig(**job.runtime)
+    runtime = RuntimeConfig.model_validate(job.runtime)
     rank = int(os.environ.get("RANK", "0"))
     _configure_logging(rank, runtime)
     _die_with_parent()

@@ -58,7 +58,16 @@ def test_keys_see_a_sections_seed_wherever_it_came_from() -> None:
         ("seed=-1", "seed: .*greater than or equal to 0, found -1"),
         ("train.seed=9223372036854775808", "train.seed: .*less than 9223372036854775808"),
         ("patch_index.threshold", "expected stage.field=value"),
-        ("patch_index.threshold=[1", "not YAML"),
+        ("patch_index.threshold=[1", r"patch_index.threshold: expected a decimal number .* or null, found '\[1'"),
+        ("train.training.steps=1e3", "train.training.steps: expected a whole number such as 10, found '1e3'"),
+        ("train.training.steps=010", "found '010'"),
+        ("patch_index.row_boundary=yes", "patch_index.row_boundary: expected true or false, found 'yes'"),
+        ("train.model.global_layers=08", "train.model.global_layers: expected a whole number"),
+        ("sample.cfg_interval=[a, b]", "sample.cfg_interval: expected JSON, with strings in double quotes"),
+        ("train.training.steps=null", "train.training.steps: .*found None"),
+        ("train.family=null", "train.family is 'null', expected one of dpar"),
+        ("runtime.processes=0", "runtime.processes: .*greater than 0"),
+        ("runtime.checkpoint_minutes=1e400", "runtime.checkpoint_minutes: expected a decimal number"),
         ("runtime.device=tpu", "device.*found 'tpu'"),
     ],
 )
@@ -165,11 +174,50 @@ def test_every_ablation_changes_the_demo(ablation: str) -> None:
     assert describe("ablation", ablation).endswith(".")
 
 
-def test_environment_sets_runtime_settings_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DPAR_HOME", str(tmp_path))
-    monkeypatch.setenv("DPAR_SEED", "9")
-    monkeypatch.setenv("DPAR_TRAIN", '{"dropout": 0.5}')
-    settings, runtime = load_settings()
-    assert runtime.home == tmp_path
-    assert settings.seed == settings.train.seed == 0
-    assert settings.train.dropout == 0.1
+@pytest.mark.parametrize("family", ["dpar", "llamagen", "npp"])
+def test_a_text_is_read_as_the_field_of_the_chosen_family_says(family: str) -> None:
+    own = {"dpar": "train.entropy_head.weight=2", "llamagen": "train.source=train", "npp": "train.npp.rate=0.25"}[
+        family
+    ]
+    load_settings(overrides=[own, f"train.family={family}"])
+    with pytest.raises(SettingsError, match=r"train\.model\.dim: expected a whole number such as 10, found '0x40'"):
+        load_settings(overrides=["train.model.dim=0x40", f"train.family={family}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {training: {steps: 010}}", "train.training.steps: Input should be a valid integer, found '010'"),
+        ("train: {training: {steps: '9'}}", "train.training.steps: Input should be a valid integer, found '9'"),
+        ("train: {training: {steps: 9.0}}", "train.training.steps: Input should be a valid integer, found 9.0"),
+        ("train: {training: {steps: true}}", "train.training.steps: Input should be a valid integer, found True"),
+        ("train: {training: {betas: [0.9, '0.95']}}", "train.training.betas.1: Input should be a valid number"),
+        ("train: {model: {dim: '64', num_heads: 2}}", "train.model.dim: Input should be a valid integer, found '64'"),
+        ("tokenizer: {model: {channels: 64.0}}", "tokenizer.model.channels: Input should be a valid integer"),
+        ("tokenizer: {model: {channel_multipliers: [1, 2.0]}}", "tokenizer.model.channel_multipliers.1: Input"),
+        ("patch_index: {row_boundary: yes}", "patch_index.row_boundary: Input should be a valid boolean, found 'yes'"),
+        ("patch_index: {row_boundary: 1}", "patch_index.row_boundary: Input should be a valid boolean, found 1"),
+        ("patch_index: {threshold: '7.8'}", "patch_index.threshold: Input should be a valid number, found '7.8'"),
+        ("sample: {labels: 1}", "sample.labels: "),
+        ("dataset: {root: 5}", "dataset.root: found 5, expected the path"),
+        ("runtime: {processes: '2'}", "runtime.processes: Input should be a valid integer, found '2'"),
+        ("runtime: 5", "runtime is 5, expected settings by name"),
+        ("train: 5", "train is 5, expected settings by name"),
+        ("train: {family: [dpar]}", r"train.family is \['dpar'\], expected one of"),
+        ("sample: [1]", "sample: "),
+        ("families: [npp]", r"families is \['npp'\], expected settings by name"),
+        ("families: {dpar: 5}", "dpar is 5, expected settings by name"),
+        ("seed: 1\nseed: 2", "line 2: seed is set twice"),
+        ("extends: [a]", "preset is \\['a'\\], expected one of"),
+    ],
+)
+def test_a_preset_with_a_value_of_another_kind_is_one_line(text: str, words: str, layers: Callable[..., None]) -> None:
+    layers(p=text)
+    with pytest.raises(SettingsError, match=words) as caught:
+        load_settings("p")
+    assert "\n" not in str(caught.value)
+
+
+def test_sections_without_settings_are_those_of_the_defaults(layers: Callable[..., None]) -> None:
+    layers(p="runtime:\nfamilies:\n")
+    assert load_settings("p")[0] == load_settings()[0]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from odd_names import ODD_NAME
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +28,7 @@ def dpar(*words: str, home: Path, images: Path, check: bool = True) -> subproces
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Path:
     """The home of a finished run."""
-    home = tmp_path_factory.mktemp("home")
+    home = tmp_path_factory.mktemp("home") / ODD_NAME
     done = dpar("run", home=home, images=image_root)
     assert "fd_lite0" in done.stdout
     return home

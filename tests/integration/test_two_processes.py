@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from odd_names import ODD_NAME
 
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
@@ -56,7 +57,8 @@ def two(
     configs: dict[str, tuple[str, Section]],
 ) -> dict[str, Path]:
     """What one process group of two has made in turn, of the finished artifacts of the tiny run and its own samples."""
-    folder = tmp_path_factory.mktemp("two")
+    folder = tmp_path_factory.mktemp("two") / ODD_NAME
+    folder.mkdir()
     runtime = RuntimeConfig(home=folder, device="cpu", processes=2)
     made = {name: folder / name for name in configs}
     jobs = []

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from conf.load import load_settings
 from conf.runtime import RuntimeConfig
 from pipeline.cache.store import Cache
 from pipeline.plan import StageStatus, plan
@@ -95,7 +96,7 @@ PROJECT = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from conf.runtime import RuntimeConfig
+from conf.load import load_settings
 from conf.section import Section
 from pipeline.graph import Stage
 from pipeline.project import Project
@@ -119,7 +120,7 @@ def settings(**values):
 
 
 def run(name, force=False, **values):
-    runtime = RuntimeConfig(home=HERE / "home")
+    _, runtime = load_settings(overrides=[f"runtime.home={HERE / 'home'}"])
     return run_stage(GRAPH[name], settings(**values), runtime, force=force, project=Project(GRAPH, HERE))
 
 
@@ -141,7 +142,7 @@ class Tiny:
 
     @property
     def runtime(self) -> RuntimeConfig:
-        return RuntimeConfig(home=self.home)
+        return load_settings(overrides=[f"runtime.home={self.home}"])[1]  # variables count too
 
     @property
     def project(self) -> Project:

@@ -144,10 +144,29 @@ def test_no_worker_outlives_a_cancel_even_if_it_ignores_sigterm(run: Run, monkey
     assert alive == []
 
 
-def test_processes_of_one_machine_meet_where_a_killed_launcher_was_and_open_no_port_to_others(
-    run: Run, tmp_path: Path
+LOOKED_UP = """import socket
+from pathlib import Path
+
+
+def slow(*name):
+    Path(__file__).with_name("looked_up").write_text(str(name))
+    raise OSError
+
+
+socket.gethostbyaddr = socket.gethostbyname = slow
+"""
+
+
+def test_processes_of_one_machine_meet_where_a_killed_launcher_was_and_need_no_host_name_and_no_port(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who reaches a port of torchrun's store runs code as this user. gloo's own sockets listen on the loopback."""
+    """Who reaches a port of torchrun's store runs code as this user. gloo's own sockets listen on the loopback.
+
+    A look-up of a host name that does not resolve takes seconds to minutes.
+    """
+    (tmp_path / "sitecustomize.py").write_text(LOOKED_UP)  # every process imports it
+    for name in ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PET_NNODES", "GROUP_RANK"):
+        monkeypatch.setenv(name, "3")
     (tmp_path / "work/record/torchrun").mkdir(parents=True)
     for name in ("agents", "ranks"):  # files of a rendezvous that never ended
         (tmp_path / "work/record/torchrun" / name).write_bytes(b"old")
@@ -155,6 +174,8 @@ def test_processes_of_one_machine_meet_where_a_killed_launcher_was_and_open_no_p
     from stages.runtime.distributed import all_reduce_sum, barrier, process_group
     with process_group(runtime) as world:
         assert all_reduce_sum(torch.ones(1)).item() == world.size == 2
+        assert os.environ["GROUP_RANK"] == "0"
+        assert not {"SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PET_NNODES"} & set(os.environ)
         if world.is_main:
             family = [psutil.Process().parent(), *psutil.Process().parent().children()]
             sockets = [socket for each in family for socket in each.net_connections() if socket.status == "LISTEN"]
@@ -162,12 +183,14 @@ def test_processes_of_one_machine_meet_where_a_killed_launcher_was_and_open_no_p
         barrier()"""
     run(body, processes=2)
     assert (tmp_path / "work/listening").read_text() == "127.0.0.1"
+    assert not (tmp_path / "looked_up").exists()
 
 
 def test_one_process_is_alone_whatever_started_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    run('assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")')
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    run('assert (os.environ["RANK"], os.environ["WORLD_SIZE"], "SLURM_PROCID" in os.environ) == ("0", "1", False)')
 
 
 def test_the_allocator_of_the_user_stays(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

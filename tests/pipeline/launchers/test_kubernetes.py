@@ -98,7 +98,7 @@ def test_the_command_needs_finished_inputs(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_command_prints_yaml(tmp_path: Path, image_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    claims = f"{{home: {tmp_path}, images: {image_root}}}"
+    claims = json.dumps({"home": str(tmp_path), "images": str(image_root)})
     overrides = [f"dataset.root={image_root}", f"runtime.home={tmp_path}", f"runtime.kubernetes.claims={claims}"]
     words = [word for override in overrides for word in ("--set", override)]
     assert run_command(["k8s", "dataset", "--preset", "tiny", *words]) == 0

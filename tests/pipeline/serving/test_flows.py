@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from odd_names import ODD_NAME
 
 from conf.runtime import RuntimeConfig
 from pipeline import servers
@@ -73,7 +74,7 @@ UNTRACKED = "runtime.tracking=false"
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Iterator[Prefect]:
     runtime = RuntimeConfig(
-        home=tmp_path_factory.mktemp("servers") / "home",
+        home=tmp_path_factory.mktemp("servers") / ODD_NAME,
         prefect_port=free_port(),
         mlflow_port=free_port(),
         device="cpu",
