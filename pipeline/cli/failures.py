@@ -40,4 +40,4 @@ def describe_failure(error: Exception) -> Failure:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.split()).encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
