@@ -15,6 +15,7 @@ from stages.runtime.errors import InputError
 from stages.runtime.regular_file import open_regular
 
 _COMPRESSED = re.compile(r"\.(?:tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+_LONGEST_PATH = 4096  # of Linux
 _ENDINGS = ", ".join(sorted(EXTENSIONS))
 
 
@@ -119,7 +120,12 @@ def _no_image(archive: Span, member: Member) -> str | None:
 
 
 def _require_inside(archive: Span, name: str) -> None:
-    """Refuse names that lead out of the folder that a tar would be unpacked into: such a tar was made to do harm."""
+    """Refuse names that no folder could hold, and those that lead out of it: such a tar was made to do harm."""
+    if len(name) > _LONGEST_PATH:
+        raise InputError(
+            f"{archive.title} holds a name of {len(name)} characters, expected at most {_LONGEST_PATH}: make the tar "
+            "again without it"
+        )
     if name.startswith("/") or ".." in name.split("/"):
         raise InputError(
             f"{archive.title} holds {name!r}, expected names below a folder: make the tar again without it"

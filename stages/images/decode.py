@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import struct
 import threading
 import warnings
 from typing import Literal
@@ -33,6 +34,7 @@ MAX_RATIO = 16  # of the sides of an image that is resized whole, whatever the s
 _RESIZED_PIXELS = 2**22  # of an image that is resized whole, whatever its ratio: up to 1 : 64 for a crop of 256 pixels
 _LARGE = 2**24  # pixels of an image that is decoded alone: several at a time would fill the memory
 PIL_PIXELS = 178_956_970  # of the largest image that PIL opens
+_MAX_SIDE = 2**20  # pixels: each row has a cost of its own
 _AT_MOST = "at most {} (dataset.max_pixels)"
 _alone = threading.Lock()
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit is `max_pixels`
@@ -73,6 +75,8 @@ def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
             pixels = image.width * image.height
             if max_pixels is not None and pixels > max_pixels:
                 raise DecodeError(f"{image.width} x {image.height} pixels, expected {_AT_MOST.format(max_pixels)}")
+            if max(image.size) > _MAX_SIDE:
+                raise DecodeError(f"{image.width} x {image.height} pixels, expected sides of at most {_MAX_SIDE}")
             with _alone if pixels > _LARGE else contextlib.nullcontext():
                 image.load()
                 return _upright(to_rgb(image, data), _orientation(image))
@@ -145,7 +149,7 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation; 1 (upright) if it is missing or damaged, because the image itself may be whole."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OSError, ArithmeticError):
+    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OSError, ArithmeticError, struct.error):
         return 1
 
 

@@ -106,6 +106,10 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "a sparse file in pax": (lambda: pax(record("GNU.sparse.major", b"1")) + header() + END, "holds a sparse file"),
     "a file of several volumes": (lambda: header(kind=b"M") + END, "is continued from another tar"),
     "a member beyond the end": (lambda: header(size=b"00000777777\0") + END, "is cut"),
+    "a name of 20,000 characters": (
+        lambda: pax(record("path", b"/" * 20_000)) + header() + END,
+        "a name of 20000 characters",
+    ),
     "an absolute name": (lambda: pack((info("/etc/x.png"), png())), "expected names below a folder"),
     "a name that leads out": (lambda: pack((info("deep/../../x.png"), png())), "expected names below a folder"),
     "an absolute name in pax": (lambda: pax(record("path", b"/x.png")) + header() + END, "expected names below"),

@@ -419,6 +419,15 @@ def test_an_image_of_more_pixels_than_allowed_is_refused_before_it_is_decoded() 
         decode(data, 599)
 
 
+@pytest.mark.timeout(20)
+def test_an_image_of_too_many_rows_is_refused_before_it_is_decoded() -> None:
+    data = bytearray(encoded(noise(1, 1)))
+    data[20:24] = struct.pack(">I", 80_000_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(DecodeError, match="1 x 80000000 pixels, expected sides of at most 1048576"):
+        decode(bytes(data))
+
+
 def test_a_format_that_is_not_read_is_named() -> None:
     file = io.BytesIO()
     noise(8, 8).save(file, "JPEG2000")
