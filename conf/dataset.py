@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from conf.places import Place
 from conf.section import NOT_IN_KEY, Probability, Section
 
+MAX_PIXELS = 178_956_970  # of the largest image that Pillow opens
+
 
 class DatasetConfig(Section):
     """The images, their classes and their split."""
@@ -31,6 +33,10 @@ class DatasetConfig(Section):
     )
     max_broken_fraction: Probability = Field(
         0.01, description="Largest share of images that cannot be decoded; above it the stage fails."
+    )
+
+    max_pixels: int = Field(
+        MAX_PIXELS, ge=1, le=MAX_PIXELS, description="Most pixels of an image; a larger one counts as broken."
     )
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ by little more than the index itself.
 
 from __future__ import annotations
 
+import errno
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from numpy.typing import NDArray
 from conf.dataset import DatasetConfig
 from conf.runtime import RuntimeConfig
 from stages.images.decode import DecodeError, decode
+from stages.images.image_file import archive_path, read_image
 from stages.images.listing import Listing, list_images
-from stages.images.sources import archive_path, read_image
+from stages.images.names import shown
+from stages.images.sources import describe_layout
 from stages.runtime.artifact import RECORD, read_arrays, write_atomic, write_json
 from stages.runtime.cores import available_cores
 from stages.runtime.errors import InputError
@@ -48,12 +51,14 @@ def dataset(config: DatasetConfig, inputs: Inputs, output: Path, runtime: Runtim
     """Index the images below `inputs["images"]`.
 
     Raises:
-        InputError: The source is not usable (see `stages.images.listing`), too many images are broken, or a class has
-            no image that decodes.
+        InputError: The source is not usable (see `stages.images.listing`), too many images are broken, a class has no
+            image that decodes, or there are too few images to hold some out.
     """
     images = list_images(config)
-    facts, reasons = _check_all(images, inputs["images"], output, runtime)
+    _tell_layout(images, config, output)
+    facts, reasons = _check_all(images, inputs["images"], output, runtime, config.max_pixels)
     broken = [{"relpath": str(images.relpaths[row]), "reason": reason} for row, reason in reasons.items()]
+    write_json(output / RECORD / "broken.json", broken)  # in the record: broken images are not part of the data
     _refuse_broken(broken, len(images), config)
 
     is_whole = np.ones(len(images), dtype=bool)
@@ -61,16 +66,31 @@ def dataset(config: DatasetConfig, inputs: Inputs, output: Path, runtime: Runtim
     whole = np.flatnonzero(is_whole)
     _refuse_empty_classes(images.labels[whole], images.classes)
     heldout = _heldout(images, whole, config.heldout_fraction)
+    _require_heldout(heldout, images.labels[whole], images.classes, config)
     order = np.concatenate([whole[~heldout], whole[heldout]])  # the listing is sorted, and so is each part
     num_train = int((~heldout).sum())
 
-    write_json(output / RECORD / "broken.json", broken)  # in the record: broken images are not part of the data
     write_index(output, images=images, facts=facts, order=order, num_train=num_train, source=config.source)
     logger.info("%d images of %d classes, %d held out", len(order), len(images.classes), len(order) - num_train)
 
 
+def _tell_layout(images: Listing, config: DatasetConfig, output: Path) -> None:
+    """Log and record what is read, what a class is, and what is left out and why."""
+    layout = describe_layout(config)
+    left_out = {
+        reason: {"count": files.count, "first": files.first} for reason, files in sorted(images.left_out.items())
+    }
+    write_json(output / RECORD / "layout.json", layout | {"num_classes": len(images.classes)})
+    write_json(output / RECORD / "left_out.json", left_out)
+    first = ", ".join(images.classes[:_NAMED])
+    logger.info("root is %s, classes are %s: %d (first %s)", *layout.values(), len(images.classes), first)
+    told = [f"{files.count} {reason} (first {files.first[0]})" for reason, files in images.left_out.items()]
+    if told:
+        logger.warning("left out, see record/left_out.json: %s", "; ".join(told))
+
+
 def _check_all(
-    images: Listing, root: Path, output: Path, runtime: RuntimeConfig
+    images: Listing, root: Path, output: Path, runtime: RuntimeConfig, max_pixels: int
 ) -> tuple[NDArray[np.void], dict[int, str]]:
     """Read and decode every image, in threads: decoding releases the GIL.
 
@@ -89,7 +109,7 @@ def _check_all(
             stamp = _stamp(root, listed)
             block = _recall(path, stamp)
             if block is None:
-                block = _check_block(root, listed, pool, progress)
+                block = _check_block(root, listed, pool, progress, max_pixels)
                 _remember(path, stamp, block)
             facts[start : start + BLOCK] = block.facts
             reasons |= {start + row: reason for row, reason in enumerate(block.reasons) if reason}
@@ -99,25 +119,26 @@ def _check_all(
     return facts, reasons
 
 
-def _check_block(root: Path, images: Listing, pool: ThreadPoolExecutor, progress: Progress) -> Checked:
+def _check_block(root: Path, images: Listing, pool: ThreadPoolExecutor, progress: Progress, max_pixels: int) -> Checked:
     parts = []
     tasks = [images[start : start + _TASK] for start in range(0, len(images), _TASK)]
-    for part in pool.map(lambda task: _check(root, task), tasks):
+    for part in pool.map(lambda task: _check(root, task, max_pixels), tasks):
         parts.append(part)
         progress.update(progress.done + len(part.reasons))
     reasons = [reason for part in parts for reason in part.reasons]
     return Checked(np.concatenate([part.facts for part in parts]), reasons)
 
 
-def _check(root: Path, images: Listing) -> Checked:
+def _check(root: Path, images: Listing, max_pixels: int) -> Checked:
     facts = np.zeros(len(images), dtype=FACTS)
     reasons = [""] * len(images)
     for row, image in enumerate(images):
         try:
             data = read_image(root, image.relpath, image.offset, image.size)
-            width, height = decode(data).size
+            width, height = decode(data, max_pixels).size
         except OSError as error:
-            reasons[row] = f"cannot be read: {error.strerror}"
+            lost = (root / image.relpath).is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP)
+            reasons[row] = f"cannot be read: {'a link that leads nowhere' if lost else error.strerror}"
         except DecodeError as error:
             reasons[row] = str(error)
         else:
@@ -164,12 +185,12 @@ def _remember(path: Path, stamp: NDArray[np.uint8], block: Checked) -> None:
 
 def _refuse_broken(broken: list[dict[str, str]], total: int, config: DatasetConfig) -> None:
     for entry in broken[:_NAMED]:
-        logger.warning("left out %s: %s", entry["relpath"], entry["reason"])
+        logger.warning("left out %s: %s", shown(entry["relpath"]), entry["reason"])
     if len(broken) > config.max_broken_fraction * total:
-        first = "; ".join(f"{entry['relpath']} ({entry['reason']})" for entry in broken[:_NAMED])
+        first = "; ".join(f"{shown(entry['relpath'])} ({entry['reason']})" for entry in broken[:_NAMED])
         raise InputError(
             f"{len(broken)} of {total} images are broken, expected at most {config.max_broken_fraction:.2%} "
-            f"(dataset.max_broken_fraction): repair or remove them, first {first}"
+            f"(dataset.max_broken_fraction): repair or remove them, all in record/broken.json, first {first}"
         )
 
 
@@ -194,6 +215,24 @@ def _heldout(images: Listing, whole: NDArray[np.intp], fraction: float) -> NDArr
     for first, count in zip(np.cumsum(counts) - counts, counts, strict=True):
         heldout[order[first : first + round(fraction * int(count))]] = True
     return heldout
+
+
+def _require_heldout(
+    heldout: NDArray[np.bool_], labels: NDArray[np.uint16], classes: list[str], config: DatasetConfig
+) -> None:
+    """Refuse a share that holds no image out: scores would silently lack everything that is compared with them."""
+    if config.heldout_fraction == 0:
+        return
+    largest = int(np.bincount(labels).max())
+    if not heldout.any():
+        raise InputError(
+            f"dataset.heldout_fraction is {config.heldout_fraction:g} and the largest class has {largest} images, so "
+            "none is held out, expected at least one: raise the share, set it to 0, or add images"
+        )
+    without = np.flatnonzero(np.bincount(labels[heldout], minlength=len(classes)) == 0)
+    if len(without):
+        first = ", ".join(classes[label] for label in without[:_NAMED])
+        logger.warning("%d classes are too small to hold an image out (first %s)", len(without), first)
 
 
 def _name_hash(relpath: str) -> int:

@@ -58,11 +58,13 @@ def _of_index(path: Path) -> ImageCount:
 
 
 def _listed(config: DatasetConfig) -> ImageCount:
+    from stages.images.image_file import ImageFile
     from stages.images.sources import find_images, image_root
 
     classes = set[str]()
     images = 0
     for image in find_images(config):
-        classes.add(image.class_name)
-        images += 1
+        if isinstance(image, ImageFile):
+            classes.add(image.class_name)
+            images += 1
     return ImageCount(images, len(classes), f"count of {image_root(config)}")

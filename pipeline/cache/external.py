@@ -10,14 +10,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from conf.dataset import DatasetConfig
 from conf.schema import Settings
 from conf.section import Section
-from pipeline.cache.listing import scan
+from pipeline.cache.listing import Scan, scan
 from pipeline.cache.memory import remember
 from pipeline.graph import Stage
 from stages.images.sources import image_root
 from stages.runtime.artifact import file_sha256, read_json
 from stages.runtime.errors import InputError
+from stages.runtime.regular_file import kind_of
 
 MEMORY = ".digests.json"
 
@@ -32,12 +34,12 @@ def external_digest(stage: Stage, section: Section, home: Path, *, deep: bool = 
         deep: Check every image file and read the weights; ignore remembered digests.
 
     Raises:
-        InputError: The files do not exist.
+        InputError: The files do not exist, or cannot be listed or read.
     """
     if stage.external is None:
         return None
     if stage.external == "images":
-        return scan(image_root(section), section.source, home, deep=deep).digest  # type: ignore[arg-type, attr-defined]
+        return _scan_images(section, home, deep=deep).digest  # type: ignore[arg-type]
     path = weights_path(stage, section)
     return None if path is None else _weights_digest(path, home, deep=deep)
 
@@ -45,10 +47,20 @@ def external_digest(stage: Stage, section: Section, home: Path, *, deep: bool = 
 def trusted_since(settings: Settings, home: Path) -> float | None:
     """Time since which the image folders that `dpar status` skips are unchanged, epoch seconds; None without any."""
     try:
-        root = image_root(settings.dataset)
+        return _scan_images(settings.dataset, home, deep=False).trusted_since
     except InputError:
         return None
-    return scan(root, settings.dataset.source, home, deep=False).trusted_since
+
+
+def _scan_images(config: DatasetConfig, home: Path, *, deep: bool) -> Scan:
+    root = image_root(config)
+    try:
+        return scan(root, config.source, home, deep=deep)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or root} cannot be listed ({error.strerror}), expected images of dataset.root: "
+            "make it readable, or remove it"
+        ) from error
 
 
 def weights_path(stage: Stage, section: Section) -> Path | None:
@@ -61,9 +73,8 @@ def weights_path(stage: Stage, section: Section) -> Path | None:
         return None
     path: Path | None = getattr(section, str(stage.external))
     if path is not None and not path.is_file():
-        raise InputError(
-            f"{stage.name}.{stage.external} is {path}, but there is no such file: set it to the path of the weights"
-        )
+        found = f"which is {kind_of(path.stat())}" if path.exists() else "but there is no such file"
+        raise InputError(f"{stage.name}.{stage.external} is {path}, {found}: set it to the path of the weights")
     return path
 
 

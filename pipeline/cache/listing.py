@@ -1,8 +1,9 @@
 """Digest of a data set's image files, computed from their metadata.
 
-The digest covers the path below the root, the size, the times and the inode of every file that stage `dataset` would
-index. Replaced files and redirected links change it. A copy of the images elsewhere has another digest; stage `dataset`
-then runs again, and if the bytes are equal, all later stages stay cached.
+The digest covers the path below the root, the size, the times and the inode of every file that stage `dataset` looks
+at, whatever its name: contents tell what is an image. Replaced files and redirected links change it. A copy of the
+images elsewhere has another digest; stage `dataset` then runs again, and if the bytes are equal, all later stages stay
+cached.
 
 The digest of each folder is remembered in home/.listings.json. A scan that is not deep trusts it while the folder
 itself is unchanged, so files overwritten in place go unnoticed until a deep scan. The same file holds a number for each
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.images.sources import is_image
+from stages.images.names import passed_over, require_utf8
 from stages.runtime.artifact import read_json, write_json
 
 MEMORY = ".listings.json"
@@ -50,6 +51,7 @@ def scan(root: Path, source: str, home: Path, *, deep: bool) -> Scan:
 
     Raises:
         OSError: A folder cannot be listed.
+        InputError: The name of a folder is not UTF-8.
     """
     place = os.path.abspath(root)
     known = _known(home, place)
@@ -98,14 +100,12 @@ def _walk(root: Path, source: str, known: dict[str, Entry]) -> tuple[dict[str, E
 def _is_read(source: str, folder: str) -> Callable[[str], bool]:
     """A predicate on file names: which files of a folder `stages.images.sources` reads."""
     if source == "imagenet_tar":
-        return lambda name: name.endswith(".tar")
-    if source == "image_folder" and folder == "":
-        return lambda name: False
-    return is_image
+        return lambda name: ".tar" in name.lower() or name.lower().endswith(".tgz")
+    return lambda name: source != "image_folder" or folder != ""
 
 
 def _read_folder(folder: Path, is_read: Callable[[str], bool]) -> Entry:
-    """Digest of the metadata of a folder's own files, and the names of its subfolders; hidden entries are left out.
+    """Digest of the metadata of a folder's own files, and the names of its subfolders; what is passed over is left out.
 
     The folder is opened first, so that the kernel does not resolve the whole path for each file: a quarter faster.
     """
@@ -117,9 +117,10 @@ def _read_folder(folder: Path, is_read: Callable[[str], bool]) -> Entry:
         with os.scandir(descriptor) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith("."):
+                if passed_over(name) is not None:
                     continue
-                if entry.is_dir():
+                if _is_folder(entry):
+                    require_utf8(folder, name)
                     (links if entry.is_symlink() else folders).append(name)
                 elif is_read(name):
                     try:
@@ -130,6 +131,13 @@ def _read_folder(folder: Path, is_read: Callable[[str], bool]) -> Entry:
         os.close(descriptor)
     lines.sort()
     return {"digest": _sha256("".join(lines)), "folders": sorted(folders), "links": sorted(links)}
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a circle of links
+        return False
 
 
 def _metadata(stat: os.stat_result) -> str:

@@ -8,6 +8,7 @@ import typer
 
 from conf.load import SettingsError
 from pipeline.launch import StageFailed
+from stages.images.names import shown
 from stages.runtime.errors import InputError
 
 FAILURE, USER_ERROR = 1, 2
@@ -40,4 +41,5 @@ def describe_failure(error: Exception) -> Failure:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """The text in one line; what a terminal would obey and what is no UTF-8, as in names of files, is escaped."""
+    return shown(" ".join(text.split()))

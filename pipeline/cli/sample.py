@@ -29,7 +29,7 @@ def sample(
     ablation: Ablation = None,
     overrides: Overrides,
     classes: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Class numbers or names; default: all.")
+        str | None, typer.Option(metavar="A,B,...", help="Class names or numbers; default: all.")
     ] = None,
     count: Annotated[int, typer.Option("--n", min=1, max=MAX_IMAGES, help="Number of images to sample.")] = 16,
     seed: Annotated[str | None, typer.Option(metavar="SEED", help="Same as sample.seed.")] = None,

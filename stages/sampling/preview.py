@@ -21,6 +21,8 @@ from torch import Tensor
 from conf.runtime import RuntimeConfig
 from conf.sample import SampleConfig
 from stages.images.decode import DecodeError, center_crop, decode
+from stages.images.image_file import read_image
+from stages.images.names import labels_of
 from stages.runtime.arrays import PixelBatch, Starts
 from stages.runtime.distributed import process_group
 from stages.runtime.errors import InputError
@@ -133,22 +135,12 @@ def continue_image(
 
 
 def chosen_classes(wanted: Sequence[str], names: Sequence[str]) -> Labels:
-    """Labels of classes given by name or number; all labels if none is given.
+    """Labels of classes given by name or number, see `labels_of`; all labels if none is given.
 
     Raises:
-        InputError: A class does not exist.
+        InputError: A class does not exist, or a word means several.
     """
-    by_name = {name.casefold(): label for label, name in enumerate(names)}
-    by_number = {str(label): label for label in range(len(names))}
-    labels = []
-    for word in wanted:
-        label = by_name.get(word.casefold(), by_number.get(word))
-        if label is None:
-            raise InputError(
-                f"class {word!r} is unknown, expected a number 0..{len(names) - 1} or a name, as {names[0]!r}"
-            )
-        labels.append(label)
-    return np.array(labels or range(len(names)), dtype=np.int64)
+    return np.array(labels_of(wanted, names) or range(len(names)), dtype=np.int64)
 
 
 def spread(classes: Labels, count: int) -> Int64[NDArray[np.int64], " {count}"]:
@@ -214,7 +206,7 @@ class _Samples:
 
 def _open(path: Path) -> Image.Image:
     try:
-        return decode(path.read_bytes())
+        return decode(read_image(path.parent, path.name, 0, -1))
     except OSError as error:
         raise InputError(f"image {path} cannot be read ({error.strerror})") from error
     except DecodeError as error:

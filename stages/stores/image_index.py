@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from stages.images.image_file import archive_path, read_image
 from stages.images.listing import Listing
-from stages.images.sources import archive_path, read_image
 from stages.runtime.artifact import read_json, write_atomic, write_json
 from stages.runtime.errors import ArtifactError, StaleIndexError
 
@@ -164,6 +164,21 @@ class ImageIndex:
                 f"with {size}): restore it, or run again to index the changed images"
             )
         return data
+
+
+def num_images_of_parts(artifact: Path) -> tuple[int, int]:
+    """Numbers of training and of held-out images of a finished dataset artifact.
+
+    Raises:
+        ArtifactError: The index is missing or damaged.
+    """
+    path = artifact / INDEX_FILE
+    try:
+        schema, count = pq.read_schema(path), pq.read_metadata(path).num_rows
+        num_train = int(schema.metadata[b"num_train"])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}): run the dataset stage again") from error
+    return num_train, count - num_train
 
 
 def _read_columns(file: pq.ParquetFile) -> dict[str, NDArray[Any]]:

@@ -12,14 +12,16 @@ from stages.stores.image_index import ImageIndex
 
 
 def dataset(config: DatasetConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
-    """Write `metrics.json`: images of each part, classes, and broken images that were left out."""
+    """Write `metrics.json`: images of each part, classes, broken images, and other files that were left out."""
     index = ImageIndex.of(inputs)
+    left_out = inputs["dataset"] / RECORD / "left_out.json"
     metrics = {
         "num_images": len(index),
         "num_train": index.num_train,
         "num_heldout": index.num_heldout,
         "num_classes": len(index.classes),
         "num_broken": len(read_json(inputs["dataset"] / RECORD / "broken.json")),
+        "num_left_out": sum(files["count"] for files in read_json(left_out).values()) if left_out.exists() else 0,
     }
     write_json(output / "metrics.json", metrics)
 

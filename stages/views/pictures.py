@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Float32, UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from stages.images.names import shown
 from stages.runtime.arrays import PixelBatch, Pixels
 from stages.runtime.artifact import write_atomic
 
@@ -23,6 +24,7 @@ _SCALE = 3  # enlargement of small samples
 _VISIBLE = 192  # smallest side of a single picture
 _SMALL = 128  # samples below this side are enlarged
 _CAPTION = 13  # height of the text below a picture
+_LABEL_LETTERS = 30  # widest label, in heights of its letters; a folder's name may have 255 characters
 _TOKEN_PIXELS = 24  # smallest side of a token in the patch picture
 # Viridis, dark blue to yellow: lightness rises with entropy, so the map is readable without colour vision.
 _HEAT = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
@@ -39,14 +41,16 @@ def sample_grid(
         columns: Largest number of images in a row.
     """
     side = image_size * (_SCALE if image_size < _SMALL else 1)
-    font = ImageFont.load_default(size=max(14, side // 9))
-    text_width = int(max(font.getlength(name) for name in rows)) + 3 * _MARGIN
+    letters = max(14, side // 9)
+    font = ImageFont.load_default(size=letters)
+    labels = [_shortened(shown(name), font, _LABEL_LETTERS * letters) for name in rows]
+    text_width = int(max(font.getlength(label) for label in labels)) + 3 * _MARGIN
     step = side + _MARGIN
     canvas = Image.new("RGB", (text_width + columns * step, len(rows) * step + _MARGIN), _BACKGROUND)
     pen = ImageDraw.Draw(canvas)
-    for row, (name, images) in enumerate(rows.items()):
+    for row, (label, images) in enumerate(zip(labels, rows.values(), strict=True)):
         top = _MARGIN + row * step
-        pen.text((_MARGIN, top + side // 2), name, fill=_INK, font=font, anchor="lm")
+        pen.text((_MARGIN, top + side // 2), label, fill=_INK, font=font, anchor="lm")
         for column, image in enumerate(images[:columns]):
             _framed(canvas, _enlarged(image, side), (text_width + column * step, top))
     return canvas
@@ -176,11 +180,22 @@ def _colour_bar(canvas: Image.Image, place: tuple[int, int], size: tuple[int, in
         pen.text((place[0] + width // 3 + _MARGIN, y), label, fill=_INK, font=font, anchor="lm")
 
 
+def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """The text, its end cut off if it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
 def _caption(canvas: Image.Image, place: tuple[int, int], text: str, width: int) -> None:
-    size = _CAPTION
+    """Write a line of text, in smaller letters if it is wider than `width` pixels."""
+    text, size = shown(text), _CAPTION
     while size > 7 and ImageFont.load_default(size=size).getlength(text) > width:
         size -= 1
-    ImageDraw.Draw(canvas).text(place, text, fill=_INK, font=ImageFont.load_default(size=size))
+    font = ImageFont.load_default(size=size)
+    ImageDraw.Draw(canvas).text(place, _shortened(text, font, width), fill=_INK, font=font)
 
 
 def _colours(values: Float[NDArray[np.floating], "*shape"]) -> UInt8[NDArray[np.uint8], "*shape 3"]:

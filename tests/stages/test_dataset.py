@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import stages.dataset
+import stages.images.listing
 import stages.stores.image_index
 from conf.dataset import DatasetConfig
 from conf.runtime import RuntimeConfig
@@ -26,6 +27,7 @@ from stages.runtime.errors import ArtifactError, InputError
 from stages.stores.image_index import ImageIndex
 
 BROKEN_LIST = "record/broken.json"
+LEFT_OUT_LIST = "record/left_out.json"
 
 
 def make_images(root: Path, classes: str = "ab", count: int = 10) -> None:
@@ -196,6 +198,8 @@ def test_the_view_counts_images_classes_and_broken_ones(
 ) -> None:
     make_images(tmp_path / "images")
     (tmp_path / "images" / "b" / "b7.png").write_bytes(b"hello")
+    for name in ("readme.md", "a/notes.txt"):
+        (tmp_path / "images" / name).write_text("words")
     settings = {"heldout_fraction": 0.3, "max_broken_fraction": 0.1}
     run(tmp_path / "images", tmp_path / "out", **settings)
     config = DatasetConfig(root=tmp_path / "images", **settings)
@@ -205,6 +209,7 @@ def test_the_view_counts_images_classes_and_broken_ones(
         "num_heldout": 6,
         "num_classes": 2,
         "num_broken": 1,
+        "num_left_out": 2,
     }
 
 
@@ -244,14 +249,14 @@ def test_a_killed_attempt_is_continued_without_reading_again(tmp_path: Path, mon
     read: list[str] = []
     original = stages.dataset._check
 
-    def dies_in_the_second_block(root: Path, images: Listing) -> stages.dataset.Checked:
+    def dies_in_the_second_block(root: Path, images: Listing, max_pixels: int) -> stages.dataset.Checked:
         if "a/a9.png" in images.relpaths:
             raise KeyboardInterrupt
-        return original(root, images)
+        return original(root, images, max_pixels)
 
-    def counting(root: Path, images: Listing) -> stages.dataset.Checked:
+    def counting(root: Path, images: Listing, max_pixels: int) -> stages.dataset.Checked:
         read.extend(images.relpaths)
-        return original(root, images)
+        return original(root, images, max_pixels)
 
     monkeypatch.setattr(stages.dataset, "_check", dies_in_the_second_block)
     with pytest.raises(KeyboardInterrupt):
@@ -275,9 +280,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every image that is read and decoded."""
     read: list[str] = []
     original = stages.dataset._check
-    monkeypatch.setattr(
-        stages.dataset, "_check", lambda root, images: read.extend(images.relpaths) or original(root, images)
-    )
+
+    def check(root: Path, images: Listing, max_pixels: int) -> stages.dataset.Checked:
+        read.extend(images.relpaths)
+        return original(root, images, max_pixels)
+
+    monkeypatch.setattr(stages.dataset, "_check", check)
     return read
 
 
@@ -342,3 +350,113 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ArtifactError, match=r"images\.parquet cannot be read"):
         ImageIndex.open(tmp_path / "out")
+
+
+def test_what_is_left_out_is_counted_and_listed_with_its_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "images"
+    make_images(root, "ab", 2)
+    for name in ("a/one.txt", "a/two.txt", "b/.hidden.png", "b/line\nbreak.txt"):
+        (root / name).write_text("words")
+    (root / "a" / "a0.png").rename(root / "a" / "a0")
+    with caplog.at_level("INFO"):
+        index = run(root, tmp_path / "out")
+    assert len(index) == 4
+    assert read_json(tmp_path / "out" / LEFT_OUT_LIST) == {
+        "hidden": {"count": 1, "first": ["b/.hidden.png"]},
+        "text": {"count": 3, "first": ["a/one.txt", "a/two.txt", "b/line\\nbreak.txt"]},
+    }
+    (line,) = [each for each in caplog.messages if "left out" in each]
+    assert "3 text (first a/one.txt)" in line
+    assert "1 hidden (first b/.hidden.png)" in line
+    assert "\n" not in line
+
+
+def test_the_layout_that_was_read_is_logged_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_images(tmp_path / "images" / "train", "ab", 1)
+    make_images(tmp_path / "images" / "val", "ab", 1)
+    with caplog.at_level("INFO"):
+        run(tmp_path / "images", tmp_path / "out")
+    assert read_json(tmp_path / "out" / "record" / "layout.json") == {
+        "root": "dataset.root/train",
+        "classes": "the folders directly below it",
+        "num_classes": 2,
+    }
+    assert read_json(tmp_path / "out" / LEFT_OUT_LIST) == {"beside the split train": {"count": 1, "first": ["val/"]}}
+    assert "root is dataset.root/train, classes are the folders directly below it: 2 (first a, b)" in caplog.messages
+
+
+@pytest.mark.timeout(20)
+def test_what_cannot_be_read_is_listed_as_broken_and_never_waited_for(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    make_images(root)
+    os.mkfifo(root / "a" / "fifo.png")
+    (root / "a" / "zero.png").symlink_to("/dev/zero")
+    (root / "a" / "to_fifo").symlink_to("fifo.png")
+    (root / "b" / "lost").symlink_to("nothing")
+    (root / "b" / "loop.jpg").symlink_to("loop.jpg")
+    with (root / "b" / "huge.bmp").open("wb") as file:
+        file.truncate(2**40)  # a hole
+    index = run(root, tmp_path / "out", max_broken_fraction=0.3)
+    assert {entry["relpath"]: entry["reason"] for entry in read_json(tmp_path / "out" / BROKEN_LIST)} == {
+        "a/fifo.png": "cannot be read: a FIFO",
+        "a/to_fifo": "cannot be read: a FIFO",
+        "a/zero.png": "cannot be read: a device",
+        "b/huge.bmp": "cannot be read: 1099511627776 bytes, expected at most 1073741824",
+        "b/lost": "cannot be read: a link that leads nowhere",
+        "b/loop.jpg": "cannot be read: a link that leads nowhere",
+    }
+    assert len(index) == 20
+
+
+@pytest.mark.timeout(20)
+def test_an_indexed_image_that_became_a_fifo_is_noticed_when_read(tmp_path: Path) -> None:
+    make_images(tmp_path / "images", "a", 2)
+    index = run(tmp_path / "images", tmp_path / "out")
+    path = tmp_path / "images" / "a" / "a1.png"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=r"a1\.png cannot be read \(a FIFO\)"):
+        index.read(tmp_path / "images", 1)
+
+
+def test_an_image_of_too_many_pixels_is_broken_and_the_setting_is_named(tmp_path: Path) -> None:
+    make_images(tmp_path / "images")
+    index = run(tmp_path / "images", tmp_path / "out", max_pixels=28 * 30, max_broken_fraction=0.1)
+    reason = "30 x 29 pixels, expected at most 840 (dataset.max_pixels)"
+    assert read_json(tmp_path / "out" / BROKEN_LIST) == [
+        {"relpath": "a/a9.png", "reason": reason},
+        {"relpath": "b/b9.png", "reason": reason},
+    ]
+    assert len(index) == 18
+
+
+def test_broken_images_are_all_listed_when_there_are_too_many(tmp_path: Path) -> None:
+    make_images(tmp_path / "images")
+    for number in range(8):
+        (tmp_path / "images" / "b" / f"b{number}.png").write_bytes(b"hello")
+    with pytest.raises(InputError, match=r"8 of 20 images are broken.*all in record/broken\.json"):
+        run(tmp_path / "images", tmp_path / "out")
+    assert len(read_json(tmp_path / "out" / BROKEN_LIST)) == 8
+
+
+def test_a_share_that_holds_no_image_out_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_images(tmp_path / "images")
+    with pytest.raises(InputError, match=r"heldout_fraction is 0\.04 and the largest class has 10 images, so none is"):
+        run(tmp_path / "images", tmp_path / "out", heldout_fraction=0.04)
+    make_images(tmp_path / "images", "c", 2)
+    assert run(tmp_path / "images", tmp_path / "out", heldout_fraction=0.1).num_heldout == 2
+    assert "1 classes are too small to hold an image out (first c)" in caplog.messages
+
+
+def test_captions_beside_a_million_images_do_not_fill_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.images.listing, "_NAMED", 3)
+    make_images(tmp_path / "images", "ab", 2)
+    for number in range(5):
+        (tmp_path / "images" / "a" / f"{number}.txt").write_text("a caption")
+    run(tmp_path / "images", tmp_path / "out")
+    listed = {"text": {"count": 5, "first": ["a/0.txt", "a/1.txt", "a/2.txt"]}}
+    assert read_json(tmp_path / "out" / LEFT_OUT_LIST) == listed

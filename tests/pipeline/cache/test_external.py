@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,40 @@ def test_weights_are_known_by_their_contents_and_missing_ones_by_their_setting(t
     assert of_tokenizer(weights, tmp_path) == hashlib.sha256(b"one").hexdigest()
     settings, _ = load_settings("demo", None, ["tokenizer.source=train", "tokenizer.checkpoint=no-such-file"])
     assert external_digest(STAGES["tokenizer"], settings.tokenizer, tmp_path) is None
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(("kind", "target"), [("a FIFO", None), ("a device", "/dev/zero"), ("a folder", "/")])
+def test_weights_that_are_no_regular_file_are_refused_at_once(tmp_path: Path, kind: str, target: str | None) -> None:
+    weights = tmp_path / "vq.safetensors"
+    if target is None:
+        os.mkfifo(weights)
+    else:
+        weights.symlink_to(target)
+    with pytest.raises(InputError, match=rf"tokenizer.checkpoint is .*vq.safetensors, which is {kind}: set it to"):
+        of_tokenizer(weights, tmp_path)
+
+
+def test_images_whose_folder_cannot_be_listed_are_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images" / "a" / "deep").mkdir(parents=True)
+    settings, _ = load_settings(overrides=[f"dataset.root={tmp_path / 'images'}"])
+    monkeypatch.setattr("pipeline.cache.listing.os.stat", gone_once_listed(tmp_path / "images" / "a" / "deep"))
+    with pytest.raises(InputError, match=r"/a/deep cannot be listed \(No such file or directory\)"):
+        external_digest(STAGES["dataset"], settings.dataset, tmp_path / "home")
+    assert trusted_since(settings, tmp_path / "home") is None
+
+
+def gone_once_listed(folder: Path) -> Callable[..., os.stat_result]:
+    """`os.stat` for a listing during which a folder is removed."""
+    stat = os.stat
+
+    def look(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if path == folder:
+            with contextlib.suppress(FileNotFoundError):
+                folder.rmdir()
+        return stat(path, follow_symlinks=follow_symlinks)
+
+    return look
 
 
 def test_weights_are_read_once_and_again_when_anything_about_the_file_has_changed(

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from pipeline.cache import listing
 from pipeline.cache.listing import distrust, scan
+from stages.runtime.errors import InputError
 
 
 @pytest.fixture
@@ -103,10 +105,54 @@ def test_a_class_folder_may_be_a_link_and_a_folder_inside_it_may_not(
 
 def test_files_that_no_stage_reads_do_not_count(images: Path, digest: Callable[..., str]) -> None:
     before = digest(images)
-    for name in ("cats/.DS_Store", "cats/notes.txt", "loose.png", ".cache/1.png"):
+    for name in (
+        "cats/.DS_Store",
+        "cats/Thumbs.db",
+        "cats/@eaDir/1.png",
+        "loose.png",
+        ".cache/1.png",
+        "__MACOSX/1.png",
+    ):
         (images / name).parent.mkdir(exist_ok=True)
         (images / name).write_bytes(b"other")
     assert digest(images) == before
+
+
+def test_files_that_are_images_by_their_contents_count(images: Path, digest: Callable[..., str]) -> None:
+    seen = [digest(images)]
+    for name in ("cats/notes.txt", "cats/deep/no_ending"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_bytes(b"text, or the bytes of an image")
+        seen.append(digest(images))
+    assert len(set(seen)) == 3
+
+
+def test_the_digest_of_a_folder_of_images_alone_is_what_it_was(images: Path, tmp_path: Path) -> None:
+    """Held to the rule written down once more: another digest would index every image set again."""
+    folders = {"": ""}
+    for name in ("cats", "dogs"):
+        stats = [(path.name, path.stat()) for path in sorted((images / name).iterdir())]
+        folders[name] = "".join(
+            f"{file}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}\0" for file, stat in stats
+        )
+    lines = [f"{name}\0{sha256(text.encode()).hexdigest()}\0" for name, text in sorted(folders.items())]
+    whole = sha256(f"image_folder 0\0{''.join(lines)}".encode()).hexdigest()
+    assert scan(images, "image_folder", tmp_path / "home", deep=True).digest == whole
+
+
+@pytest.mark.timeout(20)
+def test_fifos_and_circles_of_links_are_looked_at_and_not_opened(images: Path, digest: Callable[..., str]) -> None:
+    before = digest(images)
+    os.mkfifo(images / "cats/fifo.png")
+    (images / "cats/loop.png").symlink_to("loop.png")
+    (images / "dogs/up").symlink_to("..")
+    assert digest(images) != before
+
+
+def test_a_folder_whose_name_is_no_utf8_is_refused(images: Path, digest: Callable[..., str]) -> None:
+    os.mkdir(os.fsencode(images) + b"/cats/\xff")
+    with pytest.raises(InputError, match="not UTF-8"):
+        digest(images)
 
 
 def test_class_tars_and_a_single_tar_are_known_by_their_metadata(

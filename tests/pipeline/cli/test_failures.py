@@ -14,6 +14,8 @@ from stages.runtime.errors import ArtifactError, InputError
     [
         (SettingsError("train.seed: no"), "train.seed: no", 2),
         (InputError("no such\n folder"), "no such folder", 2),
+        (InputError("no folder \x1b[31mred"), r"no folder \x1b[31mred", 2),
+        (InputError("no folder \udcff"), r"no folder \udcff", 2),
         (StageFailed("train", "no images", 2, Path("log.txt")), "stage train failed: no images (log: log.txt)", 2),
         (StageFailed("train", "broke", 1, Path("log.txt")), "stage train failed: broke (log: log.txt)", 1),
         (ArtifactError("damaged"), "damaged", 1),

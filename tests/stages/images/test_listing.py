@@ -10,8 +10,8 @@ import pytest
 
 from conf.dataset import DatasetConfig
 from stages.images import listing
+from stages.images.image_file import ImageFile, LeftOut
 from stages.images.listing import Listing, list_images
-from stages.images.sources import ImageFile
 from stages.runtime.errors import InputError
 
 FOUND = [  # as a source may give them: classes in an order of its own
@@ -25,11 +25,11 @@ CONFIG = DatasetConfig(source="imagenet_tar", root=Path("train.tar"))
 
 
 @pytest.fixture(params=[2, 4096])
-def given(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[ImageFile]:
+def given(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[ImageFile | LeftOut]:
     """The images that a source finds; few or many are objects at the same time."""
-    images = list(FOUND)
+    images: list[ImageFile | LeftOut] = list(FOUND)
 
-    def find(config: DatasetConfig) -> Iterator[ImageFile]:
+    def find(config: DatasetConfig) -> Iterator[ImageFile | LeftOut]:
         assert config is CONFIG
         yield from images
 
@@ -68,17 +68,29 @@ def test_a_slice_is_a_listing_with_all_classes() -> None:
     assert list(images[2:2]) == []
 
 
-def test_twins_are_refused_wherever_they_lie(given: list[ImageFile]) -> None:
+def test_twins_are_refused_wherever_they_lie(given: list[ImageFile | LeftOut]) -> None:
     given.append(ImageFile("z.tar/b.png", "zebra", 9216, 70))
     with pytest.raises(InputError, match=r"two images are called z\.tar/b\.png: make the archive again with one"):
         list_images(CONFIG)
 
 
 def test_as_many_classes_as_labels_can_tell_and_no_more(
-    given: list[ImageFile], monkeypatch: pytest.MonkeyPatch
+    given: list[ImageFile | LeftOut], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listing, "MAX_CLASSES", 2)
     assert len(list_images(CONFIG).classes) == 2
     given.append(ImageFile("b.tar/a.png", "bee", 512, 60))
     with pytest.raises(InputError, match=r"train\.tar holds 3 classes, expected at most 2"):
         list_images(CONFIG)
+
+
+def test_what_is_left_out_is_counted_by_reason(given: list[ImageFile | LeftOut]) -> None:
+    given.insert(0, LeftOut("z.tar/notes.txt", "text"))
+    given.insert(3, LeftOut("z.tar/.hidden", "hidden"))
+    given.append(LeftOut("m.tar/\udcff.txt", "text"))
+    images = list_images(CONFIG)
+    assert list(images) == sorted(FOUND)
+    assert {reason: (files.count, files.first) for reason, files in images[:1].left_out.items()} == {
+        "text": (2, ["z.tar/notes.txt", r"m.tar/\udcff.txt"]),
+        "hidden": (1, ["z.tar/.hidden"]),
+    }

@@ -8,8 +8,9 @@ import pytest
 
 from conf.dataset import DatasetConfig
 from stages.images import listing, sources
+from stages.images.image_file import read_image
 from stages.images.listing import list_images
-from stages.images.sources import find_images, image_root, read_image
+from stages.images.sources import find_images, image_root
 from stages.runtime.errors import InputError
 
 

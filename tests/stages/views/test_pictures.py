@@ -195,3 +195,21 @@ def test_large_samples_keep_their_size() -> None:
     picture = sample_grid({"cat": samples}, image_size=256, columns=1)
     left = picture.width - 262
     assert np.array_equal(np.asarray(picture)[6 : 6 + 256, left : left + 256], samples[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["[red]b[/red]", "<b>", ":smile:", "two\nlines", "\x1b[31m", "W" * 255, "名前", "$x^2$", " "]
+)
+def test_any_name_of_a_class_is_drawn_in_one_line_and_bounded_space(name: str) -> None:
+    samples = np.zeros((1, 16, 16, 3), dtype=np.uint8)
+    picture = sample_grid({name: samples, "cat": samples}, image_size=16, columns=1)
+    assert picture.height == 2 * (3 * 16 + 6) + 6
+    assert picture.width < 30 * 14 + 3 * 6 + 54 + 6
+    assert captioned_grid([Image.new("RGB", (100, 20))], [name], columns=1).size == (112, 20 + 13 + 12 + 6)
+
+
+def test_the_end_of_a_caption_that_never_fits_is_cut_off(texts: Texts) -> None:
+    captioned_grid([Image.new("RGB", (100, 20))], ["n" * 255], columns=1)
+    ((text, size),) = texts
+    assert size == 7
+    assert text == "n" * (len(text) - 3) + "..."
