@@ -33,11 +33,13 @@ class Kind:
     advice: str
 
 
+_BOM = b"\xef\xbb\xbf"  # that some programs write before text
 _CONVERT = "load it with the program that wrote it, and save the tensors as safetensors"
 _UNPACK = "unpack it and give the weights file in it"
 _AGAIN = "get the file again"
 _OTHER = "give the weights file itself"
 _STARTS: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://hawser", "a Git LFS pointer, not the weights", "run `git lfs pull` in its repository"),
     (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run `git lfs pull` in its repository"),
     (b"/annex/objects/", "a git-annex pointer, not the weights", "run `git annex get` on it"),
     (b"outs:\n- ", "a DVC pointer, not the weights", "run `dvc pull` in its repository"),
@@ -56,6 +58,9 @@ _STARTS: tuple[tuple[bytes, str, str], ...] = (
     (b"Rar!\x1a\x07", "a RAR archive", f"{_UNPACK} (`unrar x`)"),
     (b"PK\x05\x06", "an empty zip archive", _AGAIN),
     (b"\x08\x01\x12", "a SavedModel of TensorFlow", _CONVERT),
+    (b"\x1f\x9d", "an archive of `compress`", f"{_UNPACK} (`uncompress`)"),
+    (b"\xff\xfe", "a text file in UTF-16", _OTHER),
+    (b"\xfe\xff", "a text file in UTF-16", _OTHER),
     (b"SQLite format 3\x00", "an SQLite database", _OTHER),
     (b"PAR1", "a Parquet table", _OTHER),
     (b"ARROW1", "an Arrow table", _OTHER),
@@ -79,8 +84,11 @@ def require_weights_file(path: Path, setting: str) -> None:
     Raises:
         InputError: It is none; `setting` is the setting that names it.
     """
-    with open_weights_file(path, f"{setting} is {path}, but there is no such file: set it to the path of the weights"):
-        pass
+    missing = f"{setting} is {path}, but there is no such file: set it to the path of the weights"
+    try:
+        open_weights_file(path, missing).close()
+    except InputError as error:
+        raise error if str(error) == missing else InputError(f"{setting}: {error}") from error
 
 
 def open_weights_file(path: Path, missing: str) -> IO[bytes]:
@@ -187,7 +195,7 @@ def _by_structure(head: bytes) -> Kind | None:
 
 
 def _markup(head: bytes) -> Kind | None:
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    text = head.removeprefix(_BOM).lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script", b"<!--")):
         return Kind("an HTML page, not the weights", "the download needs a login or another address, get it again")
     if text.startswith((b"<?xml", b"<error")):
@@ -196,11 +204,11 @@ def _markup(head: bytes) -> Kind | None:
 
 
 def _json_kind(file: IO[bytes], head: bytes, size: int) -> Kind | None:
-    if head.lstrip()[:1] not in {b"{", b"["}:
+    if head.removeprefix(_BOM).lstrip()[:1] not in {b"{", b"["}:
         return None
     file.seek(0)
     try:
-        value = json.loads(file.read(_MOST_DIRECTORY))
+        value = json.loads(file.read(_MOST_DIRECTORY).removeprefix(_BOM))
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict) and isinstance(value.get("weight_map"), dict):

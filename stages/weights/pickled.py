@@ -47,8 +47,8 @@ _PLAIN_OBJECTS = re.compile(  # what files with weights name; LlamaGen's also ho
 _TENSORS = {"_rebuild_qtensor": "a quantised tensor", "_rebuild_sparse_tensor": "a sparse tensor"}
 
 
-class UnreadablePickle(ValueError):
-    """A pickle that is damaged, or not one of tensors. The message is the end of a sentence about the file."""
+class UnreadableWeights(ValueError):
+    """A file that is damaged, or holds no weights. The message is the end of a sentence about it."""
 
 
 @dataclass(frozen=True)
@@ -106,29 +106,32 @@ class PickleReader:
         """The value of the next pickle.
 
         Raises:
-            UnreadablePickle: It is damaged, too large, or holds objects that no weights need.
+            UnreadableWeights: It is damaged, too large, or holds objects that no weights need.
         """
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         try:
             return self._run()
-        except UnreadablePickle:
+        except UnreadableWeights:
             raise
         except Exception as error:  # on damaged bytes pickletools and the stack raise almost anything
-            raise UnreadablePickle(f"is damaged or cut off ({' '.join(str(error).split())[:100]})") from error
+            raise UnreadableWeights(f"is damaged or cut off ({' '.join(str(error).split())[:100]})") from error
 
     def _run(self) -> Any:
         for opcode, argument, _ in pickletools.genops(self._stream):
             self._opcodes += 1
             if self._opcodes > _MOST_OPCODES:
-                raise UnreadablePickle(f"describes its tensors in more than {_MOST_OPCODES:,} steps")
+                raise UnreadableWeights(f"describes its tensors in more than {_MOST_OPCODES:,} steps")
             if opcode.name == "STOP":
                 return self._stack.pop()
             if (step := _STEPS.get(opcode.name)) is None:
-                raise UnreadablePickle(f"is a pickle with {opcode.name}, which torch.save does not write")
+                raise UnreadableWeights(
+                    f"is a Python pickle with {opcode.name}, which torch.save does not write by default: where you "
+                    "trust it, load it with the program that wrote it, and save the tensors with safetensors"
+                )
             step(self, argument)
-        raise UnreadablePickle("is cut off")
+        raise UnreadableWeights("is cut off")
 
     def _push(self, value: Any) -> None:
         self._stack.append(value)
@@ -167,7 +170,7 @@ class PickleReader:
         name = argument.replace(" ", ".")
         if not _PLAIN_OBJECTS.fullmatch(name):
             shown = name[:80] if name.isprintable() else repr(name[:80])
-            raise UnreadablePickle(
+            raise UnreadableWeights(
                 f"holds Python objects ({shown}), expected tensors alone: nothing in it was executed; where you trust "
                 "it, load it with the program that wrote it, and save its state_dict() with safetensors"
             )
@@ -186,10 +189,10 @@ class PickleReader:
         _, kind, key, _, numel, *_ = self._stack.pop()
         dtype = DTYPES.get(kind.name.rpartition(".")[2])
         if dtype is None or type(key) is not str or type(numel) is not int or numel < 0:
-            raise UnreadablePickle(f"has a storage of an unknown kind ({kind.name})")
+            raise UnreadableWeights(f"has a storage of an unknown kind ({kind.name})")
         storage = Storage(key, dtype, numel)
         if self.storages.setdefault(key, storage) != storage:
-            raise UnreadablePickle(f"describes its storage {key[:40]!r} twice, differently")
+            raise UnreadableWeights(f"describes its storage {key[:40]!r} twice, differently")
         self._push(storage)
 
 
@@ -221,9 +224,9 @@ def _strided(storage: Any, offset: Any, shape: Any, stride: Any) -> Strided | Un
     tensor = Strided(storage, offset, tuple(shape), tuple(stride))
     numbers = (offset, *tensor.shape, *tensor.stride)
     if any(type(number) is not int or number < 0 for number in numbers) or len(tensor.shape) != len(tensor.stride):
-        raise UnreadablePickle("has a tensor whose offset, shape and strides are not whole numbers from 0 on")
+        raise UnreadableWeights("has a tensor whose offset, shape and strides are not whole numbers from 0 on")
     if tensor.span > storage.numel:
-        raise UnreadablePickle(
+        raise UnreadableWeights(
             f"has a tensor of shape {tensor.shape} that ends at element {tensor.span} of a storage of {storage.numel}"
         )
     return tensor

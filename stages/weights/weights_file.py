@@ -24,13 +24,14 @@ from torch import Tensor
 
 from stages.runtime.errors import InputError
 from stages.weights.kinds import looks_like_safetensors, open_weights_file
-from stages.weights.pickled import MOST_BYTES, PickleReader, Storage, Strided, UnreadablePickle
+from stages.weights.pickled import MOST_BYTES, PickleReader, Storage, Strided, UnreadableWeights
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # torch.save before version 1.6
 _SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+_MOST_HEADER = 16 * 2**20  # of safetensors; a hundred thousand tensors
 _DAMAGE = (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error, struct.error)
 
 
@@ -68,13 +69,17 @@ def open_weights(path: Path, missing: str) -> Iterator[WeightsFile]:
         with _naming(path):
             head = file.read(16)
             if looks_like_safetensors(head):
+                if (length := int.from_bytes(head[:8], "little")) > _MOST_HEADER:
+                    raise UnreadableWeights(
+                        f"has a header of {length:,} bytes, expected at most {_MOST_HEADER:,}: it is damaged"
+                    )
                 found: WeightsFile = _Safetensors(path, stack.enter_context(safe_open(path, framework="pt")))
             elif head.startswith(b"PK\x03\x04"):
                 found = _TorchZip(path, file)
             elif re.match(rb"\x80[\x02-\x05]", head):
                 found = _LegacyTorch(path, file)
             else:
-                raise UnreadablePickle(_described(file))
+                raise UnreadableWeights(_described(file))
         yield found
 
 
@@ -83,7 +88,7 @@ def _naming(path: Path) -> Iterator[None]:
     """Turn errors of libraries that read `path` into one line about it."""
     try:
         yield
-    except UnreadablePickle as error:
+    except UnreadableWeights as error:
         raise InputError(f"{path} {error}") from error
     except SafetensorError as error:
         raise InputError(f"{path} is {_damage_of_safetensors(str(error))}: get the file again") from error
@@ -204,16 +209,16 @@ class _TorchZip(_Torch):
         self._archive = zipfile.ZipFile(file)
         self._members = {info.filename: info for info in self._archive.infolist()}
         if len(self._members) < len(self._archive.infolist()):
-            raise UnreadablePickle("is a zip archive with two members of one name")
+            raise UnreadableWeights("is a zip archive with two members of one name")
         self._root = next(name for name in self._members if name.endswith("/data.pkl")).removesuffix("data.pkl")
         if f"{self._root}byteorder" in self._members and self._member("byteorder", 16).strip() != b"little":
-            raise UnreadablePickle("was written on a big-endian machine, expected little-endian numbers")
+            raise UnreadableWeights("was written on a big-endian machine, expected little-endian numbers")
         self.tree = PickleReader(BytesIO(self._member("data.pkl", MOST_BYTES))).read()
 
     def _storage(self, storage: Storage) -> bytearray:
         data = self._member(f"data/{storage.key}", _bytes_of(storage))
         if len(data) != _bytes_of(storage):
-            raise UnreadablePickle(
+            raise UnreadableWeights(
                 f"has {len(data)} bytes for storage {storage.key[:40]!r}, expected {_bytes_of(storage)}"
             )
         return data
@@ -221,13 +226,13 @@ class _TorchZip(_Torch):
     def _member(self, name: str, most: int) -> bytearray:
         info = self._members.get(self._root + name)
         if info is None:
-            raise UnreadablePickle(f"lacks its member {name[:60]!r}: get the file again")
+            raise UnreadableWeights(f"lacks its member {name[:60]!r}: get the file again")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-            raise UnreadablePickle(
+            raise UnreadableWeights(
                 "has compressed or encrypted members, which torch.save does not write: save the weights again"
             )
         if info.file_size > most or info.header_offset + info.file_size > self._size:
-            raise UnreadablePickle(
+            raise UnreadableWeights(
                 f"has a member {name[:60]!r} of {info.file_size:,} bytes, expected at most {min(most, self._size):,}"
             )
         data = bytearray()
@@ -248,12 +253,12 @@ class _LegacyTorch(_Torch):
         stream = BytesIO(file.read(MOST_BYTES))
         reader = PickleReader(stream)
         if reader.read() != _MAGIC:
-            raise UnreadablePickle(
+            raise UnreadableWeights(
                 "is a Python pickle, expected weights: where you trust it, load it with the program that wrote it, and "
                 "save the tensors with safetensors"
             )
         if reader.read() != _PROTOCOL:
-            raise UnreadablePickle("is of an unknown version of torch.save")
+            raise UnreadableWeights("is of an unknown version of torch.save")
         reader.read()  # the machine that wrote it
         self.tree = reader.read()
         self._starts: dict[str, int] = {}
@@ -264,16 +269,16 @@ class _LegacyTorch(_Torch):
             self._starts[key] = place + 8
             place += 8 + _bytes_of(storage)
         if place > self._size:
-            raise UnreadablePickle(f"is cut off: it has {self._size:,} bytes, expected {place:,}: get the file again")
+            raise UnreadableWeights(f"is cut off: it has {self._size:,} bytes, expected {place:,}: get the file again")
 
     def _storage(self, storage: Storage) -> bytearray:
         self._file.seek(self._starts[storage.key] - 8)
         (numel,) = struct.unpack("<q", self._file.read(8))
         if numel != storage.numel:
-            raise UnreadablePickle(f"has {numel} elements in storage {storage.key[:40]!r}, expected {storage.numel}")
+            raise UnreadableWeights(f"has {numel} elements in storage {storage.key[:40]!r}, expected {storage.numel}")
         data = bytearray(_bytes_of(storage))
         if self._file.readinto(data) != len(data):  # type: ignore[attr-defined]
-            raise UnreadablePickle("is cut off: get the file again")
+            raise UnreadableWeights("is cut off: get the file again")
         return data
 
 

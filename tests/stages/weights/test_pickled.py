@@ -17,7 +17,7 @@ import torch
 from weights_files import RAN, malicious, torch_bytes, with_pickle
 
 from stages.runtime.errors import InputError
-from stages.weights.pickled import PickleReader, Strided, Unread, UnreadablePickle, UnreadTensor
+from stages.weights.pickled import PickleReader, Strided, Unread, UnreadableWeights, UnreadTensor
 from stages.weights.state_dict import open_state_dict
 
 # Until a model asks for these tensors; what lies beside weights is never made.
@@ -120,7 +120,7 @@ def test_a_view_beyond_its_storage_is_refused(tmp_path: Path) -> None:
     data = _pickle_in(torch_bytes({"a": torch.zeros(4)}))
     longer = data.replace(b"K\x04\x85", b"K\x05\x85")  # the shape (4,)
     assert longer != data
-    with pytest.raises(UnreadablePickle, match=r"shape \(5,\) that ends at element 5 of a storage of 4"):
+    with pytest.raises(UnreadableWeights, match=r"shape \(5,\) that ends at element 5 of a storage of 4"):
         PickleReader(io.BytesIO(longer)).read()
     (tmp_path / "longer.pt").write_bytes(with_pickle(longer))
     with pytest.raises(InputError, match=r"longer.pt has a tensor of shape \(5,\)"):
@@ -136,5 +136,5 @@ def test_random_bytes_never_raise_anything_else() -> None:
         data = bytearray(whole)
         for place in torch.randint(len(data), (3,), generator=generator).tolist():
             data[place] = int(torch.randint(256, (1,), generator=generator))
-        with suppress(UnreadablePickle):
+        with suppress(UnreadableWeights):
             PickleReader(io.BytesIO(bytes(data))).read()
