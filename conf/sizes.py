@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 
-from models.config import GPT_SIZES, DPARSize
+from models.config import DPAR_SIZES, GPT_SIZES, DPARSize
 
 
 class FromFields:
@@ -35,6 +35,14 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def gpt_size_name(dim: int, num_layers: int) -> str | None:
     """What the settings call a transformer of this width and depth, None where they have no name for it."""
     names = (name for name, size in GPT_SIZES.items() if (size.dim, size.num_layers) == (dim, num_layers))
+    return next(names, None)
+
+
+def dpar_size_name(dim: int, encoder_layers: int, global_layers: int, decoder_layers: int) -> str | None:
+    """The same for a DPAR model."""
+    wanted = (dim, encoder_layers, global_layers, decoder_layers)
+    sizes = DPAR_SIZES.items()
+    names = (n for n, s in sizes if (s.dim, s.encoder_layers, s.global_layers, s.decoder_layers) == wanted)
     return next(names, None)
 
 

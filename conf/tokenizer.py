@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from conf.places import Place
-from conf.section import NOT_IN_KEY, Section, Seed, TrainingConfig
+from conf.section import Seed, TrainingConfig
 from conf.sizes import FromFields
+from conf.weights import ImportableModel
 from models.config import (
     SMALLEST_JUDGED_IMAGE,
     VQConfig,
 )
 
 
-class TokenizerConfig(Section):
+class TokenizerConfig(ImportableModel):
     """The VQ tokenizer: imported or trained."""
 
-    source: Literal["checkpoint", "train"] = Field(
+    imported_key: ClassVar[tuple[str, ...]] = ("source", "model", "image_size")  # the size that it is tried at
+
+    source: Literal["train", "checkpoint"] = Field(
         "checkpoint", description="Import weights, or train on the images of the dataset."
-    )
-    checkpoint: Place | None = Field(
-        None,
-        description="Weights to import, a LlamaGen .pt or safetensors; not read when training.",
-        json_schema_extra=NOT_IN_KEY,
     )
     model: Annotated[VQConfig, FromFields] = Field(
         default_factory=VQConfig, description="Shape of the VQ model; the default is VQ-16."
@@ -60,8 +57,3 @@ class TokenizerConfig(Section):
     def adversarial(self) -> bool:
         """Whether a discriminator comes in before training ends."""
         return self.adversarial_weight > 0 and self.adversarial_start < self.training.steps
-
-    def key_fields(self) -> dict[str, Any]:
-        """Importing depends on the weights (by digest), their shape and the size they are tried at, not on training."""
-        fields = super().key_fields()
-        return fields if self.source == "train" else {name: fields[name] for name in ("source", "model", "image_size")}

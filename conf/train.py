@@ -14,9 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, ModelWrapValidatorHandler, PositiveInt, field_validator, model_validator
 
 from conf.entropy_head import HeadChoice
-from conf.places import Place
 from conf.section import NOT_IN_KEY, Probability, Section, Seed, TrainingConfig
 from conf.sizes import FromFields, gpt_size, named_size
+from conf.weights import ImportableModel
 from models.config import (
     DPAR_SIZES,
     GPT_SIZES,
@@ -120,8 +120,10 @@ class JointHeadConfig(Section):
         return {"kind": "none"} if self.kind == "none" else super().key_fields()
 
 
-class TransformerSettings(TrainConfig):
-    """What the transformers have in common."""
+class TransformerSettings(ImportableModel, TrainConfig):
+    """What the transformers have in common: they are trained, or imported."""
+
+    imported_key: ClassVar[tuple[str, ...]] = ("source", "family", "model")
 
     dropout: Probability = Field(0.1, description="Dropout probability; DPAR has dropout in its global stack only.")
     class_dropout_prob: Probability = Field(0.1, description="Share of samples trained without their class, for CFG.")
@@ -132,8 +134,10 @@ class DPARSettings(TransformerSettings):
 
     has_patches: ClassVar[bool] = True
 
+    imported_key: ClassVar[tuple[str, ...]] = ("source", "family", "model", "position_embedding")
+    file_wanted: ClassVar[tuple[str, str]] = ("train", "weights of DPAR, e.g. the model.safetensors of an artifact")
+
     family: Literal["dpar"] = Field("dpar", description="DPAR on patches.")
-    source: Literal["train"] = Field("train", description="There are no weights of DPAR to import.")
     model: Annotated[DPARSize, FromFields] = Field(
         default_factory=lambda: DPAR_SIZES["B"], description="A name (B, L, XL …) or the size itself."
     )
@@ -160,6 +164,11 @@ class DPARSettings(TransformerSettings):
                 f"{self.training.ema_decay}, expected none of the two: the head would learn from an encoder that is "
                 "not the one kept; leave it to stage entropy_head"
             )
+        if self.trains_head and self.source == "checkpoint":
+            raise ValueError(
+                f"train.entropy_head.kind is {self.entropy_head.kind} and train.source checkpoint, expected none: "
+                "nothing is trained together with imported weights; leave it to stage entropy_head"
+            )
         return self
 
     @property
@@ -173,15 +182,11 @@ class DPARSettings(TransformerSettings):
 
 
 class LlamaGenSettings(TransformerSettings):
-    """LlamaGen: a transformer on tokens, trained here or imported."""
+    """LlamaGen: a transformer on tokens."""
+
+    file_wanted: ClassVar[tuple[str, str]] = ("train", "LlamaGen's weights, e.g. c2i_B_256.pt")
 
     family: Literal["llamagen"] = Field("llamagen", description="LlamaGen: a transformer on tokens.")
-    source: Literal["train", "checkpoint"] = Field("train", description="Train, or import LlamaGen's released weights.")
-    checkpoint: Place | None = Field(
-        None,
-        description="Weights to import, a LlamaGen .pt or safetensors; not read when training.",
-        json_schema_extra=NOT_IN_KEY,
-    )
     model: Annotated[GPTSize, FromFields] = Field(
         default_factory=lambda: GPT_SIZES["B"],
         description="A name (B, L, XL …) or the size itself; a DPAR size stands for its width and all its layers.",
@@ -192,24 +197,6 @@ class LlamaGenSettings(TransformerSettings):
     def _size(cls, size: Any) -> Any:
         """So that the family alone has to be changed to get the model that a DPAR is compared with."""
         return gpt_size(size)
-
-    @model_validator(mode="after")
-    def _has_weights_to_import(self) -> Self:
-        if self.source == "checkpoint" and self.checkpoint is None:
-            raise ValueError(
-                "train.source is checkpoint and train.checkpoint None, expected LlamaGen's weights, e.g. c2i_B_256.pt"
-            )
-        return self
-
-    @property
-    def imported(self) -> Path | None:
-        """The file that the weights are imported from; None where the model is trained."""
-        return self.checkpoint if self.source == "checkpoint" else None
-
-    def key_fields(self) -> dict[str, Any]:
-        """Importing depends on the weights (by digest) and their shape."""
-        fields = super().key_fields()
-        return {name: fields[name] for name in ("source", "family", "model")} if self.imported else fields
 
 
 class NPPSettings(LlamaGenSettings):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from conf.schema import Settings
+from pipeline.cache.external import weights_path
 from pipeline.graph import STAGES, downstream, upstream
 from pipeline.plan import StageStatus
 from stages.runtime.errors import InputError
@@ -74,7 +75,7 @@ def selected_statuses(
         given: Options that chose the settings, for the error message; see `as_options`.
 
     Raises:
-        InputError: A selected stage needs a stage that is neither cached nor selected.
+        InputError: A selected stage needs a stage that is neither cached nor selected, or a file that is no weights.
     """
     wanted, by_name = set(wanted), {status.stage: status for status in statuses}
     for name in _ordered(wanted):
@@ -87,7 +88,11 @@ def selected_statuses(
     for name in force:
         if by_name[name].state == "cached":
             by_name[name] = replace(by_name[name], state="stale", reason="requested by --force")
-    return [by_name[name] for name in _ordered(wanted)]
+    found = [by_name[name] for name in _ordered(wanted)]
+    for status in found:
+        if status.state != "cached":  # hours of other stages may come before it
+            weights_path(STAGES[status.stage], getattr(settings, status.stage))
+    return found
 
 
 def as_options(preset: str | None, ablation: str | None, overrides: Sequence[str]) -> str:

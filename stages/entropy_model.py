@@ -29,8 +29,8 @@ from stages.weights.pretrained import read_gpt_checkpoint, write_source
 def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `model.safetensors` and its config.
 
-    The record holds its held-out loss, also by position. For imported weights, it also holds `source.json` with the
-    SHA-256 of the weights file.
+    The record holds its held-out loss, also by position. For imported weights, it also holds `source.json`, which says
+    what file they came from and how it was read.
 
     Raises:
         InputError: The weights to import do not fit the settings, or belong to other tokens.
@@ -45,7 +45,7 @@ def entropy_model(config: EntropyModelConfig, inputs: Inputs, output: Path, runt
     if world.is_main:
         write_positions(output, by_position)
         if config.imported is not None:
-            write_source(output, config.imported)
+            write_source(output, config.imported, config.weights)
         save_model(output, GPT_FAMILY, model, model.config, store.facts.vq_sha256)
 
 
@@ -61,7 +61,9 @@ def _train(config: EntropyModelConfig, store: TokenStore, output: Path, runtime:
 def _import(config: EntropyModelConfig, path: Path, store: TokenStore, output: Path, world: World) -> GPT:
     """Import weights, and write their held-out loss on these tokens to the record."""
     shape = _shape(config, store)
-    model = read_gpt_checkpoint(path, shape, section="entropy_model", tokenizer=store.facts.vq_sha256)
+    model = read_gpt_checkpoint(
+        path, shape, section="entropy_model", tokenizer=store.facts.vq_sha256, weights=config.weights
+    )
     model.to(world.device).eval()
     with torch.no_grad():
         loss = heldout_loss(TokenData(store), GPTObjective(model), world)

@@ -42,7 +42,7 @@ from stages.training.entropies import EntropyData, JointObjective
 from stages.training.next_patch import NextPatchData, NextPatchObjective
 from stages.training.patched import DPARObjective, PatchedData
 from stages.weights.own import MODEL_FILE, ModelConfig, load_weights, saved_config
-from stages.weights.pretrained import read_gpt_checkpoint
+from stages.weights.pretrained import read_dpar_checkpoint, read_gpt_checkpoint
 
 Sampled = tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]
 """Tokens, and the mask of tokens that open a patch."""
@@ -222,12 +222,26 @@ def _next_patch_batches(settings: NPPSettings, store: TokenStore, inputs: Inputs
 def _pretrained_gpt(settings: LlamaGenSettings, path: Path, store: TokenStore) -> Model:
     """Import LlamaGen weights. Their dropout is unknown, so the config keeps the default."""
     config = GPTConfig(**asdict(settings.model), **_of_tokens(store))
-    return Model(settings.family, read_gpt_checkpoint(path, config, tokenizer=store.facts.vq_sha256), config)
+    module = read_gpt_checkpoint(path, config, tokenizer=store.facts.vq_sha256, weights=settings.weights)
+    return Model(settings.family, module, module.config)
+
+
+def _pretrained_dpar(settings: DPARSettings, path: Path, store: TokenStore) -> Model:
+    """Import DPAR weights. Their dropout is unknown, so the config keeps the default."""
+    position_embedding = settings.position_embedding
+    config = DPARConfig(**asdict(settings.model), **_of_tokens(store), position_embedding=position_embedding)
+    module = read_dpar_checkpoint(path, config, tokenizer=store.facts.vq_sha256, weights=settings.weights)
+    return Model(settings.family, module, module.config)
 
 
 RECIPES: dict[str, Recipe] = for_every_family(
     {
-        "dpar": Recipe(config=_dpar_config, batches=_patched_batches, objective=_patched_objective, pretrained=None),
+        "dpar": Recipe(
+            config=_dpar_config,
+            batches=_patched_batches,
+            objective=_patched_objective,
+            pretrained=_pretrained_dpar,
+        ),
         "llamagen": Recipe(
             config=_gpt_config,
             batches=lambda settings, store, inputs: TokenData(store),

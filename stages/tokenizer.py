@@ -24,8 +24,9 @@ from stages.training.log import MetricLog
 from stages.training.loop import Training, train_model
 from stages.training.stream import Part, SampleStream
 from stages.training.validation import reconstruction_scores
+from stages.weights.lpips import read_lpips
 from stages.weights.own import save_vq
-from stages.weights.pretrained import read_lpips, read_vq_checkpoint, write_source
+from stages.weights.pretrained import read_vq_checkpoint, write_source
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:
     """Write `vq.safetensors` and its config.
 
-    The record holds reconstruction scores on held-out images. For imported weights, it also holds `source.json` with
-    the SHA-256 of the weights file.
+    The record holds reconstruction scores on held-out images. For imported weights, it also holds `source.json`, which
+    says what file they came from and how it was read.
     """
     with process_group(runtime) as world:
         images = ImageFiles(ImageIndex.open(inputs["dataset"]), inputs["images"], config.image_size)
@@ -43,14 +44,14 @@ def tokenizer(config: TokenizerConfig, inputs: Inputs, output: Path, runtime: Ru
         else:
             model = _train(config, images, output, runtime, world)
     if world.is_main:
-        if config.source == "checkpoint" and config.checkpoint is not None:
-            write_source(output, config.checkpoint)
+        if config.imported is not None:
+            write_source(output, config.imported, config.weights)
         save_vq(output, model)
 
 
 def _import(config: TokenizerConfig, images: ImageFiles, output: Path, world: World) -> VQModel:
     """Import weights, and write their scores to the record."""
-    model = read_vq_checkpoint(config.checkpoint, config.model).to(world.device).eval()
+    model = read_vq_checkpoint(config.imported, config.model, config.weights).to(world.device).eval()
     with torch.inference_mode():
         scores = reconstruction_scores(model, images, world)
     MetricLog(output, 0, enabled=world.is_main).write(0, scores)

@@ -9,6 +9,7 @@ import torch
 
 from conf.runtime import RuntimeConfig
 from conf.train import TrainConfig
+from conf.weights import ImportableModel
 from models.attention import packed_backend
 from models.dpar import DPAR
 from stages.families import RECIPES, Model, Objective, new_model, pretrained_model
@@ -32,7 +33,8 @@ def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeCon
     """Write `model.safetensors` and its config, and the weights of a jointly trained entropy head if there is one.
 
     The record holds the held-out loss: the mean over all T positions, conditioned on each image's class, and the loss
-    of each position. For imported weights, it also holds `source.json` with the SHA-256 of the weights file.
+    of each position. For imported weights, it also holds `source.json`, which says what file they came from and how it
+    was read.
     """
     head = None
     with process_group(runtime) as world:
@@ -50,8 +52,8 @@ def train(config: TrainConfig, inputs: Inputs, output: Path, runtime: RuntimeCon
             by_position = heldout_by_position(data, scored.token_losses, world)
     if world.is_main:
         write_positions(output, by_position)
-        if config.imported is not None:
-            write_source(output, config.imported)
+        if isinstance(config, ImportableModel) and config.imported is not None:
+            write_source(output, config.imported, config.weights)
         if head is not None:
             save_head(output, head)
         save_model(output, model.family, model.module, model.config, store.facts.vq_sha256)

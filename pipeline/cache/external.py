@@ -19,7 +19,7 @@ from pipeline.graph import Stage
 from stages.images.sources import image_root
 from stages.runtime.artifact import file_sha256, read_json
 from stages.runtime.errors import InputError
-from stages.runtime.regular_file import kind_of
+from stages.weights.kinds import require_weights_file
 
 MEMORY = ".digests.json"
 
@@ -67,14 +67,13 @@ def weights_path(stage: Stage, section: Section) -> Path | None:
     """The weights file that `stage` imports; None if it imports none.
 
     Raises:
-        InputError: The file does not exist.
+        InputError: The file does not exist, is no regular file, or is known to hold no weights.
     """
     if stage.external in (None, "images") or getattr(section, "source", None) == "train":
         return None
     path: Path | None = getattr(section, str(stage.external))
-    if path is not None and not path.is_file():
-        found = f"which is {kind_of(path.stat())}" if path.exists() else "but there is no such file"
-        raise InputError(f"{stage.name}.{stage.external} is {path}, {found}: set it to the path of the weights")
+    if path is not None:
+        require_weights_file(path, f"{stage.name}.{stage.external}")
     return path
 
 

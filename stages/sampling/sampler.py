@@ -27,6 +27,7 @@ from stages.images.from_tokens import images_of_tokens
 from stages.images.tensors import pixels_to_float
 from stages.patches.boundary_sources import load_boundaries
 from stages.runtime.arrays import PixelBatch
+from stages.runtime.errors import InputError
 from stages.runtime.job import Inputs
 from stages.runtime.randomness import Purpose, stream
 from stages.runtime.transfer import Download, to_device
@@ -62,11 +63,17 @@ class Sampler:
 
         Raises:
             ArtifactError: An artifact is damaged, a model was trained on other tokens, or another tokenizer made them.
-            InputError: The patch index or the entropies cannot give the boundaries that the settings ask for.
+            InputError: The patch index or the entropies cannot give the boundaries that the settings ask for, or the
+                model cannot be guided.
         """
         require_tokenizer(inputs["tokenizer"], store)
         model, vq = Model.load(inputs["train"], device), load_vq(inputs["tokenizer"], device)
         require_fit("model", model.config, inputs["train"], store)
+        if config.cfg_scale > 1 and not has_null_class(model):
+            raise InputError(
+                f"sample.cfg_scale is {config.cfg_scale} and the model in {inputs['train']} was trained without class "
+                "dropout: it has no unconditional half that guidance could compare with, set sample.cfg_scale=1"
+            )
         prepare_for_sampling(model.module, config)
         prepare_for_decoding(vq, config)
         if not FAMILIES[model.family].has_patches:
@@ -125,6 +132,11 @@ class Sampler:
         num_tokens = self.model.config.num_tokens
         rows = [stream(self.config.seed, Purpose.TOKENS, int(number)).random(num_tokens) for number in numbers]
         return torch.from_numpy(np.stack(rows).astype(np.float32)).clamp_(max=1 - 2**-24)
+
+
+def has_null_class(model: Model) -> bool:
+    """Whether classes were dropped in the model's training, so that it knows the null class of guidance."""
+    return getattr(model.config, "class_dropout_prob", 1.0) > 0
 
 
 def prepare_for_decoding(vq: VQModel, config: SampleConfig) -> None:

@@ -23,7 +23,7 @@ from stages.families import ARCHITECTURES, Model
 from stages.runtime.artifact import RECORD
 from stages.runtime.job import Inputs
 from stages.sampling.preview import spread
-from stages.sampling.sampler import Sampler, prepare_for_sampling
+from stages.sampling.sampler import Sampler, has_null_class, prepare_for_sampling
 from stages.stores.tokens import TokenStore
 from stages.training.data import TokenData
 from stages.training.loop import Preview
@@ -53,6 +53,8 @@ def preview_of(
     settings = SampleConfig(
         precision=config.training.precision, image_size=data.store.facts.image_size, seed=config.seed
     )
+    if not has_null_class(model):
+        settings = settings.model_copy(update={"cfg_scale": 1.0})
     vq = load_vq(inputs["tokenizer"], device)
     return Preview(config.preview_every, _Snapshots(settings, model, vq, boundaries, labels, output, device).draw)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from stages.runtime.artifact import file_sha256
 from stages.runtime.errors import InputError
 from stages.runtime.transfer import to_device
 from stages.scores.table import ExtractorName
+from stages.weights.state_dict import open_state_dict, read_state
+from stages.weights.weights_file import Entry
 
 Extracted = tuple[Float32[NDArray[np.float32], "B D"], Float32[NDArray[np.float32], "B classes"]]
 """Features and class logits of a batch of images."""
@@ -85,12 +88,10 @@ class Inception:
         """Load the network.
 
         Raises:
-            InputError: The file does not exist, or is not a state dict of this network.
+            InputError: The file does not exist, is of another kind, or holds no state dict of this network.
         """
-        if not weights.is_file():
-            raise InputError(f"evaluate.weights is {weights}, and there is no such file")
-        self.sha256 = file_sha256(weights)
         self._network = _inception_network(weights).to(device).eval()
+        self.sha256 = file_sha256(weights)
         self._device = device
 
     @torch.inference_mode()
@@ -111,14 +112,22 @@ def _lite0_network(path: Path) -> nn.Module:
 
 
 def _inception_network(weights: Path) -> nn.Module:
-    """Check the file with `weights_only=True` first: torch-fidelity loads it without."""
+    """The network with the checked weights of the file: torch-fidelity would execute code in it."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    try:
-        torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # on foreign bytes torch.load raises almost anything
-        raise InputError(f"{weights} cannot be read as weights of the FID Inception: {error}") from error
-    network: nn.Module = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
-    )
+    missing = f"evaluate.weights is {weights}, and there is no such file"
+    with open_state_dict(weights, None, "model", missing) as state:
+
+        class Network(FeatureExtractorInceptionV3):  # type: ignore[misc]
+            def load_state_dict(self, *_: Any, **__: Any) -> None:
+                """Take the checked weights. Files of old versions of torch lack the counts of batches."""
+                for name, tensor in self.state_dict().items():
+                    if name.endswith("num_batches_tracked"):
+                        state.tensors.setdefault(name, Entry.of(tensor))
+                super().load_state_dict(read_state(self, state, "does not fit the FID Inception: {}"))
+
+        no_weights = BytesIO()
+        torch.save({}, no_weights)
+        no_weights.seek(0)
+        network: nn.Module = Network("inception-v3-compat", ["2048", "logits_unbiased"], no_weights)
     return network

@@ -23,7 +23,7 @@ VQ_FILE = "vq.safetensors"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 HEAD_FILE, HEAD_CONFIG_FILE = "entropy_head.safetensors", "entropy_head.json"
-_TOKENIZER = "tokenizer_sha256"  # in the metadata of a weights file
+TOKENIZER_SHA256 = "tokenizer_sha256"  # in the metadata of a weights file
 GPT_FAMILY = "gpt"  # family of the unconditional entropy model; the other families are those of stage `train`
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -72,7 +72,7 @@ def save_model(
         config: Its config.
         tokenizer: SHA-256 of the tokenizer whose tokens it was trained on, kept in the weights file; None if unknown.
     """
-    _save(artifact / MODEL_FILE, model, {} if tokenizer is None else {_TOKENIZER: tokenizer})
+    _save(artifact / MODEL_FILE, model, {} if tokenizer is None else {TOKENIZER_SHA256: tokenizer})
     write_json(artifact / CONFIG_FILE, {"family": family, "config": asdict(config)})
 
 
@@ -101,7 +101,7 @@ def tokenizer_sha256(weights: Path) -> str | None:
         return None
     try:
         with safe_open(weights, framework="pt") as opened:
-            return (opened.metadata() or {}).get(_TOKENIZER)
+            return (opened.metadata() or {}).get(TOKENIZER_SHA256)
     except (SafetensorError, OSError) as error:
         raise _damaged(weights, error) from error
 
@@ -132,7 +132,15 @@ def load_head(artifact: Path, device: torch.device | str = "cpu") -> EntropyHead
     return load_weights(head, artifact / HEAD_FILE).to(device).eval()
 
 
-def state_dict_mismatch(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+class HasShape(Protocol):
+    """A tensor, or what stands for one that is still to be read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its dimensions."""
+
+
+def state_dict_mismatch(found: Mapping[str, HasShape], wanted: Mapping[str, Tensor]) -> str | None:
     """First mismatch between the names and shapes of two state dicts, and the number of further ones; None if equal."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is not part of it" for name in found if name not in wanted]

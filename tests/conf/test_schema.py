@@ -108,10 +108,16 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (TrainConfig, {"family": "npp", "npp": {"levels": 4}, "training": {"steps": 7}}, "fewer than the 0 steps"),
         (
             TrainConfig,
-            {"checkpoint": "a.pt"},
-            "train.checkpoint is set and train.family dpar, expected family llamagen or npp: dpar has no such setting",
+            {"npp": {"levels": 2}},
+            "train.npp is set and train.family dpar, expected family npp: dpar has no such setting",
         ),
-        (TrainConfig, {"source": "checkpoint"}, "should be 'train'"),
+        (TrainConfig, {"source": "checkpoint"}, "train.checkpoint None, expected weights of DPAR"),
+        (
+            TrainConfig,
+            {"source": "checkpoint", "checkpoint": "a.pt", "entropy_head": {"kind": "mlp"}},
+            "entropy_head.kind is mlp and train.source checkpoint, expected none",
+        ),
+        (TokenizerConfig, {"weights": "average"}, "should be 'model' or 'ema'"),
         (
             TrainConfig,
             {"family": "llamagen", "npp": {"levels": 2}},
@@ -238,6 +244,28 @@ def test_an_imported_transformer_does_not_depend_on_how_one_would_train() -> Non
     assert key == {"source": "checkpoint", "family": "llamagen", "model": asdict(GPT_SIZES["L"])}
     other = {"checkpoint": "b.pt", "dropout": 0.5, "seed": 3, "training": {"steps": 1}}
     assert TrainConfig.model_validate(imported | other).key_fields() == key
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "shape"),
+    [
+        (TokenizerConfig, {}, {"source", "model", "image_size"}),
+        (EntropyModelConfig, {}, {"source", "model"}),
+        (TrainConfig, {"family": "llamagen"}, {"source", "family", "model"}),
+        (TrainConfig, {"family": "dpar"}, {"source", "family", "model", "position_embedding"}),
+    ],
+)
+def test_which_weights_are_taken_is_in_the_key_of_an_import_and_of_nothing_else(
+    section: type[Section], fields: dict[str, Any], shape: set[str]
+) -> None:
+    def key(**changes: Any) -> dict[str, Any]:
+        return section.model_validate(fields | changes).key_fields()
+
+    imported: dict[str, Any] = {"source": "checkpoint", "checkpoint": "a.pt"}
+    assert set(key(**imported)) == shape
+    assert key(**imported, weights="ema") == key(**imported) | {"weights": "ema"}
+    assert key(source="train", weights="ema") == key(source="train")
+    assert not {"weights", "checkpoint"} & set(key(source="train"))
 
 
 def test_places_are_not_in_the_key_and_settings_are() -> None:

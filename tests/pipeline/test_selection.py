@@ -106,3 +106,14 @@ def test_a_forced_stage_is_shown_as_one_that_will_run() -> None:
         ("stale", "requested by --force"),
         ("missing", "a reason"),
     ]
+
+
+def test_a_wrong_weights_file_stops_a_run_before_its_first_stage_and_only_if_it_would_be_read(tmp_path: Path) -> None:
+    weights = tmp_path / "vq.pt"
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    given = settings(None, f"tokenizer.checkpoint={weights}")
+    before = dict.fromkeys(STAGES, "missing")
+    with pytest.raises(InputError, match=r"vq.pt is a Git LFS pointer, .* run `git lfs pull`"):
+        selected_statuses(statuses(**before), list(STAGES), given)
+    assert selected_statuses(statuses(**before), ["dataset"], given)
+    assert selected_statuses(statuses(), list(STAGES), given)

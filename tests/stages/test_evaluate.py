@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from conf.evaluate import EvaluateConfig
 from conf.schema import Settings
@@ -17,7 +18,7 @@ from conf.section import Section
 from models.vq import VQModel
 from stages.evaluate import ImageSets
 from stages.images.decode import center_crop, decode
-from stages.runtime.artifact import read_json
+from stages.runtime.artifact import file_sha256, read_json
 from stages.runtime.distributed import World
 from stages.runtime.errors import ArtifactError, InputError
 from stages.scores.features import Inception, Lite0
@@ -193,8 +194,36 @@ def test_lite0_gives_features_and_classes_and_knows_its_weights() -> None:
 def test_missing_and_foreign_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such file"):
         Inception(tmp_path / "no.pth", torch.device("cpu"))
-    (tmp_path / "bad.pth").write_bytes(b"no weights")
-    with pytest.raises(InputError, match="cannot be read as weights of the FID Inception"):
+    torch.save({"model": {"fc.weight": torch.zeros(2, 2)}}, tmp_path / "bad.pth")
+    with pytest.raises(InputError, match=r"does not fit the FID Inception: Conv2d_1a_3x3.conv.weight is missing \(and"):
+        Inception(tmp_path / "bad.pth", torch.device("cpu"))
+    (tmp_path / "bad.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match="is a Git LFS pointer"):
         Inception(tmp_path / "bad.pth", torch.device("cpu"))
     with pytest.raises(ValueError, match="expected a weights file with inception"):
         EvaluateConfig(extractor="inception")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_inception_takes_exactly_the_weights_of_its_file(tmp_path: Path, legacy: bool) -> None:
+    """Against torch-fidelity's own loading; a file of an old version of torch has no counts of batches."""
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_: object, **__: object) -> None:
+            pass
+
+    torch.save({}, tmp_path / "nothing.pth")
+    untrained = Untrained("inception-v3-compat", ["2048"], str(tmp_path / "nothing.pth"))
+    torch.manual_seed(0)
+    state = {name: torch.rand(t.shape) for name, t in untrained.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    found = Inception(tmp_path / "a.pth", torch.device("cpu"))
+    assert all(torch.equal(found._network.state_dict()[name], tensor) for name, tensor in state.items())
+    assert found.sha256 == file_sha256(tmp_path / "a.pth")
+    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(tmp_path / "a.pth"))
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    features, logits = found.extract(images)
+    wanted = theirs(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+    assert np.array_equal(features, wanted[0].numpy())
+    assert np.array_equal(logits, wanted[1].numpy())

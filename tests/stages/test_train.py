@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
@@ -176,3 +177,40 @@ def test_a_dpars_weights_are_no_llamagens(
     )
     with pytest.raises(InputError, match="holds a DPAR model, expected LlamaGen's transformer"):
         run_in_process("train", settings, {"tokenize": tiny_artifacts["tokenize"]})
+
+
+@pytest.mark.slow
+def test_an_imported_dpar_equals_the_trained_one_and_samples_the_same(
+    tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run, tmp_path: Path
+) -> None:
+    trained = tiny_artifacts["train"]
+    state = {f"module.{name}": tensor for name, tensor in load_model(trained).state_dict().items()}
+    torch.save({"model": state}, tmp_path / "dpar.pt")
+    changes = {"source": "checkpoint", "checkpoint": tmp_path / "dpar.pt", "entropy_head": {"kind": "none"}}
+    settings = TrainConfig.model_validate(tiny_settings.train.model_dump() | changes)
+    imported = run_in_process("train", settings, tiny_artifacts)
+    assert load_file(imported / "model.safetensors").keys() == load_file(trained / "model.safetensors").keys()
+    assert (imported / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    assert read_json(imported / "record/source.json")["stripped_prefix"] == "module."
+    assert lines(imported)[0]["heldout_loss"] == lines(trained)[-1]["heldout_loss"]
+    few = tiny_settings.sample.model_copy(update={"num_samples": 4})
+    made = [run_in_process("sample", few, tiny_artifacts | {"train": model}) for model in (imported, trained)]
+    tokens = [SampleStore.open(artifact / "samples.zarr").tokens for artifact in made]
+    assert np.array_equal(tokens[0], tokens[1])
+
+
+@pytest.mark.slow
+def test_a_model_without_a_null_class_is_sampled_without_guidance_alone(
+    npp: Path, tiny_settings: Settings, tiny_artifacts: dict[str, Path], run_in_process: Run, tmp_path: Path
+) -> None:
+    state, table = dict(load_model(npp).state_dict()), "cls_embedding.embedding_table.weight"
+    torch.save({"ema": state | {table: state[table][:-1].clone()}}, tmp_path / "c2i.pt")
+    settings = config(tiny_settings, "llamagen", source="checkpoint", checkpoint=tmp_path / "c2i.pt", weights="ema")
+    imported = run_in_process("train", settings, {"tokenize": tiny_artifacts["tokenize"]})
+    baseline = tiny_settings.sample.model_copy(update={"boundaries": None, "num_samples": 4})
+    with pytest.raises(InputError, match=r"cfg_scale is .* without class dropout.*set sample.cfg_scale=1$"):
+        run_in_process("sample", baseline, tiny_artifacts | {"train": imported})
+    plain = baseline.model_copy(update={"cfg_scale": 1.0})
+    made = [run_in_process("sample", plain, tiny_artifacts | {"train": model}) for model in (imported, npp)]
+    tokens = [SampleStore.open(artifact / "samples.zarr").tokens for artifact in made]
+    assert np.array_equal(tokens[0], tokens[1])

@@ -119,3 +119,27 @@ def test_a_missing_image_root_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
         external_digest(STAGES["dataset"], settings.dataset, tmp_path)
     assert trusted_since(settings, tmp_path) is None
+
+
+@pytest.mark.parametrize("address", ["tokenizer", "entropy_model", "train"])
+def test_what_is_known_to_be_no_weights_is_named_before_any_stage_runs(tmp_path: Path, address: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    chosen = [f"{address}.source=checkpoint", f"{address}.checkpoint={path}"]
+    settings, _ = load_settings(overrides=chosen)
+
+    def problem() -> str:
+        with pytest.raises(InputError) as caught:
+            external_digest(STAGES[address], getattr(settings, address), tmp_path)
+        return str(caught.value)
+
+    path.mkdir()
+    (path / "model.safetensors").touch()
+    found = f"{address}.checkpoint: {path} is a folder with model.safetensors"
+    assert problem() == f"{found}, expected a weights file: give one of its files"
+    (path / "model.safetensors").unlink()
+    path.rmdir()
+    os.mkfifo(path)
+    assert "is a FIFO, expected a regular file" in problem()
+    path.unlink()
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    assert "is a Git LFS pointer, not the weights, expected weights: run `git lfs pull`" in problem()

