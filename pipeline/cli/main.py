@@ -12,6 +12,7 @@ import typer
 
 from pipeline.cli import cluster, doctor, measure, patches, plan, run, sample, upkeep
 from pipeline.cli.failures import describe_failure
+from pipeline.processes import exempt_loopback
 
 logger = logging.getLogger("pipeline")
 INTERRUPTED = 130
@@ -47,6 +48,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the command `dpar`."""
+    exempt_loopback()
     sys.exit(run_command(sys.argv[1:]))
 
 
