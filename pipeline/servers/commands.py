@@ -68,7 +68,7 @@ def start_prefect(runtime: RuntimeConfig, port: int, auth: str, *, die_with_pare
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_API_AUTH_STRING": auth,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": address,
-        "PREFECT_SERVER_UI_API_URL": f"{address}/api",  # for the page in the browser; the default has port 4200
+        "PREFECT_SERVER_UI_API_URL": "/api",  # the page asks its own server, also through a tunnel of another port
         AUTH_VARIABLE: auth,
         LOCK_VARIABLE: str(home / "start.lock"),
     }

@@ -18,6 +18,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import browser
 import hostile_folder
 import psutil
 import pytest
@@ -28,7 +29,7 @@ from conf.runtime import RuntimeConfig
 from pipeline import servers
 from pipeline.processes import HOST, answers, free_port
 from pipeline.servers import state
-from pipeline.servers.guard import basic
+from pipeline.servers.guard import basic, encoded
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NOWHERE = f"http://{HOST}:9"  # a proxy at which nobody answers
@@ -66,6 +67,9 @@ class Up:
 
     def dpar(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return hostile_folder.dpar(*arguments, folder=self.here, bin_folder=self.here.parent, **self.variables)
+
+    def address(self, server: str) -> str:
+        return f"http://{HOST}:{port_of(self, server)}"
 
     def ask(self, port: int, method: str, path: str, body: str = "", **headers: str) -> Answer:
         """Send a request; the header `Host` names this machine unless one is given."""
@@ -228,6 +232,52 @@ def test_two_requests_that_once_ran_a_shell_command_change_nothing(up: Up) -> No
         assert answer.status == HTTPStatus.UNAUTHORIZED
     assert up.prefect("GET", f"/deployments/{identity}")["pull_steps"] in (None, [])
     assert up.prefect("POST", "/flow_runs/filter", {"deployments": {"id": {"any_": [identity]}}}) == []
+
+
+needs_a_browser = pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium")
+
+
+@needs_a_browser
+def test_a_page_in_the_owners_browser_runs_nothing(up: Up, tmp_path: Path) -> None:
+    """From another origin of this machine, which MLflow's own check allows."""
+    identity = up.prefect("GET", "/deployments/name/dpar-stage/local")["id"]
+    page = browser.attacking_page(
+        tmp_path / "page", prefect=up.address("prefect"), mlflow=up.address("mlflow"), identity=identity, ran=up.ran
+    )
+    with page as url:
+        said = browser.look(url, tmp_path / "profile")
+    read = ("filter", "patch", "run", "settings")
+    assert [f"{name}: failed" in said for name in read] == [True] * len(read)
+    assert "run unread: opaque 0\n" in said  # a browser sends it, and hides the answer
+    assert "experiment: opaque 0\nend" in said
+    assert not up.prefect("GET", f"/deployments/{identity}")["pull_steps"]
+    assert up.prefect("POST", "/flow_runs/filter", {"deployments": {"id": {"any_": [identity]}}}) == []
+    search = "/ajax-api/2.0/mlflow/experiments/search?max_results=9"
+    assert "evil" not in up.ask(up.runtime.mlflow_port, "GET", search, Authorization=basic(up.auth)).body
+
+
+@needs_a_browser
+@pytest.mark.parametrize("server", PATHS)
+def test_a_name_that_is_pointed_at_this_machine_shows_nothing(up: Up, server: str, tmp_path: Path) -> None:
+    url = f"http://evil.example:{port_of(up, server)}/"
+    said = browser.look(url, tmp_path / "profile", f"--host-resolver-rules=MAP evil.example {HOST}")
+    assert "the host is not this machine" in said
+
+
+@needs_a_browser
+@pytest.mark.parametrize(("server", "shown"), [("prefect", "Deployments"), ("mlflow", "Experiments")])
+def test_open_leads_into_the_page_and_leaves_no_login_in_the_history(
+    up: Up, server: str, shown: str, tmp_path: Path
+) -> None:
+    opened: list[str] = []
+    addresses = servers.running(up.runtime)
+    assert addresses is not None
+    servers.open_pages(up.runtime, addresses, lambda url: not opened.append(url))  # type: ignore[func-returns-value]
+    profile = tmp_path / "profile"
+    assert shown in browser.look(next(url for url in opened if server in url), profile)
+    history = (profile / "Default" / "History").read_bytes()
+    assert b"/dpar-login" in history
+    assert encoded(up.auth).encode() not in history
 
 
 @pytest.mark.parametrize("path", ["events/in", "events/out", "logs/out", "task_runs/subscriptions/scheduled"])
