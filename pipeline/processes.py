@@ -11,13 +11,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 HOST = "127.0.0.1"  # servers are for local users only
+CODE_ROOT = Path(__file__).resolve().parent.parent
+_LOOPBACK = (HOST, "localhost")
 _GRACE_S = 10.0  # between SIGTERM and SIGKILL
 _POLL_S = 0.1
 _SAME_S = 1.0  # tolerance of creation times, which shift when the clock is set; a pid is not reused that soon
@@ -61,7 +63,7 @@ class Service:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.created) < _SAME_S
             return process if same and _runs(process) else None
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ValueError, OverflowError):  # a damaged file may hold any number
             return None
 
     def _signal_group(self, number: signal.Signals) -> None:
@@ -69,8 +71,37 @@ class Service:
             os.killpg(self.pid, number)
 
 
+def own_python(*arguments: str) -> list[str]:
+    """Command line of a Python process of ours, which imports no code from its current folder."""
+    return [sys.executable, "-P", *arguments]
+
+
+def python_path(code_root: Path) -> str:
+    """PYTHONPATH with the code first, so that no other package of the same name is imported.
+
+    Empty parts are left out: they mean the current folder.
+    """
+    return os.pathsep.join([str(code_root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+
+
+def exempt_loopback(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Keep proxies named in the environment from catching traffic to servers of this machine."""
+    for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy")):  # programs read one or the other
+        hosts = [host.strip() for host in environment.get(name, environment.get(other, "")).split(",")]
+        if "*" not in hosts:
+            hosts += [host for host in _LOOPBACK if host not in hosts]
+        environment[name] = ",".join(filter(None, hosts))
+
+
 def start(
-    name: str, command: Sequence[str], environment: Mapping[str, str], log: Path, *, die_with_parent: bool
+    name: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    *,
+    die_with_parent: bool,
+    folder: Path | None = None,
+    umask: int = -1,
 ) -> Service:
     """Start a process and append its output to `log`. Ctrl-C in this terminal does not reach it.
 
@@ -78,23 +109,50 @@ def start(
         name: Name in messages.
         command: Command line.
         environment: The whole environment of the process.
-        log: File for its output; the folder is created.
+        log: File for its output, which only its owner may read; the folder is created.
         die_with_parent: Let the kernel terminate it when the thread that started it ends for any reason (Linux only).
+        folder: Its current folder; None is that of this process.
+        umask: Its umask; -1 is that of this process.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    with open(log, "ab", opener=open_private) as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
+            cwd=folder,
+            umask=umask,
             start_new_session=True,
             preexec_fn=parent_death_hook() if die_with_parent else None,
         )
     service = Service(name, process.pid, psutil.Process(process.pid).create_time(), str(log))
     process.returncode = 0  # `Service` watches the process; without this, Popen warns that it was not waited for
     return service
+
+
+def open_private(path: str, flags: int) -> int:
+    """An opener for `open`: only the owner may read the file."""
+    descriptor = os.open(path, flags, 0o600)
+    os.fchmod(descriptor, 0o600)  # it may be older, and open to others
+    return descriptor
+
+
+def marked(variable: str, value: str, commands: Sequence[str]) -> Iterator[Service]:
+    """Processes of this user that were started with a variable, youngest first.
+
+    Args:
+        variable: Name of the variable.
+        value: Its value.
+        commands: A process counts if one of these is an argument of its command line; children inherit the variable.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # it has ended, or belongs to another user
+            if process.environ().get(variable) == value and not set(commands).isdisjoint(process.cmdline()):
+                found.append(Service(process.name(), process.pid, process.create_time(), ""))
+    yield from sorted(found, key=lambda service: service.created, reverse=True)
 
 
 def wait_until(service: Service, is_ready: Callable[[], bool], timeout_s: float) -> None:
@@ -117,11 +175,11 @@ def answers(port: int, path: str) -> bool:
     return fetch(port, path) is not None
 
 
-def fetch(port: int, path: str) -> bytes | None:
+def fetch(port: int, path: str, authorization: str | None = None) -> bytes | None:
     """Body of a GET request to this machine; None unless it was answered with 200."""
     connection = http.client.HTTPConnection(HOST, port, timeout=5)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers={"Authorization": authorization} if authorization else {})
         response = connection.getresponse()
         body = response.read()
     except (OSError, http.client.HTTPException):

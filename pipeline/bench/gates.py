@@ -25,7 +25,8 @@ ORDERED_PAIRS = (
     ("train_heldout_loss", "train_unigram_loss"),
     *pairwise(LADDER),
 )
-SCRIPTS_FOLDER = Path(__file__).parents[2] / "tests" / "benchmarks"
+CODE_ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS_FOLDER = CODE_ROOT / "tests" / "benchmarks"
 SCRIPTS = {
     "train-step": ("train_step.py", "loop_overhead.py"),
     "sample": ("sample_speed.py", "sample_parts.py"),
@@ -116,8 +117,9 @@ def run_scripts(name: str) -> tuple[list[Gate], Figures]:
 
 def _median_seconds(arguments: Sequence[str], repeats: int) -> float:
     """Median over `repeats` processes, after one that is not counted. Python keeps the modules that it compiled."""
-    command = [sys.executable, "-m", "pipeline.cli.main", *arguments]
+    command = [sys.executable, "-P", "-m", "pipeline.cli.main", *arguments]  # no code from the current folder
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE_ROOT), os.environ.get("PYTHONPATH")]))
     seconds = []
     for _ in range(1 + repeats):
         start = time.perf_counter()

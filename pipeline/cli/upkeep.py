@@ -100,10 +100,14 @@ def accept(name: StageName, *, preset: Preset = None, ablation: Ablation = None,
 
 
 @app.command()
-def up(*, overrides: Overrides) -> None:
+def up(
+    *,
+    overrides: Overrides,
+    open_pages: Annotated[bool, typer.Option("--open", help="Open both pages in a browser, logged in.")] = False,
+) -> None:
     """Start Prefect and MLflow on this machine.
 
-    Runs can then also be started from Prefect's page.
+    Runs can then also be started from Prefect's page. Both pages ask for the login that is printed.
     """
     from pipeline import servers
 
@@ -111,7 +115,13 @@ def up(*, overrides: Overrides) -> None:
     require_writable(runtime.home)
     typer.echo("starting the servers; this can take a minute", err=True)
     addresses = servers.up(runtime)
-    typer.echo(f"Prefect  {addresses.prefect}\nMLflow   {addresses.mlflow}\nstop them with `dpar down`")
+    typer.echo(f"Prefect  {addresses.prefect}\nMLflow   {addresses.mlflow}")
+    auth = servers.read_auth(runtime) or ""
+    user, _, password = auth.partition(":")
+    typer.echo(f"log in   Prefect: {auth}\n         MLflow: user {user}, password {password}")
+    typer.echo("stop them with `dpar down`")
+    if open_pages and not servers.open_pages(runtime, addresses):
+        typer.echo("there is no browser here: open the pages yourself", err=True)
 
 
 @app.command()

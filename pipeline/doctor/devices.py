@@ -6,11 +6,14 @@ Importing torch takes seconds, and a broken CUDA installation may end the proces
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pipeline.processes import CODE_ROOT, own_python, python_path
 
 _TIMEOUT_S = 60.0
 _HEAD_DIM = 64  # of the models' attention heads
@@ -69,9 +72,10 @@ class TorchFacts:
 
 def torch_facts() -> TorchFacts:
     """Gather the facts in a child process."""
-    command = [sys.executable, "-m", "pipeline.doctor.devices"]
+    environment = os.environ | {"PYTHONPATH": python_path(CODE_ROOT)}
+    command = own_python("-m", "pipeline.doctor.devices")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         if done.returncode == 0:
             return TorchFacts.of_json(json.loads(done.stdout))
     except subprocess.TimeoutExpired:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.environment import INIT_METHOD
+from pipeline.processes import python_path
 from stages.runtime.artifact import RECORD, remove_partials
 from stages.runtime.job import ERROR_FILE, Job
 
@@ -103,7 +104,7 @@ class Process:
 
     def environment(self) -> dict[str, str]:
         """Variables that are set for the process, over those that it inherits."""
-        found = _QUIET | _RAGGED | {"PYTHONPATH": _python_path(self.code_root)}
+        found = _QUIET | _RAGGED | {"PYTHONPATH": python_path(self.code_root)}
         if _OLD_ALLOCATOR not in os.environ:
             found[_ALLOCATOR] = os.environ.get(_ALLOCATOR, "expandable_segments:True")
         return found
@@ -119,8 +120,3 @@ class Process:
         if sys.platform == "linux":
             found |= {name: os.environ.get(name) or "lo" for name in _INTERFACES}
         return found
-
-
-def _python_path(code_root: Path) -> str:
-    """PYTHONPATH with the code first, so that no other package of the same name is imported."""
-    return os.pathsep.join(part for part in (str(code_root), os.environ.get("PYTHONPATH", "")) if part)

@@ -1,4 +1,4 @@
-"""The graph as a Prefect flow. No other module imports Prefect.
+"""The graph as a Prefect flow. Beside it only `prefect_app.py` imports Prefect.
 
 Each stage is a task that calls `run_stage`. Prefect's own caching and result storage are off: the artifact cache alone
 decides what is cached, and the task of a cached stage ends in the state `Cached`. This module has no
@@ -32,6 +32,7 @@ from pipeline.launch import StageFailed
 from pipeline.plan import cached_paths, plan
 from pipeline.runner import NullObserver, Observer, run_stage
 from pipeline.selection import as_options, select, selected_statuses
+from pipeline.serving.page import load_page_settings
 from pipeline.serving.relay import CompositeObserver, LogRelay
 from pipeline.tracking.tracker import Tracker
 from stages.runtime.errors import ArtifactError, InputError
@@ -159,7 +160,10 @@ def _run(
 ) -> State[Any]:
     try:
         chosen = None if preset == BASE else preset, None if ablation == UNCHANGED else ablation, overrides
-        settings, runtime = load_settings(*chosen)
+        if SCREEN.get(None) is None:  # not from the command line
+            settings, runtime = load_page_settings(*chosen)
+        else:
+            settings, runtime = load_settings(*chosen)
         wanted = select(settings, from_stage, until_stage, force)
         statuses = selected_statuses(
             plan(settings, runtime, deep=True), wanted, settings, force=force, given=as_options(*chosen)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 
 from conf.load import load_settings
 from pipeline.runner import NullObserver, Observer
-from pipeline.servers import environment, prefect_server, server_folder
+from pipeline.servers import empty_folder, environment, prefect_server
 
 
 def run_pipeline(
@@ -41,10 +42,10 @@ def run_pipeline(
     with prefect_server(runtime) as server:
         # Prefect reads these variables when it is imported. Its console log is off: it would break up the progress
         # bars, and the run's page shows it.
-        quiet = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "PREFECT_API_URL": server.api_url}
-        os.environ.update(quiet | environment(runtime))
-        server_folder(runtime).mkdir(parents=True, exist_ok=True)  # parent of PREFECT_HOME, which Prefect creates
-        from pipeline.serving import flows
+        quiet = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
+        os.environ.update(quiet | environment(runtime) | server.variables)
+        with contextlib.chdir(empty_folder(runtime)):  # Prefect reads settings from files of the current folder
+            from pipeline.serving import flows
 
         server.wait()
         parameters = {

@@ -1,4 +1,4 @@
-"""Writes the events of a journal to MLflow. No other module imports MLflow.
+"""Writes the events of a journal to MLflow. Beside it only `mlflow_app.py` imports MLflow.
 
 Each pipeline run is one MLflow run with all settings as params and all final numbers as metrics, so that ablations can
 be compared. Below it is a nested run for each stage that ran. A cached stage is tagged with the run that made it.
@@ -29,6 +29,7 @@ from pipeline.cache.differences import flat
 from pipeline.cache.manifest import MANIFEST
 from pipeline.cache.store import Cache
 from pipeline.report import collect
+from pipeline.servers import locked, store_lock
 from pipeline.tracking.journal import Event, Journal
 from pipeline.tracking.metric_tail import MetricTail, Point, StageRun
 from pipeline.views import VIEWS
@@ -52,11 +53,13 @@ class MlflowView:
         self._cache = Cache(folder.parent)
         self._runs = folder / "runs"
         self._tails: dict[str, MetricTail] = {}
-        found = self._client.get_experiment_by_name(EXPERIMENT)
         pictures = (
             None if uri.startswith("http") else (folder / "mlartifacts").as_uri()
         )  # a server chooses its own location
-        self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, pictures)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(store_lock(folder)):  # two first runs would both create the store and the experiment
+            found = self._client.get_experiment_by_name(EXPERIMENT)
+            self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, pictures)
 
     def send(self, journal: Journal) -> None:
         """Send the unsent events of a journal and new metrics of running stages. Failed events are sent next time.

@@ -12,7 +12,20 @@ import psutil
 import pytest
 
 from pipeline import processes
-from pipeline.processes import HOST, ServerError, Service, answers, free_port, listener, start, wait_until
+from pipeline.processes import (
+    CODE_ROOT,
+    HOST,
+    ServerError,
+    Service,
+    answers,
+    exempt_loopback,
+    free_port,
+    listener,
+    own_python,
+    python_path,
+    start,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -90,3 +103,64 @@ def test_the_listener_of_a_taken_port_is_named() -> None:
 
 def test_nobody_answers_on_a_free_port() -> None:
     assert not answers(free_port(), "/")
+
+
+PROXIES = {"http_proxy": "http://proxy:1", "ALL_PROXY": "http://proxy:1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"NO_PROXY": ""}, "127.0.0.1,localhost"),
+        ({"no_proxy": "a.example, b.example"}, "a.example,b.example,127.0.0.1,localhost"),
+        ({"NO_PROXY": "localhost"}, "localhost,127.0.0.1"),
+        ({"NO_PROXY": "*"}, "*"),
+        ({"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}, "127.0.0.1,localhost"),
+    ],
+)
+def test_no_proxy_catches_traffic_of_this_machine(given: dict[str, str], expected: str) -> None:
+    environment = PROXIES | given
+    exempt_loopback(environment)
+    assert environment == PROXIES | {"no_proxy": expected, "NO_PROXY": expected}
+
+
+def test_each_spelling_of_no_proxy_keeps_its_hosts() -> None:
+    environment = {"no_proxy": "a.example", "NO_PROXY": "b.example"}
+    exempt_loopback(environment)
+    assert environment == {"no_proxy": "a.example,127.0.0.1,localhost", "NO_PROXY": "b.example,127.0.0.1,localhost"}
+
+
+@pytest.mark.parametrize("inherited", ["", ":", "{other}", ":{other}:", "{other}::{other}"])
+def test_a_child_imports_ours_and_nothing_from_its_current_folder(
+    tmp_path: Path, inherited: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = tmp_path / "here", tmp_path / "other"
+    for name in ("json", "sitecustomize", "pipeline/__init__", "conf/__init__"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.py").write_text("raise SystemExit('code of the current folder')")
+    other.mkdir()
+    monkeypatch.setenv("PYTHONPATH", inherited.format(other=other))
+    program = "import conf, json, pipeline, sys; print(conf.__file__, pipeline.__file__, sys.path.count(''))"
+    command = own_python("-c", program)
+    environment = os.environ | {"PYTHONPATH": python_path(CODE_ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    found = [CODE_ROOT / "conf" / "__init__.py", CODE_ROOT / "pipeline" / "__init__.py", 0]
+    assert (done.stdout.split(), done.stderr) == ([str(each) for each in found], "")
+
+
+def test_only_the_owner_can_read_a_log_also_one_made_before(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch(mode=0o644)
+    start("true", ["true"], os.environ, log, die_with_parent=True).end()
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_process_starts_in_the_folder_and_with_the_umask_it_is_given(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    command = ["sh", "-c", "touch made; echo done > ../done"]
+    service = start("maker", command, os.environ, tmp_path / "log", die_with_parent=True, folder=folder, umask=0o077)
+    wait_for(tmp_path / "done")
+    service.end()
+    assert (folder / "made").stat().st_mode & 0o777 == 0o600

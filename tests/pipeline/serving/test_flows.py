@@ -22,6 +22,7 @@ from odd_names import ODD_NAME
 from conf.runtime import RuntimeConfig
 from pipeline import servers
 from pipeline.processes import HOST, answers, free_port
+from pipeline.servers.guard import basic
 from stages.runtime.artifact import read_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -36,11 +37,13 @@ class Prefect:
         self.runtime = runtime
         self.addresses = servers.up(runtime)
         self.api = f"{self.addresses.prefect}/api"
+        self.auth = servers.read_auth(runtime) or ""
         self.images = images
 
     def call(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.api + path, data, {"content-type": "application/json"})
+        headers = {"content-type": "application/json", "authorization": basic(self.auth)}
+        request = urllib.request.Request(self.api + path, data, headers)
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
@@ -78,6 +81,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Itera
         prefect_port=free_port(),
         mlflow_port=free_port(),
         device="cpu",
+        roots=(image_root,),
     )
     try:
         yield Prefect(runtime, image_root)
@@ -126,7 +130,7 @@ def test_a_run_from_this_machine_raises_what_the_stage_raised(prefect: Prefect, 
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"PREFECT_API_URL": prefect.api},
+        env=os.environ | {"PREFECT_API_URL": prefect.api, "PREFECT_API_AUTH_STRING": prefect.auth},
         capture_output=True,
         text=True,
         check=False,

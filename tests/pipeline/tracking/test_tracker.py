@@ -31,6 +31,7 @@ pytestmark = [
 SETTINGS, _ = load_settings("tiny")
 
 
+AUTH = "dpar:a-login-of-this-test"
 DIGEST = content_digest({})  # content digest of all artifacts here, which list no files
 
 
@@ -292,8 +293,10 @@ def test_a_full_disk_costs_the_view_and_not_the_stage(run: Run, monkeypatch: pyt
 
 
 @pytest.fixture
-def server(home: Path) -> Iterator[tuple[RuntimeConfig, list[Service]]]:
+def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[RuntimeConfig, list[Service]]]:
     """Runtime settings with an MLflow server, and the list of started servers, which are stopped at the end."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", AUTH.partition(":")[0])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", AUTH.partition(":")[2])
     port = free_port()
     started: list[Service] = []
     yield RuntimeConfig(home=home, tracking_uri=f"http://{HOST}:{port}", mlflow_port=port), started
@@ -302,7 +305,7 @@ def server(home: Path) -> Iterator[tuple[RuntimeConfig, list[Service]]]:
 
 
 def start_server(runtime: RuntimeConfig, started: list[Service]) -> None:
-    started.append(servers._start_mlflow(RuntimeConfig(home=runtime.home), runtime.mlflow_port))
+    started.append(servers.start_mlflow(RuntimeConfig(home=runtime.home), runtime.mlflow_port, AUTH))
     wait_until(started[-1], lambda: answers(runtime.mlflow_port, "/health"), 120)
 
 
