@@ -61,7 +61,7 @@ def test_how_a_stage_computes_is_for_the_page(here: Path) -> None:
     overrides = ["dataset.root=images", "runtime.tracking=false", "runtime.processes=2", "runtime.device=cpu"]
     settings, runtime = load_page_settings("tiny", None, overrides)
     assert (runtime.tracking, runtime.processes, runtime.device) == (False, 2, "cpu")
-    assert settings.dataset.root == Path("images")
+    assert settings.dataset.root == here / "images"
     assert Path.cwd() == here  # relative paths start where `dpar up` was called
 
 
