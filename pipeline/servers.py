@@ -172,7 +172,9 @@ def _start_prefect(runtime: RuntimeConfig, port: int, *, die_with_parent: bool) 
 def _start_mlflow(runtime: RuntimeConfig, port: int) -> Service:
     folder = server_folder(runtime)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", mlflow_uri(runtime), "--default-artifact-root", str(folder / "mlartifacts")]
+    # MLflow puts the root into SQL without quotes, so it is given as an address.
+    pictures = (folder / "mlartifacts").as_uri()
+    command += ["--backend-store-uri", mlflow_uri(runtime), "--default-artifact-root", pictures]
     # MLflow's job runner is not used here. Disabling it saves eight processes and a slow start.
     jobs = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return start("MLflow", command, environment(runtime) | jobs, folder / "mlflow.log", die_with_parent=False)
