@@ -12,6 +12,7 @@ from conf.places import expanded
 from pipeline.cli import display
 from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, load, show_json
 from pipeline.graph import STAGES, inputs_read
+from pipeline.home import require_writable
 from pipeline.plan import require_cached
 from stages.images.sources import image_root
 
@@ -49,6 +50,7 @@ def patches(
     inputs = require_cached(settings, runtime, names, "dpar run --until patch_index")
     from stages.views.patch_report import patch_report
 
+    require_writable(runtime.home)
     output = runtime.home / "reports" / inputs["patch_index"].name
     with display.make_console(stderr=True).status("reading images"):
         numbers = asdict(patch_report(inputs | {"images": image_root(settings.dataset)}, output, compare))

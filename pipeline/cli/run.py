@@ -152,6 +152,7 @@ def views(
     No stage runs.
     """
     settings, runtime = load(preset, ablation, overrides)
+    require_writable(runtime.home)
     wanted = select(settings) if name is None else [known_stage(name)]
     paths = cached_paths(plan(settings, runtime))
     with display.make_console(stderr=True).status("drawing"):

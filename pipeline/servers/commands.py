@@ -80,7 +80,8 @@ def start_mlflow(runtime: RuntimeConfig, port: int, auth: str) -> Service:
     folder = private_folder(runtime)
     own = {
         "MLFLOW_BACKEND_STORE_URI": mlflow_uri(runtime),
-        "MLFLOW_DEFAULT_ARTIFACT_ROOT": str(folder / "mlartifacts"),
+        # MLflow puts the root into SQL without quotes, so it is given as an address.
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT": (folder / "mlartifacts").as_uri(),
         # MLflow's job runner is not used here. Disabling it saves eight processes and a slow start.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         AUTH_VARIABLE: auth,
