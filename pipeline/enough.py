@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from conf.schema import Settings
@@ -43,6 +43,21 @@ def require_enough(settings: Settings, stages: Collection[str], dataset: Path | 
             "one image is held out, expected none or at least two: a distance needs a covariance. Raise "
             "dataset.heldout_fraction, set it to 0, or set evaluate.ladder to false"
         )
+
+
+def repeated_images(settings: Settings, stages: Collection[str], dataset: Path) -> Iterator[str]:
+    """One line for each training among `stages` whose batch is larger than the training images of `dataset`."""
+    from stages.stores.image_index import num_images_of_parts
+
+    num_train, _ = num_images_of_parts(dataset)
+    for name in stages:
+        section = getattr(settings, name)
+        trains = hasattr(section, "training") and getattr(section, "source", "train") == "train"
+        if trains and section.training.global_batch_size > num_train:
+            yield (
+                f"{name}.training.global_batch_size is {section.training.global_batch_size} and there are {num_train} "
+                "training images: every step takes some of them several times"
+            )
 
 
 def _too_few(found: str, neighbours: int, action: str) -> InputError:

@@ -31,6 +31,7 @@ from pipeline.cli.options import (
     load,
     show_json,
 )
+from pipeline.enough import require_enough
 from pipeline.graph import STAGES
 from pipeline.home import require_writable
 from pipeline.plan import StageStatus, cached_paths, explain, plan
@@ -100,13 +101,14 @@ def stage(
     known_stage(name)
     settings, runtime = load(preset, ablation, overrides)
     given = as_options(preset, ablation, overrides)
-    statuses = plan(settings, runtime, deep=True)
-    statuses = selected_statuses(statuses, [name], settings, force=[name] if force else [], given=given)
+    planned = plan(settings, runtime, deep=True)
+    statuses = selected_statuses(planned, [name], settings, force=[name] if force else [], given=given)
     if dry_run:
         _show_statuses(statuses, as_json)
         return
     if force or any(status.state != "cached" for status in statuses):
         require_writable(runtime.home)
+    require_enough(settings, [name], cached_paths(planned).get("dataset"))
     _warn(settings, runtime, preset, [status.stage for status in statuses if status.state != "cached"])
     with display.make_screen(display.make_console(stderr=as_json)) as screen:
         run_stage(STAGES[name], settings, runtime, force=force, observer=screen)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Annotated, Any
 
 import prefect
@@ -26,7 +27,7 @@ from conf.load import SettingsError, load_settings, names
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
 from pipeline.budget.advice import advice
-from pipeline.enough import require_enough
+from pipeline.enough import repeated_images, require_enough
 from pipeline.graph import STAGES, Stage, inputs_read
 from pipeline.launch import StageFailed
 from pipeline.plan import cached_paths, plan
@@ -168,7 +169,7 @@ def _run(
         statuses = selected_statuses(
             plan(settings, runtime, deep=True), wanted, settings, force=force, given=as_options(*chosen)
         )
-        require_enough(settings, wanted, cached_paths(statuses).get("dataset"))
+        _check_images(settings, wanted, cached_paths(statuses).get("dataset"))
     except EXPECTED_ERRORS as error:
         return Failed(message=str(error), data=error)
     for status in statuses:
@@ -222,7 +223,7 @@ def _stage_task(
         try:
             result = run_stage(stage, settings, runtime, force=force, observer=observer)
             if stage.name == "dataset":
-                require_enough(settings, after, result.path)
+                _check_images(settings, after, result.path)
         except EXPECTED_ERRORS as error:
             return Failed(message=str(error), data=error)
         if result.state == "ran":
@@ -230,6 +231,14 @@ def _stage_task(
         return Completed(name="Cached", message=f"{result.key} reused")
 
     return make
+
+
+def _check_images(settings: Settings, stages: list[str], dataset: Path | None) -> None:
+    """Refuse to go on with too few images, and warn where images are repeated."""
+    require_enough(settings, stages, dataset)
+    if dataset is not None:
+        for line in repeated_images(settings, stages, dataset):
+            get_run_logger().warning("%s", line)
 
 
 def _count(states: Iterable[str]) -> str:

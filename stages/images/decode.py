@@ -37,7 +37,7 @@ PIL_PIXELS = 178_956_970  # of the largest image that PIL opens
 _MAX_SIDE = 2**20  # pixels: each row has a cost of its own
 _AT_MOST = "at most {} (dataset.max_pixels)"
 _alone = threading.Lock()
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit is `max_pixels`
+warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is whole, or its reason is in the list of broken ones
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Transpose.FLIP_LEFT_RIGHT,

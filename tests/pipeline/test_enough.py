@@ -11,7 +11,7 @@ from PIL import Image
 from conf.load import load_settings
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
-from pipeline.enough import require_enough
+from pipeline.enough import repeated_images, require_enough
 from stages.dataset import dataset
 from stages.runtime.errors import ArtifactError, InputError
 
@@ -57,3 +57,14 @@ def test_a_single_held_out_image_is_refused_where_it_would_be_scored(tmp_path: P
     (tmp_path / "out" / "images.parquet").write_bytes(b"PAR1")
     with pytest.raises(ArtifactError, match="cannot be read"):
         require_enough(settings(), STAGES, made)
+
+
+def test_a_batch_that_is_larger_than_the_data_set_is_told(tmp_path: Path) -> None:
+    made = indexed(tmp_path, 6, 0)
+    stages = ["tokenizer", "tokenize", "train", "sample"]
+    told = list(repeated_images(settings("train.training.global_batch_size=6"), stages, made))
+    assert told == [
+        "tokenizer.training.global_batch_size is 8 and there are 6 training images: every step takes some of them "
+        "several times"
+    ]
+    assert list(repeated_images(settings("tokenizer.source=checkpoint"), ["tokenizer", "tokenize"], made)) == []
