@@ -98,10 +98,8 @@ def test_what_is_known_to_be_no_weights_is_named_before_any_stage_runs(tmp_path:
 
     path.mkdir()
     (path / "model.safetensors").touch()
-    assert (
-        problem()
-        == f"{address}.checkpoint: {path} is a folder with model.safetensors, expected a weights file: give one of its files"
-    )
+    words = "a folder with model.safetensors, expected a weights file: give one of its files"
+    assert problem() == f"{address}.checkpoint: {path} is {words}"
     (path / "model.safetensors").unlink()
     path.rmdir()
     os.mkfifo(path)
