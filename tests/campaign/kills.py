@@ -1,0 +1,105 @@
+"""SIGKILL at random times over a run, of each kind of process. The run is then started again and must end the same."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import psutil
+
+from pipeline.processes import free_port
+from stages.runtime.artifact import read_json
+from tests.campaign.rows import Outcome, Row
+from tests.campaign.workplace import Run, Workplace
+
+KIND = "kills"
+_POLL_S = 0.05
+
+
+def rows(place: Workplace, times: int, seed: int) -> Iterator[Row]:
+    """Kills of the command, of a stage's process, of torchrun's agent, of the Prefect server and of MLflow's."""
+    two = replace(place, folder=place.folder / "two-processes", processes=2)
+    victims: dict[str, tuple[Workplace, Callable[[Run], psutil.Process | None]]] = {
+        "command": (place, lambda run: psutil.Process(run.process.pid)),
+        "stage": (place, lambda run: run.find("-m stages.", "--job")),
+        "agent": (two, lambda run: run.find("torch.distributed.run")),
+        "prefect": (place, lambda run: run.find("prefect", "server") or run.find("uvicorn", "prefect")),
+    }
+    for victim, (where, find) in victims.items():
+        random = Random(f"{seed} {victim}")
+        for number in range(times):
+            share = random.random()
+            name = f"{victim} {number} at {share:.3f} of a run"
+            yield Row(kind=KIND, name=name, run=lambda w=where, f=find, s=share, n=name: _killed(w, f, s, n))  # type: ignore[misc]
+    random = Random(f"{seed} mlflow")
+    for number in range(times):
+        share = random.random()
+        name = f"mlflow {number} at {share:.3f} of a run"
+        yield Row(kind=KIND, name=name, run=lambda s=share, n=name: _mlflow_killed(place, s, n))  # type: ignore[misc]
+
+
+def _killed(place: Workplace, find: Callable[[Run], psutil.Process | None], share: float, name: str) -> Outcome:
+    place.prepare()
+    with place.home(name) as home:
+        run = place.start("run", home=home)
+        struck = _strike(run, find, share * place.seconds)
+        code = run.wait(place.timeout_s)
+        return _judged(place, home, run, code, struck)
+
+
+def _strike(run: Run, find: Callable[[Run], psutil.Process | None], after_s: float) -> bool:
+    """Kill the process that `find` gives, at the first moment after a time at which there is one."""
+    started = time.monotonic()
+    while run.process.poll() is None:
+        if time.monotonic() - started >= after_s and (victim := find(run)) is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+                return True
+        time.sleep(_POLL_S)
+    return False
+
+
+def _judged(place: Workplace, home: Path, run: Run, code: int | None, struck: bool) -> Outcome:
+    """Whether all was there after another run, nothing was left behind, and a failed run said why."""
+    ports, left = set(run.open_ports), run.left()
+    said = run.said if code else "the run went on" if struck else "it had ended before"
+    if code is None:
+        return Outcome(verdict="lost", said=f"it hung: {said}", open_ports=tuple(ports))
+    if left:
+        names = ", ".join(process.name() for process in left)
+        run.kill_all()
+        return Outcome(verdict="lost", said=f"processes outlived the run: {names}", open_ports=tuple(ports))
+    again = place.finish(home)
+    ports |= again.open_ports
+    if differing := place.differing(home):
+        return Outcome(verdict="lost", said=f"not as in an undisturbed run: {differing[0]}", open_ports=tuple(ports))
+    silent = code > 0 and not said  # who is killed cannot say anything
+    return Outcome(verdict="silent" if silent else "survived", said=said, open_ports=tuple(ports))
+
+
+def _mlflow_killed(place: Workplace, share: float, name: str) -> Outcome:
+    """Kill the MLflow server of `dpar up` during a run that records in it."""
+    place.prepare()
+    with place.home(name) as home:
+        ports = {"runtime.prefect_port": free_port(), "runtime.mlflow_port": free_port()}
+        up = place.start("up", home=home, settings=ports)
+        if up.wait(place.timeout_s) != 0:
+            return Outcome(verdict="lost", said=f"`dpar up` failed: {up.said}")
+        try:
+            victim = _service(home, "MLflow")
+            address = {"DPAR_TRACKING_URI": f"http://127.0.0.1:{ports['runtime.mlflow_port']}"}
+            run = place.start("run", home=home, settings=ports, environment=address)
+            struck = _strike(run, lambda _: victim, share * place.seconds)
+            code = run.wait(place.timeout_s)
+        finally:
+            place.start("down", home=home, settings=ports).wait(place.timeout_s)
+        return _judged(place, home, run, code, struck)
+
+
+def _service(home: Path, name: str) -> psutil.Process:
+    services = read_json(home / ".servers" / "state.json")["services"]
+    return psutil.Process(next(service["pid"] for service in services if service["name"] == name))
