@@ -12,6 +12,7 @@ import typer
 
 from pipeline.cli import cluster, doctor, measure, patches, plan, run, sample, upkeep
 from pipeline.cli.failures import describe_failure
+from pipeline.cli.screen_log import warnings_on_screen
 
 logger = logging.getLogger("pipeline")
 INTERRUPTED = 130
@@ -33,7 +34,8 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code. An error is printed as one line on standard error."""
     try:
-        code = app(args=list(arguments) or ["--help"], prog_name="dpar", standalone_mode=False)
+        with warnings_on_screen():
+            code = app(args=list(arguments) or ["--help"], prog_name="dpar", standalone_mode=False)
     except Exception as error:
         if logger.isEnabledFor(logging.DEBUG):
             traceback.print_exception(error)
