@@ -5,7 +5,6 @@ An artifact is committed before any server is told, so a server that is down nev
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,6 @@ from stages.runtime.errors import ArtifactError, InputError, StaleIndexError
 from stages.runtime.job import Job
 
 __all__ = ["NullObserver", "Observer", "StageResult", "StageStatus", "plan", "prepare", "run_stage"]
-logger = logging.getLogger(__name__)
-_WAITING = "another process is making %s: waiting for it"
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,17 @@ class StageResult:
     view_error: str | None = None
     """Why the view of the artifact was not drawn; None if it was drawn or is current."""
 
+    @property
+    def outcome(self) -> Literal["made", "cached"]:
+        """Whether this run has made the artifact."""
+        return "made" if self.state == "ran" else "cached"
+
 
 class Observer(Protocol):
     """Receives the events of a run, each after its effect is safe on disk. Methods must not raise."""
+
+    def stage_waiting(self, stage: str, message: str) -> None:
+        """Another process makes the stage's artifact, and the run waits for it. The message names the process."""
 
     def stage_started(self, stage: str, key: str, work: Path) -> None:
         """The stage's process is about to start in the folder `work`."""
@@ -68,6 +73,9 @@ class Observer(Protocol):
 
 class NullObserver:
     """An observer that does nothing."""
+
+    def stage_waiting(self, stage: str, message: str) -> None:
+        """Nothing."""
 
     def stage_started(self, stage: str, key: str, work: Path) -> None:
         """Nothing."""
@@ -114,9 +122,14 @@ def run_stage(
     parts = key_parts(stage, settings, cache.home, digests, code, deep=True)
     key = key_of(parts)
     before = cache.lookup(key)
-    waited: list[bool] = []
+    waited: list[str] = []
+
+    def wait(message: str) -> None:
+        waited.append(message)
+        observer.stage_waiting(stage.name, message)
+
     if before is None or force:
-        with cache.lock(key, on_wait=lambda: waited.append(_log_waiting(key))) as lock:
+        with cache.lock(key, on_wait=wait) as lock:
             # Another process may have finished it before this one got the lock. A forced run accepts it only if it is
             # not the artifact found before.
             found = cache.lookup(key)
@@ -223,7 +236,7 @@ def prepare(stage: Stage, settings: Settings, runtime: RuntimeConfig, project: P
     inputs = _finished_inputs(stage, settings, runtime, project, cache)
     digests = {name: found.digest for name, found in inputs.items()}
     parts = key_parts(stage, settings, cache.home, digests, project.fingerprint(stage, cache.home), deep=True)
-    with cache.lock(key_of(parts), on_wait=lambda: logger.warning(_WAITING, key_of(parts))):
+    with cache.lock(key_of(parts)):
         paths = _previews(stage, settings, runtime, project) | _paths(cache, inputs)
         job = _job(stage, settings, runtime, cache.begin(parts), paths)
         process = process_of(stage.name, stage.entry[0], job, runtime, project.code_root, spmd=stage.spmd)
@@ -283,8 +296,3 @@ def _result(
     return StageResult(
         manifest.stage, state, manifest.key, path, manifest.digest, metrics, manifest.duration_s, view_error
     )
-
-
-def _log_waiting(key: str) -> bool:
-    logger.warning(_WAITING, key)
-    return True

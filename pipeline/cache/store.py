@@ -2,7 +2,8 @@
 
 home/<stage>/<key>/        finished artifact; manifest.json is written last, before the rename
 home/.work/<key>/          unfinished artifact; it survives a kill, and the same key resumes in it
-home/.locks/<key>.lock     exclusive lock of the process that makes it; the kernel frees it when the last holder dies
+home/.locks/<key>.lock     exclusive lock of the process that makes it, and who that is; the kernel frees it when the
+                           last holder dies
 home/.locks/<key>.readers  shared lock of the runs that read it, so that `dpar gc` does not remove it
 home/.trash/               artifacts replaced by a forced run, until `dpar gc`
 """
@@ -10,6 +11,7 @@ home/.trash/               artifacts replaced by a forced run, until `dpar gc`
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import platform
 import shutil
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache import repository
+from pipeline.cache.holder import read_holder, write_holder
 from pipeline.cache.manifest import (
     MANIFEST,
     Manifest,
@@ -36,6 +39,7 @@ from pipeline.cache.manifest import (
 from stages.runtime.artifact import RECORD, file_sha256, read_json, remove_partials, write_json
 from stages.runtime.errors import ArtifactError
 
+logger = logging.getLogger(__name__)
 DAMAGE = "damage.json"  # beside the manifest: damage found when the artifact was read
 PARTS = f"{RECORD}/parts.json"  # in a work folder: the parts of its key
 WORK, LOCKS, TRASH = ".work", ".locks", ".trash"
@@ -122,18 +126,25 @@ class Cache:
         return sorted(found, key=lambda pair: pair[1].created, reverse=True)
 
     @contextmanager
-    def lock(self, key: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[int]:
+    def lock(self, key: str, on_wait: Callable[[str], None] = lambda message: None) -> Iterator[int]:
         """Hold the lock of a key. Yields its file descriptor, which child processes inherit.
 
         A child that outlives its killed parent keeps the lock, so no other process writes into its folder.
+
+        Args:
+            key: The key.
+            on_wait: Called before waiting for another process, with a line that names it; the line is logged, too.
         """
         descriptor = self._open_lock(f"{key}.lock")
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                on_wait()
+                message = f"stage {key.partition('-')[0]}: {read_holder(descriptor)} is making {key}, waiting for it"
+                logger.warning("%s", message)
+                on_wait(message)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
+            write_holder(descriptor)
             yield descriptor
         finally:
             os.close(descriptor)

@@ -64,6 +64,10 @@ class BarScreen:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
+    def stage_waiting(self, stage: str, message: str) -> None:
+        """Say so in the stage's bar; a warning above it names the process."""
+        self._progress.update(self._open(stage), detail="waiting for another run", refresh=True)
+
     def stage_started(self, stage: str, key: str, work: Path) -> None:
         """Open the stage's bar; it pulses until the first progress arrives."""
         self._open(stage)
@@ -107,6 +111,9 @@ class LineScreen:
 
     def __exit__(self, *error: object) -> None:
         pass
+
+    def stage_waiting(self, stage: str, message: str) -> None:
+        """Nothing: a warning says it."""
 
     def stage_started(self, stage: str, key: str, work: Path) -> None:
         """Print the stage and the path of its log."""

@@ -12,6 +12,7 @@ import typer
 
 from pipeline.cli import cluster, doctor, measure, patches, plan, run, sample, upkeep
 from pipeline.cli.failures import FAILURE, describe_failure
+from pipeline.cli.screen_log import warnings_on_screen
 from pipeline.cli.streams import drop_output, open_streams, use_utf8
 from pipeline.launchers.inherited import forget_other_launchers
 from pipeline.processes import exempt_loopback
@@ -37,7 +38,8 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code. An error is printed as one line on standard error."""
     forget_other_launchers()
     try:
-        code = app(args=list(arguments) or ["--help"], prog_name="dpar", standalone_mode=False)
+        with warnings_on_screen():
+            code = app(args=list(arguments) or ["--help"], prog_name="dpar", standalone_mode=False)
     except Exception as error:
         if logger.isEnabledFor(logging.DEBUG):
             traceback.print_exception(error)

@@ -1,43 +1,39 @@
-"""The graph as a Prefect flow. Beside it only `prefect_app.py` imports Prefect.
+"""The pipeline as Prefect flows, for runs that are started on Prefect's page.
 
-Each stage is a task that calls `run_stage`. Prefect's own caching and result storage are off: the artifact cache alone
-decides what is cached, and the task of a cached stage ends in the state `Cached`. This module has no
+A flow runs the same loop over the stages as the command line, and reports each stage as a task run in the same way: the
+artifact cache alone decides what is cached, and a server that is down ends no stage. This module has no
 `from __future__ import annotations`, since Prefect builds its forms from real annotations.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from contextvars import ContextVar
-from pathlib import Path
+import threading
+from dataclasses import replace
 from typing import Annotated, Any
 
 import prefect
-from prefect import Task, flow, get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.deployments.runner import RunnerDeployment
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed
 from prefect.types.entrypoint import EntrypointType
 from pydantic import Field
 
 from conf.load import SettingsError, load_settings, names
-from conf.runtime import RuntimeConfig
-from conf.schema import Settings
-from pipeline.budget.advice import advice
-from pipeline.enough import repeated_images, require_enough
-from pipeline.graph import STAGES, Stage, inputs_read
+from pipeline.graph import STAGES
 from pipeline.launch import StageFailed
-from pipeline.plan import cached_paths, plan
-from pipeline.runner import NullObserver, Observer, run_stage
-from pipeline.selection import as_options, select, selected_statuses
+from pipeline.servers import PrefectServer
 from pipeline.serving.page import load_page_settings
-from pipeline.serving.relay import CompositeObserver, LogRelay
-from pipeline.tracking.tracker import Tracker
+from pipeline.serving.prefect_view import FLOW
+from pipeline.serving.record import FlowRun, prefect_view, run_recorded
+from pipeline.text import tally
+from pipeline.tracking.sender import send_left_behind
+from pipeline.tracking.view import first_line
+from pipeline.whole_run import Request, plan_run
 from stages.runtime.errors import ArtifactError, InputError
 
+logger = logging.getLogger(__name__)
 # Prefect's form shows these as drop-down lists, and its server rejects other values. The form has no list for
 # `str | None`, so None has a name: BASE and UNCHANGED.
 BASE, UNCHANGED = "base", "none"
@@ -48,18 +44,17 @@ StageName = Annotated[str, Field(json_schema_extra={"enum": list[Any](STAGES)})]
 
 # Errors whose message is enough; they are reported without a traceback.
 EXPECTED_ERRORS = (SettingsError, InputError, ArtifactError, StageFailed)
-SCREEN: ContextVar[Observer] = ContextVar("SCREEN")  # set by the command line when it runs the flow in its own process
+_CATCH_UP_S = 10.0
 
 
 def _run_name() -> str:
     """Name of a run in lists: its stage, preset, ablation and overrides."""
     given = flow_run.parameters
-    changes = [text for text in given["overrides"] if not text.startswith("runtime.")]
-    ablation = "" if given["ablation"] == UNCHANGED else given["ablation"]
-    return " ".join(word for word in (given.get("stage"), given["preset"], ablation, *changes) if word)
+    request = _request(given["preset"], given["ablation"], given["overrides"])
+    return " ".join(word for word in (given.get("stage"), request.name) if word)
 
 
-@flow(name="dpar-pipeline", flow_run_name=_run_name, persist_result=False)
+@flow(name=FLOW, flow_run_name=_run_name, persist_result=False)
 def pipeline_flow(
     preset: Preset = "demo",
     ablation: Ablation = UNCHANGED,
@@ -112,41 +107,32 @@ def stage_flow(
     return _run(preset, ablation, overrides, from_stage=stage, until_stage=stage, force=forced)
 
 
-def run_here(parameters: Mapping[str, Any], screen: Observer) -> None:
-    """Run the pipeline flow in this process.
-
-    Args:
-        parameters: Parameters of `pipeline_flow`; None stands for the default.
-        screen: Observer of the run.
-
-    Raises:
-        SettingsError: The settings are invalid.
-        InputError: A selected stage cannot run, or a file named in the settings is missing.
-        StageFailed: A stage's process failed.
-    """
-    given = {"preset": BASE} | {name: value for name, value in parameters.items() if value is not None}
-    token = SCREEN.set(screen)
-    try:
-        state: State[Any] = pipeline_flow(**given, return_state=True)
-    finally:
-        SCREEN.reset(token)
-        _send_logs()
-    state.result(raise_on_failure=True)
-
-
-def _send_logs() -> None:
-    """Flush Prefect's logs. A thread sends them, and a temporary server may stop before it does."""
-    for handler in logging.getLogger("prefect.flow_runs").handlers:
-        handler.flush()
-
-
 def serve() -> None:
     """Execute runs requested on Prefect's page, one at a time, until this process is terminated."""
+    threading.Thread(target=_catch_up, name="catch-up", daemon=True).start()
     deployments = [
         RunnerDeployment.from_flow(each, name="local", entrypoint_type=EntrypointType.MODULE_PATH)
         for each in (pipeline_flow, stage_flow)
     ]
     prefect.serve(*deployments, limit=1, print_starting_message=False)
+
+
+def _catch_up() -> None:
+    """Send what Prefect has missed, again and again: runs of killed processes, and runs while it was down."""
+    _, runtime = load_settings()
+    server = prefect_view(runtime, _server(), own=True)
+    pause = threading.Event()
+    while True:
+        try:
+            send_left_behind(server, server.connect())
+        except Exception as error:
+            logger.warning("Prefect (%s) does not answer: %s", server.address, first_line(error))
+        pause.wait(_CATCH_UP_S)
+
+
+def _server() -> PrefectServer:
+    """The server that has started this process."""
+    return PrefectServer(str(PREFECT_API_URL.value()), wait=lambda: None)
 
 
 def _run(
@@ -159,88 +145,23 @@ def _run(
     force: list[str],
     dry_run: bool = False,
 ) -> State[Any]:
+    chosen = _request(preset, ablation, overrides)
     try:
-        chosen = None if preset == BASE else preset, None if ablation == UNCHANGED else ablation, overrides
-        if SCREEN.get(None) is None:  # not from the command line
-            settings, runtime = load_page_settings(*chosen)
-        else:
-            settings, runtime = load_settings(*chosen)
-        wanted = select(settings, from_stage, until_stage, force)
-        statuses = selected_statuses(
-            plan(settings, runtime, deep=True), wanted, settings, force=force, given=as_options(*chosen)
+        run = plan_run(
+            replace(chosen, from_stage=from_stage, until_stage=until_stage, force=tuple(force)), load_page_settings
         )
-        _check_images(settings, wanted, cached_paths(statuses).get("dataset"))
+        if dry_run:
+            for status in run.statuses:
+                get_run_logger().info("%s is %s: %s", status.stage, status.state, status.reason)
+            return Completed(message=tally(status.state for status in run.statuses))
+        flow = FlowRun(str(flow_run.id), _run_name())
+        results = run_recorded(run, prefect_view(run.runtime, _server(), own=True), flow=flow)
     except EXPECTED_ERRORS as error:
         return Failed(message=str(error), data=error)
-    for status in statuses:
-        get_run_logger().info("%s is %s: %s", status.stage, status.state, status.reason)
-    if dry_run:
-        return Completed(message=_count(status.state for status in statuses))
-    for line in advice(settings, runtime, chosen[0], [status.stage for status in statuses if status.state != "cached"]):
-        get_run_logger().warning("%s", line)
-    observers: list[Observer] = [LogRelay(get_run_logger), SCREEN.get(NullObserver())]
-    with ExitStack() as stack:
-        if runtime.tracking:
-            tags = {"preset": preset, "ablation": ablation, "prefect.flow_run_id": str(flow_run.id)}
-            observers.append(stack.enter_context(Tracker(settings, runtime, name=_run_name(), tags=tags)))
-        stages = [STAGES[name] for name in wanted]
-        return _run_stages(stages, settings, runtime, force=force, observer=CompositeObserver(observers))
+    return Completed(message=tally(result.outcome for result in results))
 
 
-def _run_stages(
-    stages: list[Stage], settings: Settings, runtime: RuntimeConfig, *, force: list[str], observer: Observer
-) -> State[Any]:
-    """Run the stages one after the other; the first failure ends the run."""
-    states: dict[str, State[Any]] = {}
-    for number, stage in enumerate(stages):
-        after = [each.name for each in stages[number + 1 :]]
-        make = _stage_task(stage, settings, runtime, force=stage.name in force, observer=observer, after=after)
-        read = inputs_read(stage, settings)
-        inputs = [states[name] for name in read if name in states]  # edges of the graph on Prefect's page
-        states[stage.name] = state = make(return_state=True, wait_for=inputs)
-        if not state.is_completed():
-            return Failed(message=state.message, data=state.result(raise_on_failure=False))
-    return Completed(message=_count("cached" if state.name == "Cached" else "made" for state in states.values()))
-
-
-def _stage_task(
-    stage: Stage, settings: Settings, runtime: RuntimeConfig, *, force: bool, observer: Observer, after: list[str]
-) -> Task[[], State[Any]]:
-    """The task of a stage, which runs before the stages `after`.
-
-    It has no parameters, since Prefect would inspect and display them. It runs in the main thread. A cancellation
-    raises an exception there, which terminates the stage's process.
-    """
-
-    @task(
-        name=stage.name,
-        task_run_name=stage.name,
-        description=stage.summary,
-        cache_policy=NO_CACHE,
-        persist_result=False,
-    )
-    def make() -> State[Any]:
-        try:
-            result = run_stage(stage, settings, runtime, force=force, observer=observer)
-            if stage.name == "dataset":
-                _check_images(settings, after, result.path)
-        except EXPECTED_ERRORS as error:
-            return Failed(message=str(error), data=error)
-        if result.state == "ran":
-            return Completed(message=f"{result.key} made in {result.duration_s:.0f} s")
-        return Completed(name="Cached", message=f"{result.key} reused")
-
-    return make
-
-
-def _check_images(settings: Settings, stages: list[str], dataset: Path | None) -> None:
-    """Refuse to go on with too few images, and warn where images are repeated."""
-    require_enough(settings, stages, dataset)
-    if dataset is not None:
-        for line in repeated_images(settings, stages, dataset):
-            get_run_logger().warning("%s", line)
-
-
-def _count(states: Iterable[str]) -> str:
-    """Number of each state as text: `7 cached, 2 made`."""
-    return ", ".join(f"{number} {state}" for state, number in Counter(states).items())
+def _request(preset: str, ablation: str, overrides: list[str]) -> Request:
+    """The settings that a form asks for."""
+    chosen = None if preset == BASE else preset, None if ablation == UNCHANGED else ablation
+    return Request(*chosen, overrides=tuple(overrides))

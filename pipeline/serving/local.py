@@ -1,14 +1,25 @@
-"""Run the pipeline in this process, as a flow run recorded by a Prefect server."""
+"""Run the pipeline in this process, recorded by a Prefect server if one answers."""
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import NoReturn
 
-from conf.load import load_settings
+from conf.runtime import RuntimeConfig
 from pipeline.runner import NullObserver, Observer
-from pipeline.servers import empty_folder, environment, prefect_server
+from pipeline.servers import environment, prefect_server
+from pipeline.serving.record import prefect_view, run_recorded
+from pipeline.tracking.view import Server, first_line
+from pipeline.whole_run import Request, plan_run
+
+logger = logging.getLogger(__name__)
 
 
 def run_pipeline(
@@ -21,7 +32,7 @@ def run_pipeline(
     force: Sequence[str] = (),
     observer: Observer | None = None,
 ) -> None:
-    """Run all stages that are not cached, as a run of the Prefect flow in this process.
+    """Run all stages that are not cached, in this process. Prefect shows it as a run of its flow.
 
     Args:
         preset: Named settings to start from.
@@ -35,25 +46,44 @@ def run_pipeline(
     Raises:
         SettingsError: The settings are invalid.
         InputError: A selected stage cannot run, or a file named in the settings is missing.
+        ArtifactError: An input is damaged.
         StageFailed: A stage's process failed.
-        ServerError: The Prefect server did not start.
+        SystemExit: SIGTERM arrived. The running stage was terminated in order, as after Ctrl-C.
     """
-    _, runtime = load_settings(preset, ablation, overrides)
-    with prefect_server(runtime) as server:
-        # Prefect reads these variables when it is imported. Its console log is off: it would break up the progress
-        # bars, and the run's page shows it.
-        quiet = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
-        os.environ.update(quiet | environment(runtime) | server.variables)
-        with contextlib.chdir(empty_folder(runtime)):  # Prefect reads settings from files of the current folder
-            from pipeline.serving import flows
+    run = plan_run(Request(preset, ablation, tuple(overrides), from_stage, until_stage, tuple(force)))
+    with _orderly_end(), _prefect(run.runtime) as prefect:
+        run_recorded(run, prefect, [observer or NullObserver()])
 
-        server.wait()
-        parameters = {
-            "preset": preset,
-            "ablation": ablation,
-            "overrides": list(overrides),
-            "from_stage": from_stage,
-            "until_stage": until_stage,
-            "force": list(force),
-        }
-        flows.run_here(parameters, observer or NullObserver())
+
+@contextmanager
+def _prefect(runtime: RuntimeConfig) -> Iterator[Server | None]:
+    """The Prefect server for a run; None, with a warning, if it cannot be started. No error of it leaves the block."""
+    os.environ.update(environment(runtime))  # of MLflow, when it is imported
+    stack, server = ExitStack(), None
+    try:
+        server = stack.enter_context(prefect_server(runtime))
+    except Exception as error:  # a full disk, a damaged state.json, no memory for a process
+        logger.warning("Prefect's server does not start: %s: going on without it", first_line(error))
+    try:
+        yield None if server is None else prefect_view(runtime, server, own=server.auth is not None)
+    finally:
+        try:
+            stack.close()
+        except Exception as error:
+            logger.warning("Prefect's server did not end: %s", first_line(error))
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, so that the running stage is terminated and recorded before this process ends."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
+    try:
+        yield
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)

@@ -46,10 +46,17 @@ class MetricTail:
             return []
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
-        lines = [json.loads(line) for line in whole.decode().splitlines()]
-        return [
-            Point(name, line["step"], float(value)) for line in lines for name, value in line.items() if name != "step"
-        ]
+        return [point for line in whole.splitlines() for point in _points(line)]
+
+
+def _points(line: bytes) -> list[Point]:
+    """Points of one line; none if the line is damaged, which a view does not mend."""
+    try:
+        values = json.loads(line)
+        step = int(values.pop("step"))
+        return [Point(name, step, float(value)) for name, value in values.items()]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
 
 
 @dataclass
@@ -66,9 +73,13 @@ class StageRun:
 
     @classmethod
     def read(cls, folder: Path, key: str) -> Self | None:
-        """The run of a key; None if it has none."""
-        path = folder / f"{key}.json"
-        return cls(**read_json(path)) if path.exists() else None
+        """The run of a key; None if it has none, or if the file is damaged: the next attempt gets a new run."""
+        try:
+            known = cls(**read_json(folder / f"{key}.json"))
+            steps = known.steps.values()
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+        return known if isinstance(known.run_id, str) and all(isinstance(step, int) for step in steps) else None
 
     def write(self, folder: Path, key: str) -> None:
         """Write the file."""

@@ -7,18 +7,19 @@ Stores and weights are referenced by path and digest and never copied.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# A stage must not wait for a server that is down. MLflow reads these variables at each request.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+# The sender tries again, and says what fails. MLflow reads these variables at each request.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
@@ -30,7 +31,7 @@ from pipeline.cache.manifest import MANIFEST
 from pipeline.cache.store import Cache
 from pipeline.report import collect
 from pipeline.servers import locked, store_lock
-from pipeline.tracking.journal import Event, Journal
+from pipeline.tracking.journal import Event, Journal, JournalError, require_valid
 from pipeline.tracking.metric_tail import MetricTail, Point, StageRun
 from pipeline.views import VIEWS
 
@@ -49,28 +50,49 @@ class MlflowView:
     """
 
     def __init__(self, uri: str, folder: Path) -> None:
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client, self._uri = MlflowClient(tracking_uri=uri), uri
         self._cache = Cache(folder.parent)
         self._runs = folder / "runs"
         self._tails: dict[str, MetricTail] = {}
-        pictures = (
-            None if uri.startswith("http") else (folder / "mlartifacts").as_uri()
-        )  # a server chooses its own location
         folder.mkdir(parents=True, exist_ok=True)
         with locked(store_lock(folder)):  # two first runs would both create the store and the experiment
-            found = self._client.get_experiment_by_name(EXPERIMENT)
-            self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, pictures)
+            self._experiment = self._open_experiment(folder)
 
-    def send(self, journal: Journal) -> None:
+    def _open_experiment(self, folder: Path) -> str:
+        """ID of the experiment. If it was deleted on the page, it is restored, with its runs."""
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            # A server chooses its own location for pictures.
+            pictures = None if self._uri.startswith("http") else (folder / "mlartifacts").as_uri()
+            return self._client.create_experiment(EXPERIMENT, pictures)
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return found.experiment_id
+
+    def ping(self) -> None:
+        """Ask for the experiment. One that was deleted meanwhile is restored."""
+        if self._client.get_experiment(self._experiment).lifecycle_stage == "deleted":
+            self._client.restore_experiment(self._experiment)
+
+    def send(self, journal: Journal, on_sent: Callable[[], None]) -> None:
         """Send the unsent events of a journal and new metrics of running stages. Failed events are sent next time.
 
         Raises:
+            JournalError: The journal is damaged.
             Exception: Any error of MLflow, its database or the network.
         """
-        for event in journal.unsent():
+        unsent = journal.unsent()
+        if unsent and journal.run_id is not None and not self._has(journal.run_id):
+            if journal.store != self._uri:
+                raise LookupError(f"its run {journal.run_id} is in {journal.store or 'another store'}")
+            journal.restart()  # it has gone with its database, or was deleted on the page
+            unsent = journal.unsent()
+        for event in unsent:
+            require_valid(event)
             self._apply(journal, event)
             journal.sent += 1
             journal.save()
+            on_sent()
         for place in journal.running.values():
             self._follow(place["key"], Path(place["work"]))
 
@@ -87,17 +109,14 @@ class MlflowView:
                 self._stage_failed(journal, event)
             case "pipeline_finished":
                 self._client.set_terminated(_parent(journal), event["status"], event["time_ms"])
-            case unknown:
-                raise ValueError(
-                    f"{journal.folder} has an unknown event {unknown!r}: it was written by another version of dpar"
-                )
 
     def _pipeline_started(self, journal: Journal, event: Event) -> None:
         if journal.run_id is None:
             tags = {**event["tags"], **_commit(), "kind": "pipeline", "mlflow.runName": event["name"]}
+            tags["run"] = event["identity"]
             tags["settings.digest"] = hashlib.sha256(json.dumps(event["settings"]).encode()).hexdigest()[:20]
             run = self._client.create_run(self._experiment, start_time=event["time_ms"], tags=tags)
-            journal.run_id = run.info.run_id
+            journal.run_id, journal.store = run.info.run_id, self._uri
             journal.save()
         params = [Param(name, str(value)[:_LONGEST]) for name, value in flat(event["settings"]).items()]
         for start in range(0, len(params), _PARAMS):
@@ -208,6 +227,22 @@ class MlflowView:
             self._client.log_artifact(run_id, str(picture))
 
 
+def create_database(path: Path) -> None:
+    """Create MLflow's SQLite file if it does not exist. A file with this name is whole: MLflow cannot complete half.
+
+    Raises:
+        Exception: Any error of MLflow or the disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = path.with_name(f".{path.name}.partial")
+            partial.unlink(missing_ok=True)  # of a killed process
+            MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+            partial.rename(path)
+
+
 def _metrics(points: Iterable[Point], time_ms: int) -> list[Metric]:
     return [Metric(point.name, float(point.value), time_ms, point.step) for point in points]
 
@@ -232,5 +267,5 @@ def _commit() -> dict[str, str]:
 
 def _parent(journal: Journal) -> str:
     if journal.run_id is None:
-        raise ValueError(f"{journal.folder} has no event pipeline_started before others, expected it first")
+        raise JournalError(f"{journal.folder} has no event pipeline_started before others, expected it first")
     return journal.run_id

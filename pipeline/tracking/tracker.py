@@ -1,88 +1,184 @@
-"""Tracking of runs in MLflow without waiting for it.
+"""Records the events of a run in journals, for servers that show it. A run never waits for a server while it works.
 
-The tracker writes events to a journal, and a thread sends them. Events that are not sent, because MLflow is slow or
-down or the process is killed, stay in the journal. The next run or `dpar mlflow sync` sends them.
+A thread sends each journal. Events that are not sent, because the server is slow or down or the process is killed, stay
+in the journal. The next run or `dpar mlflow sync` sends them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
 import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 from conf.runtime import RuntimeConfig
-from conf.schema import Settings
-from pipeline.runner import StageResult
+from pipeline.runner import Observer, StageResult
 from pipeline.servers import mlflow_uri, server_folder
+from pipeline.text import tally
 from pipeline.tracking.journal import Journal, unfinished
+from pipeline.tracking.sender import Sender, Watch, send_rest
+from pipeline.tracking.view import Server, View, first_line, require_usable
+from stages.runtime.artifact import RECORD
 from stages.runtime.errors import InputError
 
-if TYPE_CHECKING:
-    from pipeline.tracking.mlflow_view import MlflowView
-
 logger = logging.getLogger(__name__)
-_PERIOD_S = 2.0
-_PAUSE_S = 30.0  # before a retry, after MLflow failed
-_CLOSE_S = 45.0  # for remaining events at the end, including the import of MLflow
+_SQLITE = "sqlite:///"
+_FILE_S = 45.0  # to write the remaining events into a file here, including the import of MLflow
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What servers are told of a run at its start."""
+
+    name: str
+    tags: dict[str, str]
+    settings: dict[str, Any]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the flow."""
+    inputs: dict[str, list[str]] = field(default_factory=dict)
+    """Stages of the run that each stage of the run reads."""
+    notes: list[tuple[int, str]] = field(default_factory=list)
+    """Lines for the run's log, each with its level."""
+    flow_run_id: str | None = None
+    """ID of the flow run if Prefect has started this run; else None."""
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    """Tag that all servers show for this run."""
 
 
 class Tracker:
-    """Observer that records a run in MLflow: one run for the pipeline, and a nested run for each stage that ran."""
+    """Observer that records a run in a journal."""
 
-    def __init__(self, settings: Settings, runtime: RuntimeConfig, *, name: str, tags: dict[str, str]) -> None:
-        self._settings, self._runtime = settings, runtime
-        self._name, self._tags = name, tags
-        self._journal = Journal(_root(runtime) / str(time.time_ns()))
-        self._journal.lock()
-        self._failed = False
-        self._sender = _Sender(self._journal, runtime)
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._ends: list[str] = []
+        self._failure: BaseException | None = None
 
-    def __enter__(self) -> Self:
-        settings = self._settings.model_dump(mode="json")
-        self._record("pipeline_started", name=self._name, tags=self._tags, settings=settings)
-        self._sender.start()
-        return self
+    def begin(self, start: RunStart) -> None:
+        """Record what the run is."""
+        self._record("pipeline_started", **asdict(start))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        failed = self._failed or error is not None
-        status = "KILLED" if _stopped(error) else "FAILED" if failed else "FINISHED"
-        self._record("pipeline_finished", status=status)
-        if not self._sender.finish(_CLOSE_S):
-            uri = mlflow_uri(self._runtime)
-            logger.warning(
-                "MLflow (%s) did not receive all events of this run: send the rest with `dpar mlflow sync`", uri
-            )
+    def end(self, error: BaseException | None) -> None:
+        """Record how the run ended."""
+        error = error or self._failure
+        message = str(error) if error is not None else tally(self._ends)
+        self._record("pipeline_finished", **_status(error), message=message)
+
+    def stage_waiting(self, stage: str, message: str) -> None:
+        """Record that another process makes the artifact."""
+        self._record("stage_waiting", stage=stage, message=message)
 
     def stage_started(self, stage: str, key: str, work: Path) -> None:
-        """Open the stage's run, or continue the run of a killed attempt."""
-        self._record("stage_started", stage=stage, key=key, work=str(work))
+        """Record the start, and where the lines of this attempt begin in the log."""
+        log = work / RECORD / "log.txt"
+        size = log.stat().st_size if log.exists() else 0
+        self._record("stage_started", stage=stage, key=key, work=str(work), log_bytes=size)
 
     def stage_progress(self, stage: str, progress: dict[str, Any]) -> None:
-        """Nothing: the sender reads metrics.jsonl itself."""
+        """Nothing: servers are sent metrics.jsonl and the log."""
 
     def stage_finished(self, result: StageResult) -> None:
-        """Close the stage's run, or link to the run that made its artifact."""
+        """Record the end of a stage."""
+        self._ends.append(result.outcome)
         fields = {"stage": result.stage, "key": result.key, "state": result.state, "metrics": result.metrics}
-        self._record("stage_finished", **fields, path=str(result.path), digest=result.digest)
+        ends = {"path": str(result.path), "digest": result.digest, "duration_s": result.duration_s}
+        self._record("stage_finished", **fields, **ends)
 
     def stage_failed(self, stage: str, error: BaseException) -> None:
-        """Close the stage's run as failed. Another attempt at the same key continues it."""
-        self._failed = True
-        status = "KILLED" if _stopped(error) else "FAILED"
-        self._record("stage_failed", stage=stage, status=status, message=str(error))
+        """Record that a stage failed. Another attempt at the same key continues it."""
+        self._failure = error
+        self._record("stage_failed", stage=stage, **_status(error), message=str(error))
 
     def _record(self, kind: str, **fields: Any) -> None:
         """Append an event. On a full disk it is dropped: an observer must not raise, and the stage reports the disk."""
         try:
             self._journal.append(kind, **fields)
         except OSError as error:
-            logger.warning("an event for MLflow could not be written and is lost: %s", error)
+            logger.warning("an event of the run could not be written and is lost: %s", error)
+
+
+@contextmanager
+def recorded(start: RunStart, servers: Sequence[Server]) -> Iterator[list[Observer]]:
+    """Record a run for servers, and send it while it goes on. Yields the observers to notify.
+
+    No error of a server or of the journals' disk reaches the run. At the end it waits for servers that answer, for as
+    long as the `close_s` of the most patient.
+    """
+    opened = [(server, journal) for server in servers if (journal := _new_journal(server)) is not None]
+    trackers = [Tracker(journal) for _, journal in opened]
+    senders = [Sender(server, journal) for server, journal in opened]
+    watch = Watch(senders)
+    for tracker in trackers:
+        tracker.begin(start)
+    for thread in (*senders, watch):
+        thread.start()
+    error: BaseException | None = None
+    try:
+        yield list(trackers)
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        for tracker in trackers:
+            tracker.end(error)
+        _finish(senders)
+        watch.end()
+
+
+def _new_journal(server: Server) -> Journal | None:
+    """A journal for this run; None, with a warning, if it cannot be written."""
+    try:
+        journal = Journal(server.journals / str(time.time_ns()))
+    except OSError as error:
+        logger.warning("%s is not told about this run, its journal cannot be written: %s", server.name, error)
+        return None
+    journal.lock()
+    return journal
+
+
+def _finish(senders: Sequence[Sender]) -> None:
+    for sender in senders:
+        sender.end()
+    start = time.monotonic()
+    for sender in senders:
+        if not sender.wait(time.monotonic() - start) and not sender.damaged:
+            server = sender.server
+            logger.warning(
+                "%s (%s) did not receive all events of this run (%s): send the rest with %s",
+                *(server.name, server.address, sender.reason, server.later),
+            )
+
+
+def mlflow_server(runtime: RuntimeConfig) -> Server:
+    """The MLflow store of these settings."""
+    uri, folder = mlflow_uri(runtime), server_folder(runtime)
+    database = Path(uri.removeprefix(_SQLITE)).absolute() if uri.startswith(_SQLITE) else None
+
+    def prepare() -> None:
+        from pipeline.tracking import mlflow_view
+
+        if runtime.tracking_uri is None and database is not None:
+            mlflow_view.create_database(database)
+
+    def connect() -> View:
+        from pipeline.tracking.mlflow_view import MlflowView
+
+        if database is not None:
+            require_usable(database)
+        return MlflowView(uri, folder)
+
+    return Server(
+        name="MLflow",
+        address=uri,
+        journals=folder / "tracking",
+        later="`dpar mlflow sync` or the next run",
+        prepare=prepare,
+        connect=connect,
+        close_s=15.0 if database is None else _FILE_S,
+    )
 
 
 def sync(runtime: RuntimeConfig) -> int:
@@ -91,16 +187,18 @@ def sync(runtime: RuntimeConfig) -> int:
     Raises:
         InputError: MLflow does not accept them.
     """
-    journals = unfinished(_root(runtime))
+    server = mlflow_server(runtime)
+    journals = unfinished(server.journals)
     if not journals:
         return 0
     try:
-        view = _open_view(runtime)
+        server.prepare()
+        view = server.connect()
         for journal in journals:
-            _send_rest(view, journal)
+            send_rest(view, journal)
     except Exception as error:
         raise InputError(
-            f"MLflow ({mlflow_uri(runtime)}) does not accept the runs in {_root(runtime)}: {_first_line(error)}"
+            f"MLflow ({server.address}) does not accept the runs in {server.journals}: {first_line(error)}"
         ) from error
     finally:
         for journal in journals:
@@ -108,76 +206,10 @@ def sync(runtime: RuntimeConfig) -> int:
     return len(journals)
 
 
-class _Sender(threading.Thread):
-    """Thread that sends a journal while it grows. Only this thread calls MLflow, and no error of MLflow ends it."""
-
-    def __init__(self, journal: Journal, runtime: RuntimeConfig) -> None:
-        super().__init__(name="mlflow-sender", daemon=True)
-        self._journal, self._runtime = journal, runtime
-        self._ending = threading.Event()
-        self._view: MlflowView | None = None
-        self._sent_all = False
-
-    def finish(self, timeout_s: float) -> bool:
-        """Send the remaining events within a timeout; returns whether all were sent."""
-        self._ending.set()
-        self.join(timeout_s)
-        return self._sent_all
-
-    def run(self) -> None:
-        """Send every `_PERIOD_S` seconds, or `_PAUSE_S` after a failure, and once more at the end."""
-        pause = 0.0
-        while not self._ending.wait(pause):
-            pause = _PERIOD_S if self._try_to_send() else _PAUSE_S
-        self._sent_all = self._try_to_send()
-        if self._sent_all:
-            self._journal.remove()
-        else:
-            self._journal.close()
-
-    def _try_to_send(self) -> bool:
-        try:
-            if self._view is None:
-                self._view = _open_view(self._runtime)
-                self._send_left_behind(self._view)
-            self._view.send(self._journal)
-        except Exception as error:
-            logger.info("MLflow (%s) does not answer: %s", mlflow_uri(self._runtime), _first_line(error))
-            return False
-        return True
-
-    def _send_left_behind(self, view: MlflowView) -> None:
-        """Send the journals of killed runs first: a stage that resumes now must not be marked as killed later."""
-        for journal in unfinished(self._journal.folder.parent):
-            with contextlib.closing(journal):
-                try:
-                    _send_rest(view, journal)
-                except Exception as error:  # a journal that MLflow always rejects must not block this run
-                    logger.warning("MLflow does not accept %s: %s", journal.folder, _first_line(error))
-
-
-def _send_rest(view: MlflowView, journal: Journal) -> None:
-    """Send the whole journal of a dead process and remove it."""
-    journal.complete()
-    view.send(journal)
-    journal.remove()
-
-
-def _open_view(runtime: RuntimeConfig) -> MlflowView:
-    """Import MLflow, which takes seconds, and open its store."""
-    from pipeline.tracking.mlflow_view import MlflowView
-
-    return MlflowView(mlflow_uri(runtime), server_folder(runtime))
-
-
-def _root(runtime: RuntimeConfig) -> Path:
-    return server_folder(runtime) / "tracking"
-
-
-def _stopped(error: BaseException | None) -> bool:
-    """Whether a run was stopped from outside: Ctrl-C and cancellation are not an `Exception`."""
-    return error is not None and not isinstance(error, Exception)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _status(error: BaseException | None) -> dict[str, Any]:
+    """How a run or stage ended. Ctrl-C and cancellation, which are not an `Exception`, stop it from outside."""
+    if error is None:
+        return {"status": "FINISHED"}
+    if isinstance(error, Exception):
+        return {"status": "FAILED"}
+    return {"status": "KILLED", "crashed": not isinstance(error, KeyboardInterrupt)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from pipeline.launch import StageFailed
+from pipeline.runner import NullObserver, run_stage
 from stages.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -146,7 +148,9 @@ def test_two_runs_at_once_make_it_once(tiny: Tiny) -> None:
     wait_for(lambda: list((tiny.home / ".work").glob("*/record/steps")))
     second = tiny.start("alpha")
     assert second.stderr is not None
-    assert "waiting for it" in second.stderr.readline()  # the second run waits for the lock
+    said = second.stderr.readline()  # the second run waits for the lock
+    assert said.startswith(f"stage alpha: process {first.pid} on {socket.gethostname()} is making alpha-")
+    assert "waiting for it" in said
     gate.unlink()
     states = {process.communicate()[0].strip() for process in (first, second)}
     assert states == {"ran", "waited"}
@@ -210,7 +214,7 @@ def test_the_record_is_no_part_of_the_contents(tiny: Tiny) -> None:
 def test_observers_hear_start_end_and_failure(tiny: Tiny) -> None:
     heard: list[str] = []
 
-    class Ear:
+    class Ear(NullObserver):
         def stage_started(self, stage: str, key: str, work: Path) -> None:
             heard.append(f"started {stage}")
 
@@ -225,8 +229,6 @@ def test_observers_hear_start_end_and_failure(tiny: Tiny) -> None:
         def stage_failed(self, stage: str, error: BaseException) -> None:
             heard.append(f"failed {stage}")
 
-    from pipeline.runner import run_stage
-
     graph, settings, runtime = tiny.module.GRAPH, tiny.settings(), tiny.runtime
     for _ in range(2):
         run_stage(graph["alpha"], settings, runtime, observer=Ear(), project=tiny.project)
@@ -239,7 +241,6 @@ def test_observers_hear_start_end_and_failure(tiny: Tiny) -> None:
 @pytest.mark.slow
 def test_an_observer_hears_of_a_commit_that_fails(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.cache.store import Cache
-    from pipeline.runner import NullObserver, run_stage
 
     heard: list[str] = []
 

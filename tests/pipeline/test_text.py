@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.text import duration, size
+from pipeline.text import duration, size, tally
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,8 @@ def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(812, "812 B"), (3_400_000, "3.4 MB"), (250_000, "250 kB"), (0, "0 B")])
 def test_sizes_are_in_the_unit_that_fits(count: int, text: str) -> None:
     assert size(count) == text
+
+
+def test_words_are_counted_in_their_order() -> None:
+    assert tally(["cached", "made", "cached"]) == "2 cached, 1 made"
+    assert tally([]) == ""

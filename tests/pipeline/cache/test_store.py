@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -70,9 +73,14 @@ def test_a_manifest_left_by_a_kill_before_the_rename_is_written_anew(cache: Cach
 
 def test_a_lock_makes_the_second_wait_and_says_so(cache: Cache) -> None:
     told, entered = threading.Event(), threading.Event()
+    said: list[str] = []
+
+    def wait(message: str) -> None:
+        said.append(message)
+        told.set()
 
     def second() -> None:
-        with cache.lock(KEY, on_wait=told.set):
+        with cache.lock(KEY, on_wait=wait):
             entered.set()
 
     with cache.lock(KEY):
@@ -84,6 +92,8 @@ def test_a_lock_makes_the_second_wait_and_says_so(cache: Cache) -> None:
     thread.join(10)
     assert entered.is_set()
     assert not cache.is_locked(KEY)
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert said == [f"stage {KEY.partition('-')[0]}: {holder} is making {KEY}, waiting for it"]
 
 
 def test_a_lock_is_held_until_its_last_holder_closes_it(cache: Cache) -> None:
@@ -92,3 +102,36 @@ def test_a_lock_is_held_until_its_last_holder_closes_it(cache: Cache) -> None:
     assert cache.is_locked(KEY)
     os.close(inherited)
     assert not cache.is_locked(KEY)
+
+
+def test_who_waits_is_told_that_the_process_has_ended_and_left_the_lock_to_a_child(cache: Cache) -> None:
+    program = (
+        "import subprocess, sys\nfrom pathlib import Path\nfrom pipeline.cache.store import Cache\n"
+        f"with Cache(Path({str(cache.home)!r})).lock({KEY!r}) as lock:\n"
+        "    child = subprocess.Popen(['cat'], pass_fds=[lock])\n"
+        "print(child.pid)\n"
+    )
+    said: list[str] = []
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as parent:
+        assert parent.stdin is not None
+        pid = parent.pid
+        parent.wait(30)
+        with pytest.raises(InterruptedError), cache.lock(KEY, on_wait=lambda message: stop(said, message)):
+            raise AssertionError("the lock was free")
+    assert said[0].startswith(f"stage alpha: a child of process {pid} on {socket.gethostname()}, which has ended, is")
+
+
+def stop(said: list[str], message: str) -> None:
+    said.append(message)
+    raise InterruptedError
+
+
+@pytest.mark.parametrize("text", ["", "12", "x y", "a file of an older version"])
+def test_a_lock_that_names_nobody_is_held_by_another_process(cache: Cache, text: str) -> None:
+    said: list[str] = []
+    with cache.lock(KEY) as lock:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, text.encode(), 0)
+        with pytest.raises(InterruptedError), cache.lock(KEY, on_wait=lambda message: stop(said, message)):
+            raise AssertionError("the lock was free")
+    assert said == [f"stage alpha: another process is making {KEY}, waiting for it"]

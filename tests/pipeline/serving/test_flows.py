@@ -5,17 +5,20 @@ The flows run as from Prefect's page: through the server, a deployment, and a pr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from odd_names import ODD_NAME
 
@@ -142,6 +145,59 @@ def test_a_run_from_this_machine_raises_what_the_stage_raised(prefect: Prefect, 
     assert not any("Encountered exception" in message for message in prefect.messages())
 
 
+def test_a_run_that_prefect_missed_is_shown_when_it_is_back(prefect: Prefect) -> None:
+    with subprocess.Popen(command(prefect, "missed"), env=elsewhere(), stderr=subprocess.PIPE, text=True) as process:
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "Prefect (http://127.0.0.1:" in said
+    run, tasks = shown(prefect, "missed")
+    assert (run["state_name"], run["state"]["message"].partition(",")[0]) == ("Completed", "1 made")
+    assert run["parameters"]["until_stage"] == "dataset"
+    assert tasks == {"dataset": "Completed"}
+    logs = prefect.call("/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
+    assert any("45 images of 3 classes" in log["message"] for log in logs)
+
+
+@pytest.mark.parametrize(
+    ("number", "state"),
+    [
+        (signal.SIGKILL, "Crashed"),
+        (signal.SIGHUP, "Crashed"),
+        (signal.SIGTERM, "Crashed"),
+        (signal.SIGINT, "Cancelled"),
+    ],
+)
+def test_a_run_that_a_signal_ends_does_not_stay_running(prefect: Prefect, number: signal.Signals, state: str) -> None:
+    name = number.name.lower()
+    with subprocess.Popen(command(prefect, name), stdout=subprocess.DEVNULL, preexec_fn=default_signals) as process:
+        stage = wait_for(lambda: stage_of(process.pid))
+        if number in (signal.SIGKILL, signal.SIGHUP):
+            stage.suspend()  # until Prefect knows of it
+            wait_for(lambda: shown(prefect, name)[1] == {"dataset": "Running"})
+        process.send_signal(number)
+        process.wait(60)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            stage.resume()
+    wait_for(lambda: shown(prefect, name)[0]["state_name"] == state)
+    assert shown(prefect, name)[1] == {"dataset": state}
+    assert list((prefect.runtime.home / ".servers" / "flow-runs").iterdir()) == []
+
+
+def test_a_run_can_be_cancelled_on_the_page(prefect: Prefect) -> None:
+    identity = prefect.call("/deployments/name/dpar-pipeline/local")["id"]
+    parameters = {"preset": "tiny", "until_stage": "dataset", "force": ["dataset"]}
+    overrides = [f"dataset.root={prefect.images}", UNTRACKED]
+    body = {"parameters": parameters | {"overrides": overrides}, "state": {"type": "SCHEDULED"}}
+    run = prefect.call(f"/deployments/{identity}/create_flow_run", body)
+    runs = read_json(prefect.runtime.home / ".servers" / "state.json")["services"][-1]["pid"]
+    stage = wait_for(lambda: stage_of(runs))
+    prefect.call(f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})
+    wait_for(lambda: prefect.call(f"/flow_runs/{run['id']}")["state_name"] == "Cancelled")
+    assert not stage.is_running()
+    (task,) = prefect.call("/task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+    assert task["state_name"] == "Crashed"
+
+
 def test_a_second_up_starts_nothing(prefect: Prefect) -> None:
     first = pids(prefect.runtime)
     assert servers.up(prefect.runtime) == prefect.addresses
@@ -176,6 +232,56 @@ def test_the_temporary_server_is_gone_after_the_body_however_it_ends(prefect: Pr
     with pytest.raises(KeyboardInterrupt):
         body()
     assert not answers(ports[0], "/api/health")
+
+
+def command(prefect: Prefect, name: str) -> list[str]:
+    """A `dpar run` in the servers' home over a folder of this name, so that Prefect's list shows the name."""
+    images = prefect.images.parent / name
+    with contextlib.suppress(FileExistsError):
+        images.symlink_to(prefect.images)
+    settings = {"dataset.root": images, "runtime.home": prefect.runtime.home, "runtime.tracking": "false"}
+    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    program = [sys.executable, "-m", "pipeline.cli.main", "run", "--preset", "tiny"]
+    return [*program, "--until", "dataset", "--force", "dataset", *overrides]
+
+
+def default_signals() -> None:
+    """Undo that a shell lets processes in the background ignore signals."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def elsewhere() -> dict[str, str]:
+    """An environment in which Prefect does not answer."""
+    return os.environ | {"PREFECT_API_URL": f"http://{HOST}:{free_port()}/api"}
+
+
+def shown(prefect: Prefect, name: str) -> tuple[Any, dict[str, str]]:
+    """The flow run over a folder of images, and the states of its tasks."""
+
+    def find() -> Any:
+        return prefect.call("/flow_runs/filter", {"flow_runs": {"name": {"like_": f"/{name}"}}})
+
+    (run,) = wait_for(find)
+    tasks = prefect.call("/task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+    return run, {task["name"]: task["state_name"] for task in tasks}
+
+
+def stage_of(pid: int) -> psutil.Process | None:
+    """The process of stage `dataset` below another one."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            if "stages.dataset" in process.cmdline():
+                return process
+    return None
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 120
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return found
 
 
 def pids(runtime: RuntimeConfig) -> list[int]:

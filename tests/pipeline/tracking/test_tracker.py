@@ -5,7 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +25,11 @@ from pipeline import servers
 from pipeline.cache.manifest import Manifest, Parts, content_digest, key_of
 from pipeline.cache.store import Cache
 from pipeline.processes import HOST, Service, answers, free_port, wait_until
-from pipeline.runner import StageResult
-from pipeline.tracking import tracker as tracking
+from pipeline.runner import Observer, StageResult
+from pipeline.tracking import sender
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.metric_tail import StageRun
-from pipeline.tracking.tracker import Tracker, sync
+from pipeline.tracking.tracker import RunStart, Tracker, mlflow_server, recorded, sync
 from stages.runtime.errors import InputError
 
 pytestmark = [
@@ -51,10 +59,14 @@ class Run:
     def __init__(self, runtime: RuntimeConfig) -> None:
         self.runtime, self.cache = runtime, Cache(runtime.home)
 
-    def tracker(self, name: str = "tiny") -> Tracker:
-        return Tracker(SETTINGS, self.runtime, name=name, tags={"preset": "tiny", "ablation": "none"})
+    @contextmanager
+    def tracker(self, name: str = "tiny") -> Iterator[Observer]:
+        """Record a run, and send it to MLflow while it goes on."""
+        start = RunStart(name, {"preset": "tiny", "ablation": "none"}, SETTINGS.model_dump(mode="json"))
+        with recorded(start, [mlflow_server(self.runtime)]) as (tracker,):
+            yield tracker
 
-    def start(self, tracker: Tracker, stage: str, steps: range) -> Path:
+    def start(self, tracker: Observer, stage: str, steps: range) -> Path:
         """Start or resume a stage that has logged these steps."""
         work = self.cache.work(key(stage))
         tracker.stage_started(stage, key(stage), work)
@@ -64,7 +76,7 @@ class Run:
         os.replace(partial, work / "record" / "metrics.jsonl")
         return work
 
-    def finish(self, tracker: Tracker, stage: str, inputs: dict[str, str], **metrics: float) -> StageResult:
+    def finish(self, tracker: Observer, stage: str, inputs: dict[str, str], **metrics: float) -> StageResult:
         work, path = self.cache.work(key(stage)), self.cache.path(key(stage))
         (work / "views").mkdir()
         (work / "views" / "grid.png").write_bytes(b"a picture")
@@ -201,10 +213,11 @@ def test_a_stage_that_is_made_again_by_force_has_a_run_of_its_own(run: Run) -> N
 
 
 def test_after_a_kill_the_stage_goes_on_in_its_run_and_no_step_is_there_twice(run: Run) -> None:
-    killed = run.tracker()
-    killed._journal.append("pipeline_started", name="killed", tags={}, settings={})
+    journal = Journal(run.runtime.home / ".servers" / "tracking" / "0")
+    killed = Tracker(journal)
+    killed.begin(RunStart("killed", {}, {}))
     run.start(killed, "train", range(1, 5))
-    killed._journal.close()
+    journal.close()
     with run.tracker() as tracker:  # first sends the events of the killed run
         run.start(tracker, "train", range(1, 9))  # resumed from a checkpoint, so early steps are written again
         run.finish(tracker, "train", {})
@@ -232,7 +245,7 @@ def test_what_mlflow_refuses_for_good_does_not_keep_later_runs_from_it(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     refused = Journal(run.runtime.home / ".servers" / "tracking" / "0")
-    refused.append("pipeline_started", name="x", tags={}, settings={})
+    refused.append("pipeline_started", name="x", tags={}, settings={}, identity="x")
     refused.run_id = "0" * 32
     refused.save()
     refused.close()
@@ -257,7 +270,7 @@ def test_what_failed_half_way_is_sent_again_and_is_the_same(run: Run, monkeypatc
         log_pictures(self, run_id, path)
 
     monkeypatch.setattr(MlflowView, "_log_pictures", fail_once)
-    monkeypatch.setattr(tracking, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(sender, "_FIRST_PAUSE_S", 0.01)
     with run.tracker() as tracker:
         run.start(tracker, "train", range(1, 5))
         run.finish(tracker, "train", {}, heldout_loss=2.0)
@@ -314,7 +327,7 @@ def test_a_server_killed_in_the_middle_costs_nothing_and_sync_repairs_it(
     server: tuple[RuntimeConfig, list[Service]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime, started = server
-    monkeypatch.setattr(tracking, "_PERIOD_S", 0.1)
+    monkeypatch.setattr(sender, "PERIOD_S", 0.1)
     start_server(runtime, started)
     run = Run(runtime)
     with run.tracker() as tracker:
@@ -326,6 +339,7 @@ def test_a_server_killed_in_the_middle_costs_nothing_and_sync_repairs_it(
         run.start(tracker, "train", range(1, 9))
         run.finish(tracker, "train", {}, heldout_loss=2.0)
     assert "send the rest with `dpar mlflow sync`" in caplog.text
+    wait_for(lambda: not any(thread.name == "MLflow-sender" for thread in threading.enumerate()))  # has the journal
     with pytest.raises(
         InputError,
         match=rf"MLflow \(http://{HOST}:{runtime.mlflow_port}\) does not accept the runs in .*tracking: ",
@@ -338,3 +352,143 @@ def test_a_server_killed_in_the_middle_costs_nothing_and_sync_repairs_it(
     assert pipeline.data.metrics == {"train.heldout_loss": 2.0}
     assert mlflow.steps(stage) == list(range(1, 9))
     assert sync(runtime) == 0
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_experiment_deleted_on_the_page_is_restored_and_has_the_whole_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "PERIOD_S", 0.1)
+    mlflow = known(run)
+
+    def delete() -> None:
+        experiment = mlflow.client.get_experiment_by_name("dpar")
+        assert experiment is not None
+        mlflow.client.delete_experiment(experiment.experiment_id)
+
+    with run.tracker("first"):
+        pass
+    delete()
+    with run.tracker("second") as tracker:
+        run.start(tracker, "train", range(1, 5))
+        wait_for(lambda: mlflow.client.get_experiment_by_name("dpar") and mlflow.runs("stage"))
+        delete()
+        run.finish(tracker, "train", {})
+    (stage,) = mlflow.runs("stage")
+    assert mlflow.steps(stage) == [1, 2, 3, 4]
+    assert [pipeline.info.status for pipeline in mlflow.runs("pipeline")] == ["FINISHED", "FINISHED"]
+    assert journals(run) == []
+
+
+def test_a_run_deleted_with_its_database_is_sent_whole_to_the_new_one(run: Run, empty_store: Path) -> None:
+    left = Journal(run.runtime.home / ".servers" / "tracking" / "0")
+    tracker = Tracker(left)
+    tracker.begin(RunStart("left", {}, {}))
+    run.start(tracker, "train", range(1, 3))
+    left.sent, left.run_id, left.store = 1, "0" * 32, servers.mlflow_uri(run.runtime)
+    left.save()
+    left.close()
+    with run.tracker("next"):
+        pass
+    assert {each.info.run_name: each.info.status for each in known(run).runs("pipeline")} == {
+        "left": "KILLED",
+        "next": "FINISHED",
+    }
+    assert journals(run) == []
+
+
+@pytest.mark.parametrize("damage", ["head", "tail"])
+def test_a_damaged_database_is_named_in_one_line_and_left_alone(
+    run: Run, caplog: pytest.LogCaptureFixture, empty_store: Path, damage: str
+) -> None:
+    database = run.runtime.home / ".servers" / "mlflow.db"
+    whole = database.read_bytes()
+    database.write_bytes(b"damaged!" * 1000 if damage == "head" else whole[:5000])
+    before, start = database.read_bytes(), time.monotonic()
+    with run.tracker():
+        wait_for(lambda: caplog.messages)
+    assert time.monotonic() - start < 15
+    assert f"does not answer: {database} is damaged (" in caplog.messages[0]
+    assert database.read_bytes() == before
+    database.write_bytes(whole)
+    assert sync(run.runtime) == 1
+    assert [pipeline.info.status for pipeline in known(run).runs("pipeline")] == ["FINISHED"]
+
+
+def test_a_locked_database_gets_the_run_when_it_is_free(
+    run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "PAUSE_S", 0.2)
+    with closing(sqlite3.connect(run.runtime.home / ".servers" / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with run.tracker():
+            wait_for(lambda: "database is locked" in caplog.text)
+            other.execute("ROLLBACK")
+    assert [pipeline.info.status for pipeline in known(run).runs("pipeline")] == ["FINISHED"]
+
+
+def test_an_old_schema_is_said_with_its_remedy(
+    run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "PATIENCE_S", 1.0)
+    with closing(sqlite3.connect(run.runtime.home / ".servers" / "mlflow.db", isolation_level=None)) as database:
+        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    with run.tracker():
+        pass
+    assert "out-of-date database schema" in caplog.text
+    assert "mlflow db upgrade" in caplog.text
+
+
+def test_a_database_that_a_kill_left_half_made_is_made_anew(run: Run) -> None:
+    folder = run.runtime.home / ".servers"
+    (folder / "mlflow.db").unlink()
+    program = (
+        "from pathlib import Path\nfrom pipeline.tracking.mlflow_view import create_database\n"
+        f"create_database(Path({str(folder / 'mlflow.db')!r}))\n"
+    )
+    half = folder / ".mlflow.db.partial"
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        wait_for(lambda: half.exists() and half.stat().st_size > 0)
+        process.send_signal(signal.SIGKILL)
+    assert not (folder / "mlflow.db").exists()
+    with run.tracker():
+        pass
+    assert [pipeline.info.status for pipeline in known(run).runs("pipeline")] == ["FINISHED"]
+    assert not half.exists()
+
+
+def test_a_server_that_accepts_and_never_answers_costs_seconds_and_is_said(
+    home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "PATIENCE_S", 2.0)
+    with socket.create_server((HOST, 0)) as silent:
+        uri = f"http://{HOST}:{silent.getsockname()[1]}"
+        run = Run(RuntimeConfig(home=home, tracking_uri=uri))
+        start = time.monotonic()
+        with run.tracker() as tracker:
+            run.start(tracker, "train", range(1, 5))
+            assert time.monotonic() - start < 1
+            run.finish(tracker, "train", {})
+            assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 2 * sender.PATIENCE_S
+    assert f"MLflow ({uri}) did not receive all events of this run" in caplog.messages[-1]
+    assert len(journals(run)) == 1
+
+
+def test_damaged_notes_of_an_earlier_attempt_cost_nothing(run: Run) -> None:
+    runs = run.runtime.home / ".servers" / "runs"
+    runs.mkdir()
+    (runs / f"{key('train')}.json").write_text("{")
+    with run.tracker() as tracker:
+        work = run.start(tracker, "train", range(1, 3))
+        with (work / "record" / "metrics.jsonl").open("a") as metrics:
+            metrics.write('{"step": 3, "loss": \n7\n{"loss": 1}\n{"step": 4, "loss": 0.25}\n')
+        run.finish(tracker, "train", {})
+    (stage,) = known(run).runs("stage")
+    assert known(run).steps(stage) == [1, 2, 4]
