@@ -65,8 +65,10 @@ def environment(runtime: RuntimeConfig) -> dict[str, str]:
     """Environment variables for Prefect and MLflow, to be set before either is imported. Existing variables win."""
     folder = server_folder(runtime) / "prefect"
     home = {"PREFECT_HOME": str(folder), "PREFECT_RUNNER_POLL_FREQUENCY": "2"}
-    if "PREFECT_HOME" not in os.environ:  # Prefect does not quote the path in its default
-        home["PREFECT_API_DATABASE_CONNECTION_URL"] = sqlite_address(folder / "prefect.db", "aiosqlite")
+    database = sqlite_address(folder / "prefect.db", "aiosqlite")
+    # Prefect does not quote the path in its default.
+    if "PREFECT_HOME" not in os.environ and not database.endswith(f"{folder}/prefect.db"):
+        home["PREFECT_API_DATABASE_CONNECTION_URL"] = database
     return _QUIET | home | os.environ
 
 
