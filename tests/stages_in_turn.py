@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from conf.environment import INIT_METHOD
+from conf.places import Place
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
 from conf.section import Section
@@ -17,7 +18,7 @@ from stages.runtime.job import Inputs, Job, main
 class InTurn(Section):
     """The job files of the stages to run."""
 
-    jobs: tuple[Path, ...] = ()
+    jobs: list[Place]
 
 
 def in_turn(config: InTurn, inputs: Inputs, output: Path, runtime: RuntimeConfig) -> None:

@@ -7,6 +7,7 @@ import yaml
 
 from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, StageName, load, show_json
 from pipeline.graph import STAGES
+from pipeline.home import require_writable
 from pipeline.launchers.kubernetes import manifest
 from pipeline.runner import prepare
 from pipeline.selection import known_stage
@@ -29,6 +30,7 @@ def k8s(
     """
     known_stage(name)
     settings, runtime = load(preset, ablation, overrides)
+    require_writable(runtime.home)
     rendered = manifest(prepare(STAGES[name], settings, runtime), runtime)
     if as_json:
         show_json(rendered)

@@ -48,8 +48,10 @@ def environment(runtime: RuntimeConfig) -> dict[str, str]:
     """
     folder = server_folder(runtime) / "prefect"
     home = {"PREFECT_HOME": str(folder), "PREFECT_RUNNER_POLL_FREQUENCY": "2"}
-    if "PREFECT_HOME" not in os.environ:  # Prefect does not quote the path in its default
-        home["PREFECT_API_DATABASE_CONNECTION_URL"] = sqlite_address(folder / "prefect.db", "aiosqlite")
+    database = sqlite_address(folder / "prefect.db", "aiosqlite")
+    # Prefect does not quote the path in its default.
+    if "PREFECT_HOME" not in os.environ and not database.endswith(f"{folder}/prefect.db"):
+        home["PREFECT_API_DATABASE_CONNECTION_URL"] = database
     found = _QUIET | home | os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": python_path(CODE_ROOT)}
     if "PREFECT_LOGGING_SETTINGS_PATH" not in found:
         # A logging configuration can call anything, and `.env` or `prefect.toml` in the current folder can name one.
