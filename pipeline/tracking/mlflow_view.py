@@ -49,7 +49,6 @@ class MlflowView:
     """
 
     def __init__(self, uri: str, folder: Path) -> None:
-        self._client = MlflowClient(tracking_uri=uri)
         self._cache = Cache(folder.parent)
         self._runs = folder / "runs"
         self._tails: dict[str, MetricTail] = {}
@@ -58,6 +57,7 @@ class MlflowView:
         )  # a server chooses its own location
         folder.mkdir(parents=True, exist_ok=True)
         with locked(store_lock(folder)):  # two first runs would both create the store and the experiment
+            self._client = MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(EXPERIMENT)
             self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT, pictures)
 
