@@ -1,4 +1,7 @@
-"""A current folder full of files that our programs would run if it counted as code, and `dpar` as it is installed."""
+"""`dpar` as it is installed, in a folder full of files that it would run if the current folder counted as code.
+
+It also runs behind a proxy at which nobody answers: traffic of this machine must not go there.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ MODULES = (
     *("gunicorn.conf", "conf/__init__", "pipeline/__init__", "stages/__init__", "models/__init__", "conf/runtime"),
 )
 _MODULE = "open({ran!r}, 'a').write(__file__ + '\\n')\n"
+_NOWHERE = "http://127.0.0.1:9"
 # Prefect reads `.env` and `prefect.toml`; a logging configuration calls what it names.
 _LOGGING = "version: 1\nhandlers:\n  evil:\n    (): subprocess.Popen\n    args: [touch, {ran!r}]\n"
 _DPAR = "import sys\nfrom pipeline.cli.main import main\nsys.exit(main())\n"
@@ -30,17 +34,25 @@ def make(folder: Path, ran: Path) -> Path:
     return folder
 
 
-def dpar(*arguments: str, folder: Path, bin_folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `dpar` as the installed script runs: modules come from the script's folder, not from the current one."""
+def start_dpar(*arguments: str, folder: Path, bin_folder: Path, **variables: str) -> subprocess.Popen[str]:
+    """Start `dpar` as the installed script runs: modules come from the script's folder, not from the current one."""
     script = bin_folder / "dpar"
     script.write_text(_DPAR)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    environment |= dict.fromkeys(("http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"), _NOWHERE)
     environment |= {"PYTHONPATH": str(ROOT)} | variables
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, str(script), *arguments],
         cwd=folder,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
+
+
+def dpar(*arguments: str, folder: Path, bin_folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `dpar` to its end."""
+    with start_dpar(*arguments, folder=folder, bin_folder=bin_folder, **variables) as process:
+        output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)

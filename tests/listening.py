@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-_PERIOD_S = 0.02
+_PERIOD_S = 0.2  # what listens does so for the life of its process
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Listening:
         return {address for command, address in self.found if word in command}
 
     def look(self) -> None:
+        """Look at all descendants of this process once."""
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has ended
                 command = " ".join(process.cmdline())

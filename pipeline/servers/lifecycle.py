@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -82,7 +82,6 @@ def up(runtime: RuntimeConfig) -> Addresses:
         _check_free("prefect", runtime.prefect_port)
         if not tracks_elsewhere(runtime):
             _check_free("mlflow", runtime.mlflow_port)
-        write_auth(runtime, auth)
         started: list[Service] = []
         try:
             for service in _start_all(runtime, auth):
@@ -91,15 +90,14 @@ def up(runtime: RuntimeConfig) -> Addresses:
         except BaseException:
             _stop(runtime)
             raise
+        write_auth(runtime, auth)
         write_state(runtime, started, addresses)
         return addresses
 
 
 def down(runtime: RuntimeConfig) -> None:
     """Stop the processes that `up` started, whatever state.json says: each bears the mark of its home."""
-    has_files = server_folder(runtime).is_dir()
-    with locked(private_folder(runtime) / "up.lock") if has_files else nullcontext():
-        _stop(runtime)
+    _stop(runtime)
 
 
 def running(runtime: RuntimeConfig) -> Addresses | None:

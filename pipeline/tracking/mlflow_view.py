@@ -50,12 +50,13 @@ class MlflowView:
     """
 
     def __init__(self, uri: str, folder: Path) -> None:
-        self._client, self._uri = MlflowClient(tracking_uri=uri), uri
+        self._uri = uri
         self._cache = Cache(folder.parent)
         self._runs = folder / "runs"
         self._tails: dict[str, MetricTail] = {}
         folder.mkdir(parents=True, exist_ok=True)
         with locked(store_lock(folder)):  # two first runs would both create the store and the experiment
+            self._client = MlflowClient(tracking_uri=uri)
             self._experiment = self._open_experiment(folder)
 
     def _open_experiment(self, folder: Path) -> str:

@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from listening import Listening, watched
 from odd_names import ODD_NAME
+
+from pipeline.graph import STAGES
+from pipeline.processes import HOST
+from pipeline.servers.commands import PREFECT_APP
 
 pytestmark = pytest.mark.slow
 
@@ -26,12 +31,27 @@ def dpar(*words: str, home: Path, images: Path, check: bool = True) -> subproces
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Path:
-    """The home of a finished run."""
+def first_run(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> tuple[Path, Listening]:
+    """The home of a finished run, and what listened meanwhile."""
     home = tmp_path_factory.mktemp("home") / ODD_NAME
-    done = dpar("run", home=home, images=image_root)
+    with watched() as listening:
+        done = dpar("run", home=home, images=image_root)
     assert "fd_lite0" in done.stdout
-    return home
+    return home, listening
+
+
+@pytest.fixture(scope="module")
+def home(first_run: tuple[Path, Listening]) -> Path:
+    """The home of a finished run."""
+    return first_run[0]
+
+
+def test_a_run_opens_one_port_that_of_its_own_server_on_loopback(first_run: tuple[Path, Listening]) -> None:
+    _, listening = first_run
+    assert {name for name in STAGES if any(f"-m stages.{name} " in each for each in listening.processes)} == {*STAGES}
+    assert listening.of("-m stages.") == set()
+    assert {address for _, address in listening.found} == {HOST}
+    assert all(PREFECT_APP in command for command, _ in listening.found)
 
 
 def states(home: Path, images: Path, *words: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from listening import watched
 from odd_names import ODD_NAME
 
 from conf.runtime import RuntimeConfig
@@ -17,7 +18,9 @@ from conf.section import Section
 from conf.train import JointHeadConfig
 from pipeline.graph import STAGES, inputs_read
 from pipeline.launch import launch
+from pipeline.processes import HOST
 from pipeline.project import DPAR
+from stages.runtime.artifact import read_json, write_json
 from stages.runtime.job import Job
 from stages.stores.samples import SampleStore
 
@@ -86,12 +89,20 @@ def two(
         runtime=runtime.model_dump(mode="json"),
     )
     lock = os.open(folder / "lock", os.O_CREAT)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, watched() as listening:
         patch.setenv("PYTHONPATH", str(TESTS))
         patch.setenv("OMP_NUM_THREADS", "1")  # where it is larger, the backward pass takes more threads all the same
         launch("in_turn", "stages_in_turn", all_jobs, runtime, code_root=DPAR.code_root, locks=(lock,), spmd=True)
     os.close(lock)
+    write_json(folder / "listening.json", sorted(listening.found))
     return made
+
+
+def test_they_open_no_port_to_other_machines(two: dict[str, Path]) -> None:
+    """torchrun opens none at all. The ranks' gloo listens on loopback, where it takes tensors and no code."""
+    found = read_json(two["train"].parent / "listening.json")
+    assert [each for each in found if "torch.distributed.run" in each[0]] == []
+    assert {address for _, address in found} <= {HOST}
 
 
 def metrics(artifact: Path) -> list[dict[str, float]]:

@@ -32,7 +32,6 @@ from pipeline.servers import state
 from pipeline.servers.guard import basic, encoded
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-NOWHERE = f"http://{HOST}:9"  # a proxy at which nobody answers
 UNTRACKED = "runtime.tracking=false"
 
 
@@ -119,7 +118,6 @@ def up(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Iterator[U
         "DPAR_ROOTS": json.dumps([str(image_root)]),
         "DPAR_DEVICE": "cpu",
     }
-    variables |= dict.fromkeys(("http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"), NOWHERE)
     done = hostile_folder.dpar("up", folder=here, bin_folder=folder, **variables)
     assert done.returncode == 0, done.stderr
     yield Up(runtime, here, ran, done.stdout, variables)
