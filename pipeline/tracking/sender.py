@@ -40,7 +40,7 @@ class Sender(threading.Thread):
         self._ending, self._given_up = threading.Event(), threading.Event()
         self._view: View | None = None
         self._prepared = self._connected = False
-        self._answered = time.monotonic()
+        self._asking_since: float | None = None  # of what has not been answered
         self._reason = "still starting"
         self._said = False
         self._hopeless = False  # waiting does not mend it
@@ -66,7 +66,8 @@ class Sender(threading.Thread):
 
     def end(self) -> None:
         """Begin to send the remaining events. A server that has not answered for long gets one more try."""
-        self._answered = max(self._answered, time.monotonic() - PATIENCE_S + _LAST_TRY_S)
+        if self._asking_since is not None:
+            self._asking_since = max(self._asking_since, time.monotonic() - PATIENCE_S + _LAST_TRY_S)
         self._ending.set()
 
     def wait(self, waited_s: float) -> bool:
@@ -92,7 +93,8 @@ class Sender(threading.Thread):
         return self._reason
 
     def _silence(self) -> float:
-        return time.monotonic() - self._answered
+        since = self._asking_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def _patience(self) -> float:
         if not self._prepared:
@@ -100,7 +102,7 @@ class Sender(threading.Thread):
         return PATIENCE_S if self._connected or not self.server.starts else START_S
 
     def _say(self) -> None:
-        if not self._said:
+        if not self._said and not self._ending.is_set():  # at the end another line says what was not received
             self._said = True
             server = self.server
             logger.warning(
@@ -110,16 +112,17 @@ class Sender(threading.Thread):
 
     def _heard(self) -> None:
         """The server has answered."""
-        self._answered, self._connected, self._reason = time.monotonic(), True, "no answer"
+        self._asking_since, self._connected, self._reason = time.monotonic(), True, "no answer"
         if self._said:
             self._said = False
             logger.warning("%s (%s) answers again", self.server.name, self.server.address)
 
     def _try_to_send(self) -> bool:
+        self._asking_since = self._asking_since or time.monotonic()
         try:
             if not self._prepared:
                 self.server.prepare()
-                self._answered, self._prepared = time.monotonic(), True
+                self._asking_since, self._prepared = time.monotonic(), True
             is_new = self._view is None
             view = self._view = self._view or self.server.connect()
             if is_new:
@@ -130,6 +133,7 @@ class Sender(threading.Thread):
                 view.ping()
             view.send(self._journal, self._heard)
             self._heard()
+            self._asking_since = None
         except JournalError as error:
             self.damaged = True
             set_aside(self._journal.folder, error)
