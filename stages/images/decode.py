@@ -21,6 +21,7 @@ from PIL.Image import Resampling, Transpose
 
 from stages.images.colors import to_rgb
 from stages.images.contents import FORMATS, HEAD_BYTES, unread_format
+from stages.images.scans import num_scans
 from stages.runtime.arrays import Pixels
 
 Square = UInt8[NDArray[np.uint8], "{size} {size} 3"]
@@ -35,6 +36,7 @@ _RESIZED_PIXELS = 2**22  # of an image that is resized whole, whatever its ratio
 _LARGE = 2**24  # pixels of an image that is decoded alone: several at a time would fill the memory
 PIL_PIXELS = 178_956_970  # of the largest image that PIL opens
 _MAX_SIDE = 2**20  # pixels: each row has a cost of its own
+_MAX_SCANS = 100  # of a progressive JPEG; programs write ten
 _AT_MOST = "at most {} (dataset.max_pixels)"
 _alone = threading.Lock()
 warnings.filterwarnings("ignore", module=r"PIL\.")  # an image is whole, or its reason is in the list of broken ones
@@ -77,6 +79,8 @@ def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
                 raise DecodeError(f"{image.width} x {image.height} pixels, expected {_AT_MOST.format(max_pixels)}")
             if max(image.size) > _MAX_SIDE:
                 raise DecodeError(f"{image.width} x {image.height} pixels, expected sides of at most {_MAX_SIDE}")
+            if image.info.get("progressive") and (scans := num_scans(data)) > _MAX_SCANS:
+                raise DecodeError(f"{scans} scans, expected at most {_MAX_SCANS}")
             with _alone if pixels > _LARGE else contextlib.nullcontext():
                 image.load()
                 return _upright(to_rgb(image, data), _orientation(image))
