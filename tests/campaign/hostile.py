@@ -25,14 +25,16 @@ from tests.weights_files import OTHER_KINDS, RAN, malicious
 KIND = "hostile"
 _LIMIT_S = 240.0  # beside others on a busy machine; alone they take seconds
 _LONGEST_LINE = 2000
+_DATASET = ("stage", "dataset")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings that name something hostile. `fill` makes it in an empty folder."""
+    """Settings that name something hostile, which `fill` makes in an empty folder, and the command that reads it."""
 
     name: str
     fill: Callable[[Path], dict[str, object]]
+    words: tuple[str, ...] = ("run", "--until", "tokenizer")
 
 
 def rows(place: Workplace, times: int, seed: int) -> Iterator[Row]:
@@ -48,7 +50,7 @@ def _tried(place: Workplace, trial: Trial) -> Outcome:
     with place.home(trial.name) as folder:
         home, goal = folder / "home", folder / "inputs"
         goal.mkdir()
-        run = place.start("run", home=home, settings=trial.fill(goal), until="tokenizer")
+        run = place.start(*trial.words, home=home, settings=trial.fill(goal))
         code = run.wait(min(_LIMIT_S, place.timeout_s))
         ports, lines = tuple(run.open_ports), run.errors.read_text(errors="replace").splitlines()
         if (goal / RAN).exists():
@@ -89,7 +91,7 @@ def _images() -> Iterator[Trial]:
         "name that clears the screen": lambda at: (at / "\x1b[2J\n.png").write_bytes(b"no image"),
     }
     for name, make in folders.items():
-        yield Trial(name, partial(root, make))
+        yield Trial(name, partial(root, make), _DATASET)
     tars: dict[str, Callable[[tarfile.TarFile], object]] = {
         "tar with a path that climbs": lambda tar: tar.addfile(_member("../../n00000001.tar", 0)),
         "tar with a FIFO": lambda tar: tar.addfile(_member("n00000001.tar", 0, tarfile.FIFOTYPE)),
@@ -97,10 +99,10 @@ def _images() -> Iterator[Trial]:
         "tar in a tar that is none": lambda tar: tar.addfile(_member("n00000001.tar", 9), io.BytesIO(b"no tar at")),
     }
     for name, members in tars.items():
-        yield Trial(name, partial(tar, members))
-    yield Trial("FIFO as the tar", lambda folder: _fifo(folder, "dataset.root") | {"dataset.source": "imagenet_tar"})
-    device: dict[str, object] = {"dataset.source": "imagenet_tar", "dataset.root": "/dev/zero"}
-    yield Trial("/dev/zero as the tar", lambda folder: dict(device))
+        yield Trial(name, partial(tar, members), _DATASET)
+    as_tar: dict[str, object] = {"dataset.source": "imagenet_tar"}
+    yield Trial("FIFO as the tar", lambda folder: _fifo(folder, "dataset.root") | as_tar, _DATASET)
+    yield Trial("/dev/zero as the tar", lambda folder: as_tar | {"dataset.root": "/dev/zero"}, _DATASET)
 
 
 def _weights() -> Iterator[Trial]:
@@ -113,7 +115,7 @@ def _weights() -> Iterator[Trial]:
         yield Trial(f"weights: {kind}", partial(weights, lambda folder, kind=kind: OTHER_KINDS[kind][0]()))  # type: ignore[misc]
     for kind in ("zip, system", "legacy, mkdir", "keys that take forever", "deflated members", "header of a gigabyte"):
         yield Trial(f"weights: {kind}", partial(weights, lambda folder, kind=kind: malicious(folder)[kind]()))  # type: ignore[misc]
-    source = {"tokenizer.source": "checkpoint"}
+    source: dict[str, object] = {"tokenizer.source": "checkpoint"}
     yield Trial("weights: FIFO", lambda folder: _fifo(folder, "tokenizer.checkpoint") | source)
     yield Trial("weights: /dev/zero", lambda folder: {"tokenizer.checkpoint": "/dev/zero"} | source)
 

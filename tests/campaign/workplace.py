@@ -223,7 +223,6 @@ class Workplace:
         settings: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
         before: Callable[[], None] | None = None,
-        until: str | None = None,
     ) -> Run:
         """Start `dpar`. Commands that run stages get the preset `tiny` and the last stage.
 
@@ -233,11 +232,12 @@ class Workplace:
             settings: More settings, by address.
             environment: More environment variables.
             before: Called in the new process before the command.
-            until: Last stage, if it is another one than that of the workplace.
         """
         command = [sys.executable, "-m", "pipeline.cli.main", *words, "--set", f"runtime.home={home}"]
-        if words[0] == "run":
-            command += ["--preset", "tiny", "--set", f"dataset.root={self.images}", "--until", until or self.until]
+        if words[0] in {"run", "stage"}:
+            command += ["--preset", "tiny", "--set", f"dataset.root={self.images}"]
+        if words == ("run",):
+            command += ["--until", self.until]
         for address, value in (settings or {}).items():
             command += ["--set", f"{address}={value}"]
         output, errors = (self.folder / f"{home.name}.{stream}" for stream in ("stdout", "stderr"))
