@@ -22,10 +22,12 @@ import psutil
 from PIL import Image
 
 from pipeline.graph import STAGES
+from pipeline.processes import parent_death_hook
 from stages.runtime.artifact import file_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_CONTENT = {"record", "views", "damage.json"}  # parts of an artifact that describe it
+_DIE_WITH_CAMPAIGN = parent_death_hook()
 _POLL_S = 0.1
 _ENDED_S = 60.0  # after a kill, until all processes of the run have to be gone
 _IMAGES = 15  # of each class
@@ -300,6 +302,8 @@ def _stripes(kind: int, number: int) -> Image.Image:
 
 def _begin(before: Callable[[], None] | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores it
+    if _DIE_WITH_CAMPAIGN is not None:
+        _DIE_WITH_CAMPAIGN()
     if before is not None:
         before()
 

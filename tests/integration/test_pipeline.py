@@ -46,6 +46,7 @@ def home(first_run: tuple[Path, Listening]) -> Path:
     return first_run[0]
 
 
+@pytest.mark.timeout(600)
 def test_a_run_opens_one_port_that_of_its_own_server_on_loopback(first_run: tuple[Path, Listening]) -> None:
     _, listening = first_run
     assert {name for name in STAGES if any(f"-m stages.{name} " in each for each in listening.processes)} == {*STAGES}
