@@ -83,6 +83,8 @@ class MlflowView:
             Exception: Any error of MLflow, its database or the network.
         """
         unsent = journal.unsent()
+        if unsent:
+            self.ping()  # runs are deleted and restored with their experiment
         if unsent and journal.run_id is not None and not self._has(journal.run_id):
             if journal.store != self._uri:
                 raise LookupError(f"its run {journal.run_id} is in {journal.store or 'another store'}")

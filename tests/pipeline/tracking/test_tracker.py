@@ -476,7 +476,7 @@ def test_a_server_that_accepts_and_never_answers_costs_seconds_and_is_said(
             assert time.monotonic() - start < 1
             run.finish(tracker, "train", {})
             assert time.monotonic() - start < 1
-        assert time.monotonic() - start < 2 * sender.PATIENCE_S
+        assert time.monotonic() - start < 10
     assert f"MLflow ({uri}) did not receive all events of this run" in caplog.messages[-1]
     assert len(journals(run)) == 1
 
