@@ -93,9 +93,10 @@ def test_a_run_hands_the_choice_on_and_reports_what_was_made(
         run_stage(STAGES["dataset"], *load_settings(*given), observer=observer)
 
     monkeypatch.setattr("pipeline.serving.local.run_pipeline", run_pipeline)
-    assert run_command(["run", "--preset", "tiny", "--until", "dataset", "--force", "dataset", *options]) == 0
+    half = [*options, "--set", "dataset.heldout_fraction=0.5"]  # the preset's share would hold out none of two images
+    assert run_command(["run", "--preset", "tiny", "--until", "dataset", "--force", "dataset", *half]) == 0
     choice = {"from_stage": None, "until_stage": "dataset", "force": ["dataset"]}
-    assert asked == [(("tiny", None, options[1::2]), choice)]
+    assert asked == [(("tiny", None, half[1::2]), choice)]
     text = capsys.readouterr().out
     assert text.index("ran ") < text.index("num_images")
 
