@@ -236,9 +236,15 @@ class _TorchZip(_Torch):
                 f"has a member {name[:60]!r} of {info.file_size:,} bytes, expected at most {min(most, self._size):,}"
             )
         data = bytearray()
-        with self._archive.open(info) as member:
-            while chunk := member.read(2**24):  # the last one compares the checksum
-                data += chunk
+        try:
+            with self._archive.open(info) as member:
+                while chunk := member.read(2**24):  # the last one compares the checksum
+                    data += chunk
+        except zipfile.BadZipFile as error:
+            raise UnreadableWeights(
+                f"is damaged in its member {name[:60]!r} ({str(error)[:80]}): get the file again, or save it again if "
+                "it was written without checksums (torch.serialization.set_crc32_options)"
+            ) from error
         return data
 
 

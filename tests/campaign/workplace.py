@@ -28,7 +28,7 @@ from stages.runtime.artifact import file_sha256
 ROOT = Path(__file__).resolve().parents[2]
 NO_CONTENT = {"record", "views", "damage.json"}  # parts of an artifact that describe it
 _DIE_WITH_CAMPAIGN = parent_death_hook()
-_POLL_S = 0.1
+_POLL_S, _PORTS_S = 0.2, 1.0
 _ENDED_S = 60.0  # after a kill, until all processes of the run have to be gone
 _IMAGES = 15  # of each class
 _INTERRUPTED_AT = 0.5  # share of a run
@@ -101,14 +101,17 @@ class Run:
                 process.kill()
 
     def _look_on(self) -> None:
+        looked = 0.0
         while self.process.poll() is None:
             with contextlib.suppress(psutil.Error):
                 command = psutil.Process(self.process.pid)
                 for process in [command, *command.children(recursive=True)]:
                     self._known.setdefault(process.pid, process)
-            for process in list(self._known.values()):
-                with contextlib.suppress(psutil.Error):
-                    self.open_ports |= set(_open_ports(process))
+            if time.monotonic() - looked > _PORTS_S:
+                looked = time.monotonic()
+                for process in list(self._known.values()):
+                    with contextlib.suppress(psutil.Error):
+                        self.open_ports |= set(_open_ports(process))
             time.sleep(_POLL_S)
 
 
@@ -276,8 +279,15 @@ class Workplace:
         return run
 
     def differing(self, home: Path) -> list[str]:
-        """Files of artifacts that are not as in the undisturbed run; see `contents`."""
+        """Files of artifacts that are not as in the undisturbed run; see `contents`.
+
+        Raises:
+            RuntimeError: The code has changed since, and with it the keys.
+        """
         wanted, found = contents(self.reference), contents(home)
+        keys, others = ({tuple(Path(name).parts[:2]) for name in names} for names in (wanted, found))
+        if others - keys:
+            raise RuntimeError(f"the code has changed since the undisturbed run: remove {self.folder}")
         return sorted(name for name in wanted if found.get(name) != wanted[name])
 
 
