@@ -7,7 +7,6 @@ Stores and weights are referenced by path and digest and never copied.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from pipeline.cache import repository
 from pipeline.cache.differences import flat
 from pipeline.cache.manifest import MANIFEST
 from pipeline.cache.store import Cache
+from pipeline.databases import sqlite_address
 from pipeline.report import collect
 from pipeline.servers import locked, store_lock
 from pipeline.tracking.journal import Event, Journal, JournalError, require_valid
@@ -237,12 +237,11 @@ def create_database(path: Path) -> None:
         Exception: Any error of MLflow or the disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(store_lock(path.parent)):
         if not path.exists():
             partial = path.with_name(f".{path.name}.partial")
             partial.unlink(missing_ok=True)  # of a killed process
-            MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+            MlflowClient(tracking_uri=sqlite_address(partial)).search_experiments(max_results=1)
             partial.rename(path)
 
 

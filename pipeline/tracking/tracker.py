@@ -155,7 +155,10 @@ def _finish(senders: Sequence[Sender]) -> None:
 def mlflow_server(runtime: RuntimeConfig) -> Server:
     """The MLflow store of these settings."""
     uri, folder = mlflow_uri(runtime), server_folder(runtime)
-    database = Path(uri.removeprefix(_SQLITE)).absolute() if uri.startswith(_SQLITE) else None
+    if runtime.tracking_uri is None:
+        database: Path | None = folder / "mlflow.db"
+    else:
+        database = Path(uri.removeprefix(_SQLITE)).absolute() if uri.startswith(_SQLITE) else None
 
     def prepare() -> None:
         from pipeline.tracking import mlflow_view
