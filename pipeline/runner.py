@@ -6,6 +6,8 @@ An artifact is committed before any server is told, so a server that is down nev
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,7 +31,7 @@ from stages.images.sources import image_root
 from stages.runtime.errors import ArtifactError, InputError, StaleIndexError
 from stages.runtime.job import Job
 
-__all__ = ["NullObserver", "Observer", "StageResult", "StageStatus", "plan", "prepare", "run_stage"]
+__all__ = ["NullObserver", "Observer", "StageResult", "StageStatus", "plan", "prepare", "run_stage", "tally"]
 
 
 @dataclass(frozen=True)
@@ -296,3 +298,8 @@ def _result(
     return StageResult(
         manifest.stage, state, manifest.key, path, manifest.digest, metrics, manifest.duration_s, view_error
     )
+
+
+def tally(words: Iterable[str]) -> str:
+    """How often each word occurs: `7 cached, 2 made`."""
+    return ", ".join(f"{number} {word}" for word, number in Counter(words).items())

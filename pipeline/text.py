@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-
 
 def duration(seconds: float) -> str:
     """Seconds as text with at most two units: `0.4 s`, `31 s`, `2 min 5 s`, `3 h 12 min`."""
@@ -25,8 +22,3 @@ def size(count: float) -> str:
             break
         amount, unit = amount / 1000, larger
     return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
-
-
-def tally(words: Iterable[str]) -> str:
-    """How often each word occurs: `7 cached, 2 made`."""
-    return ", ".join(f"{number} {word}" for word, number in Counter(words).items())

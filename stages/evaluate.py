@@ -21,7 +21,7 @@ from models.vq import VQModel
 from stages.images.decode import center_crop, decode
 from stages.images.from_tokens import images_of_tokens
 from stages.runtime.arrays import Features, Indices, PixelBatch, Tokens
-from stages.runtime.artifact import RECORD, read_arrays, write_atomic
+from stages.runtime.artifact import RECORD, file_sha256, read_arrays, write_atomic
 from stages.runtime.distributed import World, barrier, process_group
 from stages.runtime.job import Inputs, main
 from stages.runtime.progress import Progress
@@ -35,6 +35,7 @@ from stages.stores.image_index import ImageIndex
 from stages.stores.matching import require_tokenizer
 from stages.stores.samples import SampleStore
 from stages.stores.tokens import TokenStore
+from stages.weights.inception import read_inception
 from stages.weights.own import load_vq
 
 _UNIT = 512  # images in a feature file, the unit of work and of resume
@@ -156,7 +157,7 @@ def _extractor(config: EvaluateConfig, world: World) -> Extractor:
     if config.extractor == "lite0":
         return Lite0(config.input_size, world.device)
     assert config.weights is not None, "the schema asks for them"
-    return Inception(config.weights, world.device)
+    return Inception(read_inception(config.weights), file_sha256(config.weights), world.device)
 
 
 def _extract(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import typer
 import yaml
 
+from pipeline.cache.home import require_writable
 from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, StageName, load, show_json
 from pipeline.graph import STAGES
-from pipeline.home import require_writable
 from pipeline.launchers.kubernetes import manifest
 from pipeline.runner import prepare
 from pipeline.selection import known_stage

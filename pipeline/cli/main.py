@@ -15,7 +15,6 @@ from pipeline.cli.failures import FAILURE, describe_failure
 from pipeline.cli.screen_log import warnings_on_screen
 from pipeline.cli.streams import drop_output, open_streams, use_utf8
 from pipeline.launchers.inherited import forget_other_launchers
-from pipeline.processes import exempt_loopback
 
 logger = logging.getLogger("pipeline")
 INTERRUPTED = 130
@@ -53,7 +52,6 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the command `dpar`."""
-    exempt_loopback()
     use_utf8()
     open_streams()
     code = run_command(sys.argv[1:])

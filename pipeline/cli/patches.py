@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from conf.places import expanded
+from pipeline.cache.home import require_writable
 from pipeline.cli import display
 from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, load, show_json
 from pipeline.graph import STAGES, inputs_read
-from pipeline.home import require_writable
 from pipeline.plan import require_cached
 from stages.images.sources import image_root
 

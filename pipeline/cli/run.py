@@ -15,7 +15,9 @@ from conf.load import describe, names
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
 from pipeline import views as drawn_views
+from pipeline.budget.enough import require_enough
 from pipeline.cache.external import trusted_since
+from pipeline.cache.home import require_writable
 from pipeline.cli import display
 from pipeline.cli.options import (
     Ablation,
@@ -31,9 +33,7 @@ from pipeline.cli.options import (
     load,
     show_json,
 )
-from pipeline.enough import require_enough
 from pipeline.graph import STAGES
-from pipeline.home import require_writable
 from pipeline.plan import StageStatus, cached_paths, explain, plan
 from pipeline.report import collect, numbers
 from pipeline.runner import run_stage

@@ -9,9 +9,9 @@ import typer
 
 from conf.load import load_settings, names
 from pipeline import garbage, upkeep
+from pipeline.cache.home import require_writable
 from pipeline.cli.options import Ablation, AsJson, Overrides, Preset, StageName, load, show_json
 from pipeline.graph import STAGES
-from pipeline.home import require_writable
 from pipeline.selection import known_stage
 from pipeline.text import size
 

@@ -4,6 +4,7 @@ Read `lifecycle.py` first; `commands.py` says how each process starts, `guard.py
 where its files are.
 """
 
+from pipeline.processes import ServerError, exempt_loopback
 from pipeline.servers.commands import environment, mlflow_uri, start_mlflow, store_lock
 from pipeline.servers.guard import locked
 from pipeline.servers.lifecycle import (
@@ -22,9 +23,11 @@ __all__ = [
     "DEPLOYMENTS",
     "Addresses",
     "PrefectServer",
+    "ServerError",
     "down",
     "empty_folder",
     "environment",
+    "exempt_loopback",
     "locked",
     "mlflow_uri",
     "open_pages",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from conf.environment import SERVERS, STARTED_IN, as_variables
 from conf.runtime import RuntimeConfig
-from pipeline.databases import sqlite_address
 from pipeline.processes import CODE_ROOT, HOST, Service, exempt_loopback, own_python, python_path, start
+from pipeline.servers.databases import sqlite_address
 from pipeline.servers.guard import AUTH_VARIABLE, LOCK_VARIABLE
 from pipeline.servers.state import empty_folder, private_folder, server_folder
 

@@ -23,14 +23,14 @@ from pydantic import Field
 from conf.load import SettingsError, load_settings, names
 from pipeline.graph import STAGES
 from pipeline.launch import StageFailed
+from pipeline.runner import tally
 from pipeline.servers import PrefectServer
 from pipeline.serving.page import load_page_settings
 from pipeline.serving.prefect_view import FLOW
 from pipeline.serving.record import FlowRun, prefect_view, run_recorded
-from pipeline.text import tally
+from pipeline.serving.whole_run import Request, plan_run
 from pipeline.tracking.sender import send_left_behind
 from pipeline.tracking.view import first_line
-from pipeline.whole_run import Request, plan_run
 from stages.runtime.errors import ArtifactError, InputError
 
 logger = logging.getLogger(__name__)

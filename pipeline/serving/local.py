@@ -16,8 +16,8 @@ from conf.runtime import RuntimeConfig
 from pipeline.runner import NullObserver, Observer
 from pipeline.servers import environment, prefect_server
 from pipeline.serving.record import prefect_view, run_recorded
+from pipeline.serving.whole_run import Request, plan_run
 from pipeline.tracking.view import Server, first_line
-from pipeline.whole_run import Request, plan_run
 
 logger = logging.getLogger(__name__)
 

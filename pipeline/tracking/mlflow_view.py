@@ -28,13 +28,14 @@ from pipeline.cache import repository
 from pipeline.cache.differences import flat
 from pipeline.cache.manifest import MANIFEST
 from pipeline.cache.store import Cache
-from pipeline.databases import sqlite_address
 from pipeline.report import collect
-from pipeline.servers import locked, store_lock
+from pipeline.servers import exempt_loopback, locked, store_lock
+from pipeline.servers.databases import sqlite_address
 from pipeline.tracking.journal import Event, Journal, JournalError, require_valid
 from pipeline.tracking.metric_tail import MetricTail, Point, StageRun
 from pipeline.views import VIEWS
 
+exempt_loopback()  # MLflow's client reads the proxies in the environment
 EXPERIMENT = "dpar"
 _BATCH, _PARAMS = 1000, 100  # metrics and params that MLflow accepts per request
 _LONGEST = 6000  # characters of a param's value

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from pipeline.processes import ServerError
+from pipeline.servers import ServerError
 from pipeline.tracking.journal import Journal, JournalError, set_aside, unfinished
 from pipeline.tracking.view import Server, StoreError, View, first_line
 

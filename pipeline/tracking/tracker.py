@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.runtime import RuntimeConfig
-from pipeline.runner import Observer, StageResult
+from pipeline.runner import Observer, StageResult, tally
 from pipeline.servers import mlflow_uri, server_folder
-from pipeline.text import tally
 from pipeline.tracking.journal import Journal, unfinished
 from pipeline.tracking.sender import Sender, Watch, send_rest
 from pipeline.tracking.view import Server, View, first_line, require_usable

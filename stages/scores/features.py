@@ -1,12 +1,11 @@
-"""Feature networks: EfficientNet-Lite0 from a package, or the FID Inception from a weights file."""
+"""Feature networks: EfficientNet-Lite0 from a package, or the FID Inception."""
 
 from __future__ import annotations
 
 import warnings
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,8 +19,6 @@ from stages.runtime.artifact import file_sha256
 from stages.runtime.errors import InputError
 from stages.runtime.transfer import to_device
 from stages.scores.table import ExtractorName
-from stages.weights.state_dict import open_state_dict, read_state
-from stages.weights.weights_file import Entry
 
 Extracted = tuple[Float32[NDArray[np.float32], "B D"], Float32[NDArray[np.float32], "B classes"]]
 """Features and class logits of a batch of images."""
@@ -79,20 +76,14 @@ class Lite0:
 
 
 class Inception:
-    """The Inception of FID (2015-12-05) from a weights file, through torch-fidelity: 2048 features, 1008 classes."""
+    """The Inception of FID (2015-12-05), as torch-fidelity has it: 2048 features, 1008 classes."""
 
     name: ExtractorName = "inception"
     input_size = 299
 
-    def __init__(self, weights: Path, device: torch.device) -> None:
-        """Load the network.
-
-        Raises:
-            InputError: The file does not exist, is of another kind, or holds no state dict of this network.
-        """
-        self._network = _inception_network(weights).to(device).eval()
-        self.sha256 = file_sha256(weights)
-        self._device = device
+    def __init__(self, network: nn.Module, sha256: str, device: torch.device) -> None:
+        self._network = network.to(device).eval()
+        self.sha256, self._device = sha256, device
 
     @torch.inference_mode()
     def extract(self, images: PixelBatch) -> Extracted:
@@ -108,26 +99,4 @@ def _lite0_network(path: Path) -> nn.Module:
         from efficientnet_lite_pytorch import EfficientNet
     network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return network
-
-
-def _inception_network(weights: Path) -> nn.Module:
-    """The network with the checked weights of the file: torch-fidelity would execute code in it."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    missing = f"evaluate.weights is {weights}, and there is no such file"
-    with open_state_dict(weights, None, "model", missing) as state:
-
-        class Network(FeatureExtractorInceptionV3):  # type: ignore[misc]
-            def load_state_dict(self, *_: Any, **__: Any) -> None:
-                """Take the checked weights. Files of old versions of torch lack the counts of batches."""
-                for name, tensor in self.state_dict().items():
-                    if name.endswith("num_batches_tracked"):
-                        state.tensors.setdefault(name, Entry.of(tensor))
-                super().load_state_dict(read_state(self, state, "does not fit the FID Inception: {}"))
-
-        no_weights = BytesIO()
-        torch.save({}, no_weights)
-        no_weights.seek(0)
-        network: nn.Module = Network("inception-v3-compat", ["2048", "logits_unbiased"], no_weights)
     return network

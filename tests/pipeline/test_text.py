@@ -1,6 +1,7 @@
 import pytest
 
-from pipeline.text import duration, size, tally
+from pipeline.runner import tally
+from pipeline.text import duration, size
 
 
 @pytest.mark.parametrize(

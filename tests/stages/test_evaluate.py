@@ -18,13 +18,14 @@ from conf.section import Section
 from models.vq import VQModel
 from stages.evaluate import ImageSets
 from stages.images.decode import center_crop, decode
-from stages.runtime.artifact import file_sha256, read_json
+from stages.runtime.artifact import read_json
 from stages.runtime.distributed import World
 from stages.runtime.errors import ArtifactError, InputError
 from stages.scores.features import Inception, Lite0
 from stages.scores.table import RUNGS, SCORES
 from stages.stores.image_index import ImageIndex
 from stages.stores.samples import SampleStore, sample_writer
+from stages.weights.inception import read_inception
 from stages.weights.own import save_vq
 
 Run = Callable[[str, Section, dict[str, Path]], Path]
@@ -193,13 +194,13 @@ def test_lite0_gives_features_and_classes_and_knows_its_weights() -> None:
 
 def test_missing_and_foreign_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such file"):
-        Inception(tmp_path / "no.pth", torch.device("cpu"))
+        read_inception(tmp_path / "no.pth")
     torch.save({"model": {"fc.weight": torch.zeros(2, 2)}}, tmp_path / "bad.pth")
     with pytest.raises(InputError, match=r"does not fit the FID Inception: Conv2d_1a_3x3.conv.weight is missing \(and"):
-        Inception(tmp_path / "bad.pth", torch.device("cpu"))
+        read_inception(tmp_path / "bad.pth")
     (tmp_path / "bad.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(InputError, match="is a Git LFS pointer"):
-        Inception(tmp_path / "bad.pth", torch.device("cpu"))
+        read_inception(tmp_path / "bad.pth")
     with pytest.raises(ValueError, match="expected a weights file with inception"):
         EvaluateConfig(extractor="inception")
 
@@ -218,9 +219,9 @@ def test_the_inception_takes_exactly_the_weights_of_its_file(tmp_path: Path, leg
     torch.manual_seed(0)
     state = {name: torch.rand(t.shape) for name, t in untrained.state_dict().items() if "num_batches" not in name}
     torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
-    found = Inception(tmp_path / "a.pth", torch.device("cpu"))
-    assert all(torch.equal(found._network.state_dict()[name], tensor) for name, tensor in state.items())
-    assert found.sha256 == file_sha256(tmp_path / "a.pth")
+    network = read_inception(tmp_path / "a.pth")
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in state.items())
+    found = Inception(network, "a digest", torch.device("cpu"))
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(tmp_path / "a.pth"))
     images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
     features, logits = found.extract(images)

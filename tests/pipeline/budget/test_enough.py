@@ -11,7 +11,7 @@ from PIL import Image
 from conf.load import load_settings
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
-from pipeline.enough import repeated_images, require_enough
+from pipeline.budget.enough import repeated_images, require_enough
 from stages.dataset import dataset
 from stages.runtime.errors import ArtifactError, InputError
 

@@ -15,7 +15,7 @@ from conf.load import load_settings
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings
 from pipeline.budget.advice import advice
-from pipeline.enough import repeated_images, require_enough
+from pipeline.budget.enough import repeated_images, require_enough
 from pipeline.graph import STAGES, inputs_read
 from pipeline.plan import StageStatus, cached_paths, plan
 from pipeline.runner import Observer, StageResult, run_stage

@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from conf.runtime import RuntimeConfig
-from pipeline.databases import sqlite_address
 from pipeline.servers import environment
+from pipeline.servers.databases import sqlite_address
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cache.home import require_writable
 from pipeline.cli.main import run_command
-from pipeline.home import require_writable
 from stages.runtime.errors import InputError
 
 

@@ -1,1 +1,0 @@
-"""Tests of every package, and programs beside them: the campaign and the benchmarks."""
