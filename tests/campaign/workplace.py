@@ -160,7 +160,7 @@ class Workplace:
     @property
     def last_but_one(self) -> str:
         """Stage before the last one."""
-        return list(STAGES)[list(STAGES).index(self.until) - 1]
+        return list(STAGES)[max(0, list(STAGES).index(self.until) - 1)]
 
     def draw_images(self) -> None:
         """Draw the images, unless they are there."""
