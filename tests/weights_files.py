@@ -189,7 +189,7 @@ def _deep(levels: int) -> bytes:
 
 def _keys_that_take_forever() -> bytes:
     """A dictionary whose key is a tuple of two tuples of two tuples …: its hash takes 2 ** 60 steps."""
-    pairs = b"".join(b"h" + bytes([n]) + b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(60))
+    pairs = b"".join(b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(60))
     return _opcodes(b"}", b")q\x00", pairs, b"K\x01s")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 def main(words: list[str]) -> int:
     """Run the campaign."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers of a row are stopped
     chosen = arguments(words)
     folder = (chosen.folder or Path(tempfile.gettempdir()) / f"dpar-campaign-{chosen.seed}-{chosen.until}").absolute()
     folder.mkdir(parents=True, exist_ok=True)

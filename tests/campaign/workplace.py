@@ -160,7 +160,7 @@ class Workplace:
     @property
     def last_but_one(self) -> str:
         """Stage before the last one."""
-        return list(STAGES)[list(STAGES).index(self.until) - 1]
+        return list(STAGES)[max(0, list(STAGES).index(self.until) - 1)]
 
     def draw_images(self) -> None:
         """Draw the images, unless they are there."""
@@ -213,13 +213,18 @@ class Workplace:
             shutil.copytree(source, home, symlinks=True)
         else:
             home.mkdir(parents=True)
-        names = list(STAGES)
-        for stage in names[names.index(without) :] if without is not None else []:
-            shutil.rmtree(home / stage, ignore_errors=True)
+        if without is not None:
+            shutil.rmtree(home / without, ignore_errors=True)
+            self.remove_after(home, without)
         try:
             yield home
         finally:
             shutil.rmtree(home, ignore_errors=True)
+
+    def remove_after(self, home: Path, stage: str) -> None:
+        """Remove the artifacts of all stages after `stage`."""
+        for later in list(STAGES)[list(STAGES).index(stage) + 1 :]:
+            shutil.rmtree(home / later, ignore_errors=True)
 
     def start(
         self,
