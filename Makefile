@@ -11,7 +11,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 COMPILE := $(BIN)/python -m compileall -q conf models pipeline stages
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint types contracts check lpips textures clean
+.PHONY: help install demo test test-fast lint types contracts check lpips textures campaign clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lpips: $(VENV)/lpips/.done ## Install VGG16 weights for the perceptual loss of a
 
 textures: $(VENV)/textures/.done ## Cut 5,500 crops of texture photographs, a second image set
 	@echo 'use them with: dpar run --preset demo --set dataset.source=image_folder --set dataset.root=$(VENV)/textures/crops'
+
+campaign: $(VENV)/.dev ## Kill, damage and mislead real runs: hours, resumed by row; OPTIONS="--kind kills --times 5"
+	PYTHONPATH=tests $(BIN)/python -m campaign $(OPTIONS)
 
 clean: ## Remove tool caches; artifacts/ and .venv/ are kept
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage htmlcov

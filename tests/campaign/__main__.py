@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from campaign import damage, hostile, kills, servers
+from campaign.rows import Result, Results, Row, run_rows, table
+from campaign.workplace import Workplace
+
 from pipeline.graph import STAGES
-from tests.campaign import damage, hostile, kills, servers
-from tests.campaign.rows import Result, Results, Row, run_rows, table
-from tests.campaign.workplace import Workplace
 
 KINDS = {module.KIND: module.rows for module in (kills, damage, hostile, servers)}
 
@@ -27,7 +28,7 @@ def rows(place: Workplace, chosen: list[str], times: int, seed: int) -> Iterator
 
 def arguments(words: list[str]) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
+    parser = argparse.ArgumentParser(prog="PYTHONPATH=tests python -m campaign", description=__doc__)
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this kind; several times for several")
     parser.add_argument(
         "--times", type=int, default=20, help="kills of each kind of process, hostile inputs, and half of the damages"

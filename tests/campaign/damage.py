@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
+from campaign.rows import Outcome, Row
+from campaign.workplace import NO_CONTENT, Workplace
+
 from pipeline.graph import STAGES
-from tests.campaign.rows import Outcome, Row
-from tests.campaign.workplace import NO_CONTENT, Workplace
 
 KIND = "damage"
 Damage = Callable[[Path, Random], None]

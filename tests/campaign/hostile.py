@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
-from tests.campaign.rows import Outcome, Row
-from tests.campaign.workplace import Workplace
-from tests.weights_files import OTHER_KINDS, RAN, malicious
+from campaign.rows import Outcome, Row
+from campaign.workplace import Workplace
+from weights_files import OTHER_KINDS, RAN, malicious
 
 KIND = "hostile"
 _LIMIT_S = 600.0  # beside others on a busy machine; alone they take seconds

@@ -10,11 +10,11 @@ from pathlib import Path
 from random import Random
 
 import psutil
+from campaign.rows import Outcome, Row
+from campaign.workplace import Run, Workplace
 
 from pipeline.processes import free_port
 from stages.runtime.artifact import read_json
-from tests.campaign.rows import Outcome, Row
-from tests.campaign.workplace import Run, Workplace
 
 KIND = "kills"
 _POLL_S = 0.05

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.campaign.rows import Outcome, Row
-from tests.campaign.workplace import Run, Workplace
+from campaign.rows import Outcome, Row
+from campaign.workplace import Run, Workplace
 
 KIND = "servers"
 _EXTRA_S = 120.0  # that a run with a fault may take longer than one without

@@ -1,4 +1,4 @@
-"""The campaign's own rules, and a short campaign where DPAR_CAMPAIGN asks for it: it takes half an hour."""
+"""The campaign's own rules, and a short campaign where CAMPAIGN asks for it: it takes half an hour."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-
-from tests.campaign.__main__ import KINDS, main, rows
-from tests.campaign.rows import Outcome, Result, Results, Row, run_rows, table
-from tests.campaign.workplace import Workplace
+from campaign.__main__ import KINDS, main, rows
+from campaign.rows import Outcome, Result, Results, Row, run_rows, table
+from campaign.workplace import Workplace
 
 
 def test_rows_are_the_same_for_the_same_seed_and_have_names_of_their_own(tmp_path: Path) -> None:
@@ -46,7 +45,7 @@ def test_an_interrupted_campaign_goes_on_with_the_next_row_and_an_error_of_a_row
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.skipif("DPAR_CAMPAIGN" not in os.environ, reason="the campaign takes hours: set DPAR_CAMPAIGN=1")
+@pytest.mark.skipif("CAMPAIGN" not in os.environ, reason="the campaign takes hours: set CAMPAIGN=1")
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_lost_and_nothing_is_silent(tmp_path_factory: pytest.TempPathFactory, kind: str) -> None:
     folder = tmp_path_factory.getbasetemp() / "campaign"  # the kinds share an undisturbed run
