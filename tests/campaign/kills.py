@@ -27,7 +27,7 @@ def rows(place: Workplace, times: int, seed: int) -> Iterator[Row]:
     victims: dict[str, tuple[Workplace, Callable[[Run], psutil.Process | None]]] = {
         "command": (place, lambda run: psutil.Process(run.process.pid)),
         "stage": (place, lambda run: run.find("-m stages.", "--job")),
-        "agent": (two, lambda run: run.find("torch.distributed.run")),
+        "agent": (two, lambda run: run.find("stages.runtime.torchrun")),
         "prefect": (place, lambda run: run.find("prefect", "server") or run.find("uvicorn", "prefect")),
     }
     for victim, (where, find) in victims.items():

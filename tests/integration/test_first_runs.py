@@ -30,7 +30,8 @@ def test_both_succeed_run_no_file_of_the_folder_and_listen_on_loopback_only(tmp_
         "tokenizer",
     ]
     assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
-    assert any("torch.distributed.run" in command for command in listening.processes)
-    assert listening.of("torch.distributed.run") == set()
-    assert len({command for command, _ in listening.found if PREFECT_APP in command}) == 2
+    assert any("stages.runtime.torchrun" in command for command in listening.processes)
+    assert listening.of("stages.runtime.torchrun") == set()
+    # A run does not wait for its server, so the shorter one may end before its server listens.
+    assert len({command for command, _ in listening.found if PREFECT_APP in command}) in (1, 2)
     assert {address for _, address in listening.found} == {HOST}

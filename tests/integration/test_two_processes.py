@@ -101,7 +101,7 @@ def two(
 def test_they_open_no_port_to_other_machines(two: dict[str, Path]) -> None:
     """torchrun opens none at all. The ranks' gloo listens on loopback, where it takes tensors and no code."""
     found = read_json(two["train"].parent / "listening.json")
-    assert [each for each in found if "torch.distributed.run" in each[0]] == []
+    assert [each for each in found if "stages.runtime.torchrun" in each[0]] == []
     assert {address for _, address in found} <= {HOST}
 
 

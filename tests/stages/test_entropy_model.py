@@ -54,7 +54,7 @@ def test_imported_weights_are_kept_and_scored_on_these_tokens(
             {"model": {"dim": 64, "num_layers": 1, "num_heads": 2}},
             r"expected 64 wide .* set entropy_model\.model",
         ),
-        (None, {"checkpoint": Path("none.pt")}, r"entropy_model\.checkpoint is none\.pt, .* artifact's model"),
+        (None, {"checkpoint": Path("none.pt")}, r"entropy_model\.checkpoint is .*/none\.pt, .* artifact's model"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(

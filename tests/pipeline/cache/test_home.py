@@ -49,7 +49,7 @@ def test_other_packages_of_our_names_do_not_stand_for_ours(tmp_path: Path) -> No
     for name in ("conf", "models", "stages"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('another package')")
-    root = Path(__file__).resolve().parent.parent.parent
+    root = Path(__file__).resolve().parents[3]
     program = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(root)!r}]; from pipeline.cli.main import main; main()"
     )

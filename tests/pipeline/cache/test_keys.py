@@ -64,7 +64,7 @@ def test_where_and_how_a_run_happens_is_in_no_key(images: Path, name: str) -> No
         ("tokenizer.training.weight_decay=0", "tokenizer.training.weight_decay=0.0"),
         (
             "train.model=B",
-            "train.model={dim: 768, num_heads: 12, encoder_layers: 1, global_layers: 8, decoder_layers: 3}",
+            'train.model={"dim": 768, "num_heads": 12, "encoder_layers": 1, "global_layers": 8, "decoder_layers": 3}',
         ),
     ],
 )

@@ -124,6 +124,7 @@ def make_index(work: Path) -> str:
         sizes=facts["bytes"],
         labels=labels,
         classes=["a", "b", "c"],
+        left_out={},
     )
     write_index(work, images=images, facts=facts, order=np.arange(N), num_train=8, source="folder")
     return ""

@@ -255,7 +255,7 @@ def on_two_nodes(
     cluster: Cluster, tmp_path: Path, image_root: Path, tiny_settings: Settings, tiny_artifacts: dict[str, Path]
 ) -> Stages:
     """Run a stage of the tiny preset as two ranks on each of two nodes, on the artifacts of one process."""
-    runtime = RuntimeConfig(home=tmp_path, nodes=2, processes=2)
+    runtime = RuntimeConfig(home=tmp_path, launcher="slurm", nodes=2, processes=2)
 
     def run(name: str, config: Section, on_progress: Callable[[Any], Any] = id) -> Path:
         stage = STAGES[name]

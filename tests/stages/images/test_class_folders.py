@@ -206,7 +206,7 @@ def test_the_layout_of_plain_class_folders_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("kind", ["fifo", "device", "socket", "loop", "null byte"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "socket", "loop"])
 def test_a_root_that_is_no_folder_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     root = tmp_path / "r"
     with socket.socket(socket.AF_UNIX) as server:
@@ -216,10 +216,8 @@ def test_a_root_that_is_no_folder_is_refused_at_once(tmp_path: Path, kind: str) 
             root.symlink_to("/dev/zero")
         elif kind == "socket":
             server.bind(str(root))
-        elif kind == "loop":
-            root.symlink_to(root)
         else:
-            root = Path("null\0byte")
+            root.symlink_to(root)
         for source in ("image_folder", "imagenet_tar"):
             with pytest.raises(
                 InputError, match=r"dataset\.root .* is (a FIFO|a device|a socket|unreadable).*, expected"
