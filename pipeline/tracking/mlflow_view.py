@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -35,6 +36,7 @@ from pipeline.tracking.journal import Event, Journal, JournalError, require_vali
 from pipeline.tracking.metric_tail import MetricTail, Point, StageRun
 from pipeline.views import VIEWS
 
+logger = logging.getLogger(__name__)
 exempt_loopback()  # MLflow's client reads the proxies in the environment
 EXPERIMENT = "dpar"
 _BATCH, _PARAMS = 1000, 100  # metrics and params that MLflow accepts per request
@@ -68,13 +70,17 @@ class MlflowView:
             pictures = None if self._uri.startswith("http") else (folder / "mlartifacts").as_uri()
             return self._client.create_experiment(EXPERIMENT, pictures)
         if found.lifecycle_stage == "deleted":
-            self._client.restore_experiment(found.experiment_id)
+            self._restore(found.experiment_id)
         return found.experiment_id
 
     def ping(self) -> None:
         """Ask for the experiment. One that was deleted meanwhile is restored."""
         if self._client.get_experiment(self._experiment).lifecycle_stage == "deleted":
-            self._client.restore_experiment(self._experiment)
+            self._restore(self._experiment)
+
+    def _restore(self, experiment: str) -> None:
+        self._client.restore_experiment(experiment)
+        logger.warning("MLflow's experiment %s was deleted: it is restored, with its runs", EXPERIMENT)
 
     def send(self, journal: Journal, on_sent: Callable[[], None]) -> None:
         """Send the unsent events of a journal and new metrics of running stages. Failed events are sent next time.

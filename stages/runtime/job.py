@@ -109,9 +109,23 @@ def _write_error(job: Job, error: Exception, code: int, rank: int) -> None:
 def _one_line(error: Exception, job: Job) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"disk full below {job.output}: free some space and run again; finished units and checkpoints are kept"
+    if _is_cut_file(error):
+        return (
+            f"a file below {job.output} cannot be written whole, the disk is full or the size of files is limited "
+            "(`ulimit -f`): make room and run again; finished units and checkpoints are kept"
+        )
     text = " ".join(str(error).split()) or "no message"
     known = isinstance(error, (ValueError, RuntimeError)) and not isinstance(error, UnicodeError)
     return text if known else f"{type(error).__name__}: {text}"
+
+
+def _is_cut_file(error: Exception) -> bool:
+    """Whether a file could not be written whole. torch.save tells it by the words of a RuntimeError alone."""
+    if isinstance(error, OSError):
+        return error.errno == errno.EFBIG
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("PytorchStreamWriter failed", "unexpected pos")
+    )
 
 
 def _configure_logging(rank: int, runtime: RuntimeConfig) -> None:

@@ -362,7 +362,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def test_an_experiment_deleted_on_the_page_is_restored_and_has_the_whole_run(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sender, "PERIOD_S", 0.1)
     mlflow = known(run)
@@ -384,6 +384,7 @@ def test_an_experiment_deleted_on_the_page_is_restored_and_has_the_whole_run(
     assert mlflow.steps(stage) == [1, 2, 3, 4]
     assert [pipeline.info.status for pipeline in mlflow.runs("pipeline")] == ["FINISHED", "FINISHED"]
     assert journals(run) == []
+    assert "MLflow's experiment dpar was deleted: it is restored, with its runs" in caplog.messages
 
 
 def test_a_run_deleted_with_its_database_is_sent_whole_to_the_new_one(run: Run, empty_store: Path) -> None:

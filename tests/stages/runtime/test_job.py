@@ -26,6 +26,13 @@ def work(config, inputs, output, runtime):
 main(work, EntropyMapConfig)
 """
 
+SAVE_TO_A_LIMIT = """
+import resource, torch
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+with (output.parent / "large.pt").open("wb") as file:
+    torch.save(torch.zeros(100_000), file)
+"""
+
 
 def run(tmp_path: Path, body: str, config: dict[str, object] | None = None) -> subprocess.CompletedProcess[str]:
     (tmp_path / "stage.py").write_text(BODY.format(body=textwrap.indent(body, "    ").strip()))
@@ -71,6 +78,8 @@ def test_a_process_whose_agent_died_while_it_loaded_does_nothing(
         ("raise ValueError('two\\nlines')", 1, "two lines"),
         ("raise KeyError('k')", 1, "KeyError: 'k'"),
         (f"raise OSError({errno.ENOSPC}, 'No space left on device')", 1, "disk full below"),
+        (f"raise OSError({errno.EFBIG}, 'File too large')", 1, "a file below"),
+        (SAVE_TO_A_LIMIT, 1, "a file below"),
     ],
 )
 def test_an_error_comes_back_as_one_line_with_its_code(tmp_path: Path, body: str, code: int, message: str) -> None:
