@@ -52,7 +52,9 @@ def _tried(place: Workplace, trial: Trial) -> Outcome:
         goal.mkdir()
         run = place.start(*trial.words, home=home, settings=trial.fill(goal))
         code = run.wait(min(_LIMIT_S, place.timeout_s))
-        ports, lines = tuple(run.open_ports), run.errors.read_text(errors="replace").splitlines()
+        ports, text = tuple(run.open_ports), run.errors.read_text(errors="replace")
+        # A run that ends at once may also warn that Prefect's server was still starting.
+        lines = [line for line in text.splitlines() if not line.startswith("warning: Prefect")]
         if (goal / RAN).exists():
             return Outcome(verdict="lost", said="code in the file was executed", open_ports=ports)
         if code is None:
