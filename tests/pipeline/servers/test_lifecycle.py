@@ -145,5 +145,6 @@ def test_two_servers_that_start_on_a_fresh_home_both_answer(runtime: RuntimeConf
             server.wait()
             assert server.auth is not None
             port = int(server.api_url.split(":")[2].removesuffix("/api"))
-            assert fetch(port, "/api/admin/version", basic(server.auth)) is not None
+            answers_in_turn = (fetch(port, "/api/admin/version", basic(server.auth)) for _ in range(6))
+            assert any(answer is not None for answer in answers_in_turn)  # on a busy machine one takes over 5 s
             assert fetch(port, "/api/admin/version") is None

@@ -138,7 +138,9 @@ def test_a_run_from_this_machine_raises_what_the_stage_raised(prefect: Prefect, 
         text=True,
         check=False,
     )
-    assert (done.stdout, done.stderr) == ("2 dataset\n", "")
+    # On a busy machine a warning may say that Prefect is slow: that is no error of the stage.
+    said = [line for line in done.stderr.splitlines() if not line.startswith("Prefect (")]
+    assert (done.stdout, said) == ("2 dataset\n", [])
     (run,) = prefect.call("/flow_runs/filter", {"flow_runs": {"name": {"any_": [f"tiny {overrides[0]}"]}}})
     assert run["state_name"] == "Failed"
     assert run["state"]["message"].startswith("stage dataset failed: ")
