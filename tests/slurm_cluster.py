@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from waiting import wait_for
 
 NODES = ("127.0.0.2", "127.0.0.3")  # names that resolve on every Linux without an entry in /etc/hosts
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "unshare")
@@ -150,15 +151,6 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             found.stop_node(node)
         for daemon in ("slurmctld", "munge"):
             _stop(folder / f"{daemon}.pid")
-
-
-def wait_for(condition: object, timeout_s: float) -> None:
-    """Wait until a function returns something true."""
-    assert callable(condition)
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        time.sleep(0.1)
 
 
 def _program(name: str) -> str | None:

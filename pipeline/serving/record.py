@@ -8,8 +8,8 @@ from typing import NamedTuple
 from conf.runtime import RuntimeConfig
 from pipeline.runner import Observer, StageResult
 from pipeline.servers import PrefectServer, server_folder
+from pipeline.serving.composite_observer import CompositeObserver
 from pipeline.serving.prefect_view import PrefectView
-from pipeline.serving.relay import CompositeObserver
 from pipeline.serving.whole_run import WholeRun, run_stages
 from pipeline.tracking.tracker import RunStart, mlflow_server, recorded
 from pipeline.tracking.view import Server, View, require_usable

@@ -11,6 +11,7 @@ import re
 import struct
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def _damage_of_safetensors(message: str) -> str:
     return f"a damaged safetensors file ({what})"
 
 
-class WeightsFile:
+class WeightsFile(ABC):
     """An open weights file.
 
     Attributes:
@@ -139,11 +140,13 @@ class WeightsFile:
 
         return Entry(tensor.shape, tensor.dtype, self._read_bytes(tensor), read)
 
+    @abstractmethod
     def _read(self, tensor: Any) -> Tensor:
-        raise NotImplementedError
+        """The values of a tensor of `tree`."""
 
+    @abstractmethod
     def _read_bytes(self, tensor: Any) -> int:
-        raise NotImplementedError
+        """Bytes that have to be read for it, if they are more than its shape says."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,9 @@ class _Torch(WeightsFile):
     def _read_bytes(self, tensor: Strided) -> int:
         return _bytes_of(tensor.storage)
 
+    @abstractmethod
     def _storage(self, storage: Storage) -> bytearray:
-        raise NotImplementedError
+        """The bytes of a storage."""
 
 
 class _TorchZip(_Torch):

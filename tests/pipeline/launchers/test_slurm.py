@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from slurm_cluster import NODES, Cluster, wait_for
+from slurm_cluster import NODES, Cluster
+from waiting import wait_for
 
 from conf.runtime import RuntimeConfig
 from conf.schema import Settings

@@ -26,7 +26,7 @@ def runtime(tmp_path: Path) -> Iterator[RuntimeConfig]:
     servers.down(runtime)
 
 
-@pytest.mark.parametrize("module", ["servers", "tracking.tracker", "serving.local", "serving.relay"])
+@pytest.mark.parametrize("module", ["servers", "tracking.tracker", "serving.local", "serving.composite_observer"])
 def test_neither_prefect_nor_mlflow_is_imported_before_it_is_needed(module: str) -> None:
     program = f"import sys, pipeline.{module}; print(sorted({{'prefect', 'mlflow', 'torch'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

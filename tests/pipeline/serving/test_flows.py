@@ -14,13 +14,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from odd_names import ODD_NAME
+from waiting import wait_for
 
 from conf.runtime import RuntimeConfig
 from pipeline import servers
@@ -277,14 +278,6 @@ def stage_of(pid: int) -> psutil.Process | None:
             if "stages.dataset" in process.cmdline():
                 return process
     return None
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 120
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return found
 
 
 def pids(runtime: RuntimeConfig) -> list[int]:

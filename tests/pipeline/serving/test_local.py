@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from waiting import wait_for
 
 from pipeline.launch import StageFailed
 from pipeline.processes import HOST, free_port
@@ -156,11 +157,3 @@ def child(word: str) -> psutil.Process | None:
         except psutil.NoSuchProcess:
             continue
     return None
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 120
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_for
 
 from conf.load import load_settings
 from conf.runtime import RuntimeConfig
@@ -352,13 +353,6 @@ def test_a_server_killed_in_the_middle_costs_nothing_and_sync_repairs_it(
     assert pipeline.data.metrics == {"train.heldout_loss": 2.0}
     assert mlflow.steps(stage) == list(range(1, 9))
     assert sync(runtime) == 0
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_an_experiment_deleted_on_the_page_is_restored_and_has_the_whole_run(

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from pipeline.runner import NullObserver
-from pipeline.serving.relay import CompositeObserver
+from pipeline.serving.composite_observer import CompositeObserver
 
 
 def test_events_reach_all_observers(tmp_path: Path) -> None:
