@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,6 +14,7 @@ AT_IMPORT = "<import>"
 Target = tuple[str, str | None]  # a module and a name in it, or None for the module itself
 Import = ast.Import | ast.ImportFrom
 FIRST_PARTY = ("pipeline", "stages", "models", "conf")
+_DISTURBED = 20  # times that a file is parsed again
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -77,9 +79,23 @@ def chain(node: ast.expr) -> list[str] | None:
 def _parse(path: Path, name: str, mtime_ns: int, size: int) -> Module:
     """Parse a file; `mtime_ns` and `size` are part of the cache key, so a changed file is parsed again."""
     module = Module(name, name if path.name == "__init__.py" else name.rpartition(".")[0])
-    for node in ast.parse(path.read_bytes(), filename=str(path)).body:
+    for node in _syntax_tree(path).body:
         _record(module, node)
     return module
+
+
+def _syntax_tree(path: Path) -> ast.Module:
+    """Parse a file; again if another thread disturbed it.
+
+    Python 3.11.7 and older count the depth of the tree once for all threads. If the garbage collector runs Python code
+    meanwhile, and another thread parses (as MLflow's import does), the count is wrong and `ast.parse` raises
+    SystemError, although the file is in order.
+    """
+    source = path.read_bytes()
+    for _ in range(_DISTURBED):
+        with contextlib.suppress(SystemError):
+            return ast.parse(source, filename=str(path))
+    return ast.parse(source, filename=str(path))
 
 
 def _record(module: Module, node: ast.stmt) -> None:

@@ -74,6 +74,21 @@ def test_unchanged_files_are_not_parsed_again(root: Path, parsed: list[str]) -> 
     assert fresh(root).fingerprint(ENTRY) == first, "what is shown to people is remembered too"
 
 
+def test_a_file_is_parsed_again_if_another_thread_disturbed_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module_code._parse.cache_clear()
+    expected = Code(root).fingerprint(ENTRY)
+    module_code._parse.cache_clear()
+    disturbed = iter([True, True, False, True, False, False])
+
+    def parse(text: bytes, filename: str) -> ast.Module:
+        if next(disturbed):
+            raise SystemError("AST constructor recursion depth mismatch (before=78, after=77)")
+        return ast.parse(text, filename=filename)
+
+    monkeypatch.setattr(module_code, "ast", Parser(parse))
+    assert Code(root).fingerprint(ENTRY) == expected
+
+
 def test_an_edit_of_a_file_that_was_read_is_seen(root: Path, parsed: list[str]) -> None:
     before = fresh(root).fingerprint(ENTRY).digests
     (root / "stages/helper.py").write_text(HELPER.replace("3", "40"))
