@@ -7,10 +7,11 @@ Source: DPAR (arXiv 2512.21867), section 3.2 and Algorithm 1, for the entropy mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -20,111 +21,158 @@ from models.patching import PatchRule, opens_patch
 
 
 @dataclass(frozen=True)
-class NextToken:
-    """Input of the decision whether the token at `position` >= 1 opens a patch. The token itself is not sampled yet."""
+class NextTokens:
+    """Input of the decision whether tokens at positions >= 1 open patches. The tokens themselves are not drawn yet."""
 
-    position: int
-    previous: Int[Tensor, " B"]
-    """The token at `position` - 1."""
-    state: Float[Tensor, "B D"]
+    images: Int[Tensor, " R"]
+    """Number of each token's image."""
+    slots: Int[Tensor, " R"]
+    """Where caches keep what belongs to the image."""
+    positions: Int[Tensor, " R"]
+    previous: Int[Tensor, " R"]
+    """The token before."""
+    states: Float[Tensor, "R D"]
     """State of DPAR's encoder at the token before."""
-    open_lengths: Int[Tensor, " B"]
+    open_lengths: Int[Tensor, " R"]
     """Number of tokens in the open patch."""
-    open_logits: Callable[[], Float[Tensor, "B V"]]
-    """Class-conditional logits of the token if it opens no patch. Lazy: evaluating it costs one decoder step."""
+    logits: Float[Tensor, "R V"] | None = None
+    """Class-conditional logits of the token if it opens no patch, for boundaries that read them."""
 
 
 @runtime_checkable  # the test suite checks arguments at run time
 class Boundaries(Protocol):
     """Decides token by token which images open a patch."""
 
-    def begin(self, batch: int, num_tokens: int) -> None:
-        """Start a batch of images."""
+    reads_logits: bool
+    """Whether the decision reads `NextTokens.logits`. It then costs a decoder step where a patch opens."""
 
-    def opens(self, token: NextToken) -> Bool[Tensor, " B"]:
-        """Whether the token opens a patch, for each image."""
+    @property
+    def longest(self) -> int:
+        """Length of the longest patch that is possible, in tokens."""
+
+    def begin(self, slots: int, num_images: int, num_tokens: int) -> None:
+        """Start sampling of some images, of which as many as there are slots are in flight."""
+
+    def opens(self, tokens: NextTokens) -> Bool[Tensor, " R"]:
+        """Whether each token opens a patch. Answers for tokens after the last one are ignored."""
 
 
-class EntropyBoundaries:
-    """The rule of the patch index, on entropies of a cached entropy model that runs beside the sampler."""
+class RuleBoundaries(ABC):
+    """The rule of the patch index on entropies. Subclasses say whose entropies."""
+
+    reads_logits = False
+
+    def __init__(self, rule: PatchRule) -> None:
+        self.rule = rule
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest patch that is possible, in tokens."""
+        return self.rule.longest
+
+    def begin(self, slots: int, num_images: int, num_tokens: int) -> None:
+        """Start sampling of some images, of which as many as there are slots are in flight."""
+
+    def opens(self, tokens: NextTokens) -> Bool[Tensor, " R"]:
+        """Apply the rule to the entropies."""
+        return opens_patch(self.rule, tokens.positions, self.entropies(tokens), tokens.open_lengths)
+
+    @abstractmethod
+    def entropies(self, tokens: NextTokens) -> Float[Tensor, " R"]:
+        """Entropy of each token, nats."""
+
+
+class EntropyBoundaries(RuleBoundaries):
+    """Entropies of a cached entropy model that runs beside the sampler, as in the patch index."""
 
     def __init__(self, model: GPT, rule: PatchRule) -> None:
-        self.model, self.rule = model, rule
-        self._cache = model.new_cache()
+        super().__init__(rule)
+        self.model = model
+        self._cache = model.new_cache(0)
 
-    def begin(self, batch: int, num_tokens: int) -> None:
+    def begin(self, slots: int, num_images: int, num_tokens: int) -> None:
         """Start with an empty cache.
 
         Raises:
             ValueError: The entropy model is for another number of tokens.
         """
         _require_tokens("entropy model", self.model.config.num_tokens, num_tokens)
-        self._cache = self.model.new_cache()
+        self._cache = self.model.new_cache(slots)
 
-    def opens(self, token: NextToken) -> Bool[Tensor, " B"]:
-        """Feed the token before to the entropy model and apply the rule to the predicted entropy."""
-        logits = self.model.step(self.model.tok_embeddings(token.previous), token.position - 1, self._cache)
-        return opens_patch(self.rule, token.position, token_entropy(logits), token.open_lengths)
+    def entropies(self, tokens: NextTokens) -> Float[Tensor, " R"]:
+        """Feed the tokens before to the entropy model."""
+        embedded = self.model.tok_embeddings(tokens.previous)
+        return token_entropy(self.model.step(embedded, tokens.slots, tokens.positions - 1, self._cache))
 
 
-class HeadBoundaries:
-    """The rule on entropies that a head predicts from the encoder's states. No entropy model runs."""
+class HeadBoundaries(RuleBoundaries):
+    """Entropies that a head predicts from the encoder's states. No entropy model runs."""
 
     def __init__(self, head: EntropyHead, rule: PatchRule) -> None:
-        self.head, self.rule = head, rule
-        self._cache = head.new_cache()
+        super().__init__(rule)
+        self.head = head
+        self._cache = head.new_cache(0)
 
-    def begin(self, batch: int, num_tokens: int) -> None:
+    def begin(self, slots: int, num_images: int, num_tokens: int) -> None:
         """Start with an empty cache.
 
         Raises:
             ValueError: The head is for another number of tokens.
         """
         _require_tokens("entropy head", self.head.config.num_tokens, num_tokens)
-        self._cache = self.head.new_cache()
+        self._cache = self.head.new_cache(slots)
 
-    def opens(self, token: NextToken) -> Bool[Tensor, " B"]:
-        """Feed the encoder's state to the head and apply the rule to the predicted entropy."""
-        entropies = self.head.step(token.state, token.position - 1, self._cache)
-        return opens_patch(self.rule, token.position, entropies, token.open_lengths)
+    def entropies(self, tokens: NextTokens) -> Float[Tensor, " R"]:
+        """Feed the encoder's states to the head."""
+        return self.head.step(tokens.states, tokens.slots, tokens.positions - 1, self._cache)
 
 
-class OwnEntropyBoundaries:
-    """The rule on the entropy of DPAR's own prediction, computed as if the open patch continued.
+class OwnEntropyBoundaries(RuleBoundaries):
+    """Entropies of DPAR's own predictions, computed as if the open patch continued.
 
     Where the patch closes, the sampler repeats the decoder step with the context of the closed patch.
     """
 
-    def __init__(self, rule: PatchRule) -> None:
-        self.rule = rule
+    reads_logits = True
 
-    def begin(self, batch: int, num_tokens: int) -> None:
-        """Do nothing: there is no state."""
-
-    def opens(self, token: NextToken) -> Bool[Tensor, " B"]:
-        """Apply the rule to the entropy of the class-conditional prediction."""
-        entropies = token_entropy(token.open_logits())
-        return opens_patch(self.rule, token.position, entropies, token.open_lengths)
+    def entropies(self, tokens: NextTokens) -> Float[Tensor, " R"]:
+        """Entropies of the class-conditional predictions."""
+        assert tokens.logits is not None
+        return token_entropy(tokens.logits)
 
 
 class GivenBoundaries:
-    """Boundaries known in advance: one row for all images (T,), as of static patches, or one for each (B, T)."""
+    """Boundaries known in advance: one row for all images (T,), as of static patches, or one for each (N, T)."""
 
-    def __init__(self, starts: Bool[Tensor, "*B T"]) -> None:
+    reads_logits = False
+
+    def __init__(self, starts: Bool[Tensor, "*N T"]) -> None:
         self.starts = starts
+        positions = torch.arange(starts.shape[-1], device=starts.device)
+        self._longest = 1 + int((positions - torch.where(starts, positions, 0).cummax(dim=-1).values).max())
 
-    def begin(self, batch: int, num_tokens: int) -> None:
+    @property
+    def longest(self) -> int:
+        """Length of the longest patch, in tokens."""
+        return self._longest
+
+    def begin(self, slots: int, num_images: int, num_tokens: int) -> None:
         """Check the shape of the boundaries.
 
         Raises:
             ValueError: They are for another number of images or tokens.
         """
-        if self.starts.shape not in {(num_tokens,), (batch, num_tokens)}:
-            raise ValueError(f"boundaries are {tuple(self.starts.shape)}, expected ({num_tokens},) or ({batch}, ...)")
+        if self.starts.shape not in {(num_tokens,), (num_images, num_tokens)}:
+            raise ValueError(
+                f"boundaries are {tuple(self.starts.shape)}, expected ({num_tokens},) or ({num_images}, ...)"
+            )
 
-    def opens(self, token: NextToken) -> Bool[Tensor, " B"]:
-        """Look up the start at the token's position."""
-        return self.starts[..., token.position].expand(len(token.previous))
+    def opens(self, tokens: NextTokens) -> Bool[Tensor, " R"]:
+        """Look up the starts."""
+        positions = tokens.positions.clamp(max=self.starts.shape[-1] - 1)
+        if self.starts.ndim == 1:
+            return self.starts[positions]
+        return self.starts[tokens.images.clamp(max=len(self.starts) - 1), positions]
 
 
 def _require_tokens(name: str, found: int, wanted: int) -> None:

@@ -48,14 +48,19 @@ class EntropyHead(nn.Module):
         rope = self._rope(states.device)[: states.shape[1]]
         return self._entropies(states, rope, causal_attention)
 
-    def step(self, state: Float[Tensor, "B D"], position: int, cache: KVCache) -> Float[Tensor, " B"]:
-        """Entropies of the tokens at `position` + 1, given the states at `position` and a cache of those before."""
-        (attend,) = cache.step(position)
-        return self._entropies(state, self._rope(state.device)[position], attend)
+    def step(
+        self, states: Float[Tensor, "R D"], slots: Int[Tensor, " R"], positions: Int[Tensor, " R"], cache: KVCache
+    ) -> Float[Tensor, " R"]:
+        """Entropy of the token after the position of each row, given the state there.
 
-    def new_cache(self) -> KVCache:
+        The sequence of a row is in one of the slots of the cache, which holds the positions before.
+        """
+        (attend,) = cache.step(slots, positions)
+        return self._entropies(states, self._rope(states.device)[positions], attend)
+
+    def new_cache(self, slots: int) -> KVCache:
         """An empty cache for `step`."""
-        return KVCache(1, self.config.num_tokens)
+        return KVCache(1, slots, self.config.num_tokens)
 
     def _entropies(
         self, states: Float[Tensor, "... D"], rope: Float[Tensor, "... F 2"], attend: Attend

@@ -110,14 +110,19 @@ class GPT(nn.Module):
         first = torch.full((len(tokens), 1), math.log(self.config.codebook_size), device=tokens.device)
         return torch.cat([first, entropies], dim=1)
 
-    def new_cache(self) -> KVCache:
+    def new_cache(self, slots: int) -> KVCache:
         """An empty cache for `step`."""
-        return KVCache(len(self.layers), self.config.num_tokens)
+        return KVCache(len(self.layers), slots, self.config.num_tokens)
 
-    def step(self, hidden: Float[Tensor, "B D"], position: int, cache: KVCache) -> Float[Tensor, "B V"]:
-        """Logits, float32, after the position whose embedding is `hidden`. The cache holds the positions before."""
-        rope = self._rope(self.config.grid, hidden.device)[position]
-        for layer, attend in zip(self.layers, cache.step(position), strict=True):
+    def step(
+        self, hidden: Float[Tensor, "R D"], slots: Int[Tensor, " R"], positions: Int[Tensor, " R"], cache: KVCache
+    ) -> Float[Tensor, "R V"]:
+        """Logits, float32, after the position of each row, whose embedding is `hidden`.
+
+        The sequence of a row is in one of the slots of the cache, which holds the positions before.
+        """
+        rope = self._rope(self.config.grid, hidden.device)[positions]
+        for layer, attend in zip(self.layers, cache.step(slots, positions), strict=True):
             hidden = layer(hidden, rope, attend)
         return self.output(self.norm(hidden)).float()
 

@@ -1,20 +1,19 @@
-"""KV cache: keys and values of earlier positions, and attention of one new position of each sequence to them.
+"""KV cache: keys and values of earlier positions of images in slots, and attention of one new position of some of them.
 
-With one query per sequence, attention is bound by memory: it reads each key and value once. Both products are weighted
-sums of rows. Scores sum a head's keys, stored channel by channel in blocks of positions, weighted by the query. Outputs
-sum its values, weighted by the softmax. On a CPU torch's `embedding_bag` computes such sums at the speed of memory,
-three times as fast as matrix products, and reads only the sequences that take the step.
+With one query per sequence, attention is bound by memory: it reads each key and value once. On a GPU one kernel does
+that, see slot_attention.py. On a CPU both products are weighted sums of rows. Scores sum a head's keys, stored channel
+by channel in blocks of positions, weighted by the query. Outputs sum its values, weighted by the softmax. Torch's
+`embedding_bag` computes such sums at the speed of memory, three times as fast as matrix products, and reads only the
+slots that take the step.
 
-Shapes: M blocks of the cache, m of them in use, `block` positions each; B sequences, R of them take a step; L positions
-that a query attends to.
+Shapes: S slots, R of them take a step; M blocks of `block` positions each; L positions that a step reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -22,203 +21,141 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from models.layers import Attend
+from models.slot_attention import slot_attention, store
 
 _BLOCK = 64  # positions of a channel that are adjacent in memory: sums over shorter rows are slower
-_KEPT = 8  # index tables that are remembered: for keys and values, of this step and the last
 
 
 class KVCache:
-    """Keys and values of a stack of layers, for B sequences that grow position by position up to `capacity`.
+    """Keys and values of a stack of layers, for one sequence in each slot.
 
-    The first call of a layer's `Attend` fixes B, H, K and the dtype.
+    Nothing is cleared when a slot gets another sequence: a step reads positions up to its own, which that sequence has
+    written. The first call of a layer's `Attend` fixes H, K and the dtype.
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
-        self._capacity = capacity
-        self._layers: list[_Layer | None] = [None] * num_layers
+    def __init__(self, num_layers: int, slots: int, capacity: int) -> None:
+        self.slots, self.capacity = slots, capacity
+        self._layers: list[_RowSums | _OneKernel | None] = [None] * num_layers
 
-    def step(self, position: int) -> Iterator[Attend]:
-        """Attention of each layer for one step in which every sequence takes `position`.
+    def step(self, slots: Int[Tensor, " R"], positions: Int[Tensor, " R"]) -> Iterator[Attend]:
+        """Attention of each layer for one step: the sequence in `slots[i]` takes position `positions[i]`.
 
-        Each `Attend` maps queries, keys and values (B, H, K) of the new position to attended values (B, H, K).
-
-        Raises:
-            ValueError: The position is beyond the capacity.
-        """
-        self._check(position)
-        for layer in range(len(self._layers)):
-            yield partial(self._step, layer, position)
-
-    def ragged_step(self, rows: Int[Tensor, " R"], last: Int[Tensor, " B"]) -> Iterator[Attend]:
-        """Attention of each layer for one step of some sequences.
-
-        Sequence `rows[i]` takes position `last[rows[i]]`. Other sequences do not change, and their `last` is ignored.
         Each `Attend` maps queries, keys and values (R, H, K) of the new positions to attended values (R, H, K).
-
-        Raises:
-            ValueError: A position is beyond the capacity.
         """
-        length = int(last[rows].max()) + 1
-        self._check(length - 1)
-        later = torch.arange(length, device=last.device) > last[rows][:, None]  # (R, L)
-        step = partial(self._ragged_step, len(last), _Chosen(rows), last[rows], later[:, None])
+        step = _Step(slots, positions, self.slots)
         for layer in range(len(self._layers)):
-            yield partial(step, layer)
+            yield partial(self._attend, layer, step)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the blocks that hold positions, over all layers."""
-        return sum(layer.num_bytes for layer in self._layers if layer is not None)
+        """Bytes of all layers."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers if layer is not None)
 
-    def _step(self, number: int, position: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        layer = self._layer(number, k, len(k), position + 1)
-        block, place = divmod(position, _BLOCK)
-        layer.keys[block, ..., place], layer.values[:, :, position] = k, v
-        return _attend(q, layer, _everyone(len(q), q.device), position + 1, None)
-
-    def _ragged_step(
-        self, batch: int, chosen: _Chosen, last: Tensor, later: Tensor, number: int, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
-        layer = self._layer(number, k, batch, later.shape[-1])
-        layer.keys[last // _BLOCK, chosen.rows, :, :, last % _BLOCK] = k
-        layer.values[chosen.rows, :, last] = v
-        return _attend(q, layer, chosen, later.shape[-1], later)
-
-    def _check(self, position: int) -> None:
-        if position >= self._capacity:
-            raise ValueError(
-                f"position is {position}, expected 0..{self._capacity - 1}: the cache holds {self._capacity} positions"
-            )
-
-    def _layer(self, number: int, like: Tensor, batch: int, filled: int) -> _Layer:
-        """The layer, with blocks for `filled` positions. Its memory is allocated at the first call."""
+    def _attend(self, number: int, step: _Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layer = self._layers[number]
         if layer is None:
-            blocks, (heads, width) = -(-self._capacity // _BLOCK), like.shape[-2:]
-            layer = self._layers[number] = _Layer(
-                keys=like.new_empty(blocks, batch, heads, width, _BLOCK),
-                values=like.new_empty(batch, heads, blocks * _BLOCK, width),
-            )
-        layer.use(-(-filled // _BLOCK))
-        return layer
+            kind = _RowSums if k.device.type == "cpu" else _OneKernel
+            layer = self._layers[number] = kind.empty(self.slots, self.capacity, k)
+        return layer.attend(step, q, k, v)
 
 
-@dataclass
-class _Layer:
-    """Keys and values of one layer.
+@dataclass(frozen=True)
+class _OneKernel:
+    """Keys and values of one layer on a GPU."""
 
-    Memory is allocated for all positions. On a CPU the system provides its pages when a block is first written.
-    """
+    keys: Float[Tensor, "S H T K"]
+    values: Float[Tensor, "S H T K"]
 
-    keys: Float[Tensor, "M B H K block"]
-    values: Float[Tensor, "B H M*block K"]
-    used: int = 0
+    @classmethod
+    def empty(cls, slots: int, capacity: int, like: Float[Tensor, "R H K"]) -> _OneKernel:
+        """A layer whose memory holds anything."""
+        heads, width = like.shape[-2:]
+        keys, values = (like.new_empty(slots, heads, capacity, width) for _ in range(2))
+        return cls(keys, values)
 
-    def use(self, blocks: int) -> None:
-        """Fill blocks with zeros when they come into use: masked scores and values must be finite."""
-        if blocks > self.used:
-            self.keys[self.used : blocks].zero_()
-            self.values[:, :, self.used * _BLOCK : blocks * _BLOCK].zero_()
-            self.used = blocks
+    def attend(
+        self, step: _Step, q: Float[Tensor, "R H K"], k: Float[Tensor, "R H K"], v: Float[Tensor, "R H K"]
+    ) -> Float[Tensor, "R H K"]:
+        """Write the new positions and attend to them and all before."""
+        store(self.keys, self.values, k, v, step.slots, step.positions)
+        return slot_attention(q, self.keys, self.values, step.slots, step.positions + 1)
+
+
+@dataclass(frozen=True)
+class _RowSums:
+    """Keys and values of one layer on a CPU."""
+
+    keys: Float[Tensor, "M S H K block"]
+    values: Float[Tensor, "S H M*block K"]
+
+    @classmethod
+    def empty(cls, slots: int, capacity: int, like: Float[Tensor, "R H K"]) -> _RowSums:
+        """A layer of zeros: masked scores and values must be finite."""
+        blocks, (heads, width) = -(-capacity // _BLOCK), like.shape[-2:]
+        return cls(
+            keys=like.new_zeros(blocks, slots, heads, width, _BLOCK),
+            values=like.new_zeros(slots, heads, blocks * _BLOCK, width),
+        )
+
+    def attend(
+        self, step: _Step, q: Float[Tensor, "R H K"], k: Float[Tensor, "R H K"], v: Float[Tensor, "R H K"]
+    ) -> Float[Tensor, "R H K"]:
+        """Write the new positions and attend to them and all before, with a float32 softmax."""
+        self.keys[step.positions // _BLOCK, step.slots, :, :, step.positions % _BLOCK] = k
+        self.values[step.slots, :, step.positions] = v
+        scores = self._scores(step, q * q.shape[-1] ** -0.5).masked_fill(step.later[:, None], -torch.inf)
+        return self._mix(step, scores.softmax(dim=-1, dtype=torch.float32).type_as(q))
+
+    def _scores(self, step: _Step, q: Float[Tensor, "R H K"]) -> Float[Tensor, "R H L"]:
+        """Each head's channels of keys, weighted by the query and summed."""
+        _, heads, width = q.shape
+        weights = q.expand(step.blocks, *q.shape).flatten(0, 2)
+        summed = F.embedding_bag(
+            step.key_rows(heads, width), self.keys.flatten(0, 3), mode="sum", per_sample_weights=weights
+        )
+        return summed.view(step.blocks, *q.shape[:2], _BLOCK).permute(1, 2, 0, 3).flatten(2)[..., : step.length]
+
+    def _mix(self, step: _Step, weights: Float[Tensor, "R H L"]) -> Float[Tensor, "R H K"]:
+        """Each head's values, weighted and summed in float32."""
+        rows = step.value_rows(self.values.shape[1], self.values.shape[2])
+        summed = F.embedding_bag(rows, self.values.flatten(0, 2), mode="sum", per_sample_weights=weights.flatten(0, 1))
+        return summed.view(*weights.shape[:2], -1)
+
+
+class _Step:
+    """The slots that take a step, and where their rows are in the tables. Layers share it."""
+
+    def __init__(self, slots: Int[Tensor, " R"], positions: Int[Tensor, " R"], num_slots: int) -> None:
+        self.slots, self.positions = slots, positions
+        self._num_slots = num_slots
+        self._rows: dict[tuple[int, ...], Tensor] = {}
+
+    @cached_property
+    def length(self) -> int:
+        """Positions that the longest sequence attends to."""
+        return int(self.positions.max()) + 1
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of the blocks in use."""
-        return (self.keys.nbytes + self.values.nbytes) * self.used // len(self.keys)
+    def blocks(self) -> int:
+        """Blocks of keys that hold these positions."""
+        return -(-self.length // _BLOCK)
 
+    @cached_property
+    def later(self) -> Bool[Tensor, "R L"]:
+        """Positions that a sequence has not reached."""
+        return torch.arange(self.length) > self.positions[:, None]
 
-class _Chosen:
-    """The sequences that take a step, and where their rows are in the tables of keys and values.
+    def key_rows(self, heads: int, width: int) -> Int[Tensor, "rows K"]:
+        """Indices of each head's rows of keys in a table (M * S * H * K, block)."""
+        if (key := (heads, width)) not in self._rows:
+            before = torch.arange(self.blocks)[:, None] * self._num_slots + self.slots
+            before = before[..., None] * heads + torch.arange(heads)
+            self._rows[key] = (before.view(-1, 1) * width + torch.arange(width)).int()
+        return self._rows[key]
 
-    All layers share these indices, so they are computed once a step.
-    """
-
-    def __init__(self, rows: Int[Tensor, " R"]) -> None:
-        self.rows = rows
-        self._places: dict[tuple[Any, ...], Tensor] = {}
-
-    def keys(self, blocks: int, batch: int, heads: int, width: int) -> Int[Tensor, "rows K"]:
-        """Indices of each head's rows of keys in the first blocks of a table (M * B * H * K, block)."""
-        return self._remembered(_key_places, blocks, batch, heads, width)
-
-    def values(self, heads: int, height: int, count: int) -> Int[Tensor, "rows L"]:
-        """Indices of each head's first `count` rows of values in a table (B * H * height, K)."""
-        return self._remembered(_value_places, heads, height, count)
-
-    def _remembered(self, places: Callable[..., Tensor], *sizes: int) -> Tensor:
-        key = (places, *sizes)
-        if key not in self._places:
-            if len(self._places) == _KEPT:
-                self._places.clear()
-            with torch.inference_mode(mode=False):  # indices first made while sampling are used by training too
-                self._places[key] = places(self.rows, *sizes).int()
-        return self._places[key]
-
-
-def _key_places(rows: Int[Tensor, " R"], blocks: int, batch: int, heads: int, width: int) -> Int[Tensor, "rows K"]:
-    heads_before = (torch.arange(blocks)[:, None] * batch + rows)[..., None] * heads + torch.arange(heads)
-    return heads_before.view(-1, 1) * width + torch.arange(width)
-
-
-def _value_places(rows: Int[Tensor, " R"], heads: int, height: int, count: int) -> Int[Tensor, "rows L"]:
-    heads_before = rows[:, None] * heads + torch.arange(heads)
-    return heads_before.view(-1, 1) * height + torch.arange(count)
-
-
-def _attend(
-    q: Float[Tensor, "R H K"], layer: _Layer, chosen: _Chosen, length: int, later: Bool[Tensor, "R 1 L"] | None
-) -> Float[Tensor, "R H K"]:
-    """Attention of one query per sequence to the first `length` positions, with a float32 softmax.
-
-    Positions where `later` is true are ignored.
-    """
-    blocks = -(-length // _BLOCK)
-    score, mix = (_score_rows, _mix_rows) if q.device.type == "cpu" else (_score_products, _mix_products)
-    scores = score(q * q.shape[-1] ** -0.5, layer.keys, chosen, blocks)  # (m, R, H, block)
-    scores = scores.permute(1, 2, 0, 3).flatten(2)[..., :length]  # (R, H, L)
-    if later is not None:
-        scores = scores.masked_fill(later, -torch.inf)
-    return mix(scores.softmax(dim=-1, dtype=torch.float32).type_as(q), layer.values, chosen)
-
-
-def _score_rows(
-    q: Float[Tensor, "R H K"], keys: Float[Tensor, "M B H K block"], chosen: _Chosen, blocks: int
-) -> Float[Tensor, "m R H block"]:
-    """Scores of the keys in the first blocks: each head's channels weighted by the query, then summed."""
-    _, batch, heads, width, _ = keys.shape
-    places = chosen.keys(blocks, batch, heads, width)
-    weights = q.expand(blocks, *q.shape).flatten(0, 2)
-    summed = F.embedding_bag(places, keys.flatten(0, 3), mode="sum", per_sample_weights=weights)
-    return summed.view(blocks, *q.shape[:2], _BLOCK)
-
-
-def _mix_rows(
-    weights: Float[Tensor, "R H L"], values: Float[Tensor, "B H S K"], chosen: _Chosen
-) -> Float[Tensor, "R H K"]:
-    """Each head's first L values, weighted and summed in float32."""
-    _, heads, height, _ = values.shape
-    places = chosen.values(heads, height, weights.shape[2])
-    summed = F.embedding_bag(places, values.flatten(0, 2), mode="sum", per_sample_weights=weights.flatten(0, 1))
-    return summed.view(*weights.shape[:2], -1)
-
-
-def _score_products(
-    q: Float[Tensor, "R H K"], keys: Float[Tensor, "M B H K block"], chosen: _Chosen, blocks: int
-) -> Float[Tensor, "m R H block"]:
-    """Scores as in `_score_rows`, by matrix products over all sequences: selecting some would copy their keys."""
-    everyone = q.new_zeros(keys.shape[1], *q.shape[1:]).index_copy(0, chosen.rows, q)
-    return (everyone[:, :, None] @ keys[:blocks])[..., 0, :].index_select(1, chosen.rows)
-
-
-def _mix_products(
-    weights: Float[Tensor, "R H L"], values: Float[Tensor, "B H S K"], chosen: _Chosen
-) -> Float[Tensor, "R H K"]:
-    """Values as in `_mix_rows`, by matrix products over all sequences."""
-    everyone = weights.new_zeros(len(values), *weights.shape[1:]).index_copy(0, chosen.rows, weights)
-    return (everyone[:, :, None] @ values[:, :, : weights.shape[2]])[:, :, 0].index_select(0, chosen.rows)
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(mode=False)
-def _everyone(count: int, device: torch.device) -> _Chosen:
-    return _Chosen(torch.arange(count, device=device))
+    def value_rows(self, heads: int, height: int) -> Int[Tensor, "rows L"]:
+        """Indices of each head's first L rows of values in a table (S * H * height, K)."""
+        if (key := (heads, height, self.length)) not in self._rows:
+            before = self.slots[:, None] * heads + torch.arange(heads)
+            self._rows[key] = (before.view(-1, 1) * height + torch.arange(self.length)).int()
+        return self._rows[key]

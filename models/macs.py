@@ -245,8 +245,9 @@ def _dpar_image(model: DPAR, patches: int) -> DPARCost:
     """Cost of an image of which a forward pass reads `patches` patches and a sampler closes as many.
 
     The sampler computes the rows of a forward pass one by one. Linear layers cost the same, and attention skips later
-    rows. Two details of the pooling's keys and values (2 D D per token and layer) are ignored: the sampler computes
-    none for the last patch, and pads patches that close together to the longest of them.
+    rows. What depends on how a sampler fills its batches is ignored: keys and values of the pooling (2 D D per token
+    and layer), which it computes for no last patch, and for patches that close together as if all were the longest; the
+    encoder on the last token, which nobody reads; the encoder on a token that the model's own entropy then closes at.
     """
     num_tokens = model.config.num_tokens
     starts = torch.zeros(1, num_tokens, dtype=torch.bool)

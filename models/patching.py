@@ -31,6 +31,12 @@ class PatchRule:
     row_boundary: bool
     grid: int
 
+    @property
+    def longest(self) -> int:
+        """Length of the longest patch that is possible, in tokens."""
+        limits = [self.grid**2, *([self.grid] if self.row_boundary else [])]
+        return min(limits if self.max_length is None else [*limits, self.max_length])
+
 
 def cuts(rule: PatchRule, positions: Int[Tensor, "*#B"], entropies: Float[Tensor, "*B"]) -> Bool[Tensor, "*B"]:
     """Cuts: tokens that open a patch whatever the open patch is, by entropy, by row, or as token 0 or 1.
@@ -43,10 +49,9 @@ def cuts(rule: PatchRule, positions: Int[Tensor, "*#B"], entropies: Float[Tensor
 
 
 def opens_patch(
-    rule: PatchRule, position: int, entropies: Float[Tensor, " B"], open_lengths: Int[Tensor, " B"]
-) -> Bool[Tensor, " B"]:
-    """Whether the token at `position` opens a patch, from its entropy in nats and the tokens in the open patch."""
-    positions = torch.full_like(open_lengths, position)
+    rule: PatchRule, positions: Int[Tensor, " R"], entropies: Float[Tensor, " R"], open_lengths: Int[Tensor, " R"]
+) -> Bool[Tensor, " R"]:
+    """Whether a token opens a patch, from its position, its entropy in nats and the number of tokens in the open patch."""
     opened = cuts(rule, positions, entropies)
     return opened if rule.max_length is None else opened | (open_lengths >= rule.max_length)
 

@@ -1,40 +1,54 @@
 """Cached sampling: LlamaGen token by token, and DPAR, whose patch boundaries are decided during sampling.
 
 The caller provides the random numbers, one uniform number for each image and position. Tokens are sampled by the
-inverse of the cumulative distribution. So an image depends on its own numbers and not on its batch.
+inverse of the cumulative distribution. So an image depends on its own numbers, and not on the images beside it.
 
-The encoder, the pooling and the entropy model do not read the class. With guidance they run once for both halves of the
-batch; the global stack and the decoder run twice. A global step runs only for images whose patch has closed. Each patch
-is projected for the decoder once.
-
-Source: LlamaGen (arXiv 2406.06525) for guidance; DPAR (arXiv 2512.21867), section 3.2.
+Each image has its own clock, see clocks.py: at every moment the images in flight are at different positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from functools import partial
+from itertools import count
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from models.boundaries import Boundaries, NextToken
+from models.boundaries import Boundaries
+from models.canvas import Canvas
+from models.clocks import Clocks, Steps
 from models.dpar import DPAR
+from models.dpar_steps import DPARSteps
 from models.gpt import GPT
-from models.guidance import guidance_scale
-from models.kv_cache import KVCache
-from models.layers import Attend
-from models.token_sampling import SamplingOptions, sample_token
+from models.gpt_steps import GPTSteps
+from models.replay import LateCounts, Replay
+from models.token_sampling import SamplingOptions
+
+_LOOK = 64  # ticks between two looks at which images are finished
+
+
+@runtime_checkable  # the test suite checks arguments at run time
+class StepsOfModel(Protocol):
+    """The steps of a kind of model, before they have state: a class of `Steps`."""
+
+    kinds: int
+
+    def __call__(self, model: Any, canvas: Canvas, boundaries: Boundaries | None, slots: int, /) -> Steps:
+        """State of as many images as there are slots, and of a spare slot."""
 
 
 def sample_gpt(
     model: GPT,
-    labels: Int[Tensor, " B"],
-    uniforms: Float[Tensor, "B T"],
+    labels: Int[Tensor, " N"],
+    uniforms: Float[Tensor, "N T"],
     options: SamplingOptions,
-    prefix: Int[Tensor, "B M"] | None = None,
-) -> Int[Tensor, "B T"]:
+    prefix: Int[Tensor, "N M"] | None = None,
+    *,
+    batch: int | None = None,
+) -> Int[Tensor, "N T"]:
     """Sample tokens from a class-conditional GPT.
 
     Args:
@@ -43,21 +57,25 @@ def sample_gpt(
         uniforms: Numbers in [0, 1).
         options: How tokens are sampled.
         prefix: The first M tokens of each image, which are kept.
+        batch: Images that take a step together; None for all.
 
     Raises:
         ValueError: The prefix is for another number of images, or longer than an image.
     """
-    return _sample_all(GPTDecoding(model, labels, options), uniforms, options, prefix)
+    canvas = Canvas(labels, uniforms, options, model.cls_embedding.num_classes, prefix)
+    return Sampling(canvas, GPTSteps, model, None, batch=batch).finish().tokens
 
 
 def sample_dpar(
     model: DPAR,
-    labels: Int[Tensor, " B"],
-    uniforms: Float[Tensor, "B T"],
+    labels: Int[Tensor, " N"],
+    uniforms: Float[Tensor, "N T"],
     options: SamplingOptions,
     boundaries: Boundaries,
-    prefix: Int[Tensor, "B M"] | None = None,
-) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    prefix: Int[Tensor, "N M"] | None = None,
+    *,
+    batch: int | None = None,
+) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:
     """Sample tokens from a DPAR model. Returns the tokens and where their patches start.
 
     Args:
@@ -67,213 +85,85 @@ def sample_dpar(
         options: How tokens are sampled.
         boundaries: Decides where patches start, inside the prefix too.
         prefix: The first M tokens of each image, which are kept.
+        batch: Images that take a step together, of twice as many in flight; None for all.
 
     Raises:
         ValueError: The prefix or the boundaries are for another number of images or tokens.
     """
-    decoding = DPARDecoding(model, labels, options, boundaries)
-    tokens = _sample_all(decoding, uniforms, options, prefix)
-    return tokens, decoding.starts
+    canvas = Canvas(labels, uniforms, options, model.cls_embedding.num_classes, prefix)
+    sampling = Sampling(canvas, DPARSteps, model, boundaries, batch=batch).finish()
+    return sampling.tokens, sampling.starts
 
 
-class GPTDecoding:
-    """State of a batch of images that are sampled from a GPT. `step` advances all of them by one token."""
+class Sampling:
+    """Images that are being sampled. Iterating over it advances them, and gives the numbers of finished ones.
 
-    def __init__(self, model: GPT, labels: Int[Tensor, " B"], options: SamplingOptions) -> None:
-        self.model, self.options = model, options
-        self.labels = _with_null(labels, model.cls_embedding.num_classes, options)
-        self.position = 0
-        self._cache = model.new_cache()
-
-    def step(self, previous: Int[Tensor, " B"] | None) -> Float[Tensor, "B V"]:
-        """Guided logits of the next token, float32, given the token before it (None for the first token)."""
-        if previous is None:
-            hidden = self.model.cls_embedding(self.labels)
-        else:
-            hidden = _twice(self.model.tok_embeddings(previous), self.options)
-        logits = self.model.step(hidden, self.position, self._cache)
-        logits = _guide(logits, self.options, self.position, self.model.config.num_tokens)
-        self.position += 1
-        return logits
-
-
-class DPARDecoding:
-    """State of a batch of images that are sampled from a DPAR model.
-
-    Attributes:
-        starts: Where patches start, (B, T), decided so far.
-        num_patches: Closed patches of each image, (B,).
-        open_lengths: Tokens in the open patch of each image, (B,).
+    Where steps are of several kinds, as many images are in flight for each kind as take a step together.
     """
 
     def __init__(
-        self, model: DPAR, labels: Int[Tensor, " B"], options: SamplingOptions, boundaries: Boundaries
+        self, canvas: Canvas, steps: StepsOfModel, model: Any, boundaries: Boundaries | None, *, batch: int | None
     ) -> None:
-        self.model, self.options, self.boundaries = model, options, boundaries
-        self.labels = _with_null(labels, model.cls_embedding.num_classes, options)
-        batch, num_tokens = len(labels), model.config.num_tokens
-        device = labels.device
-        self.position = 0
-        self.starts = torch.zeros(batch, num_tokens, dtype=torch.bool, device=device)
-        self.open_lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.num_patches = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._encoder_cache = KVCache(len(model.local_encoder.layers), num_tokens)
-        self._global_cache = KVCache(len(model.layers), num_tokens + 1)
-        self._decoder_cache = KVCache(len(model.local_decoder.layers), num_tokens)
-        self._encoded: list[Tensor] = []  # states (B, T, D) of each encoder layer, the input of the pooling
-        self._token_rope = model.token_rope(device)
-        self._projections: Tensor | None = None  # context of the open patch for each decoder layer, (layers, B2, D)
-        boundaries.begin(batch, num_tokens)
+        """Sample the images of a canvas; see `sample_dpar` for the other arguments.
 
-    def step(self, previous: Int[Tensor, " B"] | None) -> Float[Tensor, "B V"]:
-        """Guided logits of the next token, float32, given the token before it (None for the first token)."""
-        if previous is None:
-            images = torch.arange(len(self.starts), device=self.starts.device)
-            self._global_step(self.model.cls_embedding(self.labels), images)
-            state = self.model.decoder_start_embedding.weight.expand(len(self.starts), -1)
-            self.starts[:, 0] = True
-            logits = None
-        else:
-            state = self._encode(previous)
-            logits = self._decide(previous, state)
-        self.open_lengths = self.open_lengths + 1
-        if logits is None:
-            logits = self._decode(state)
-        self.position += 1
-        return _guide(logits, self.options, self.position - 1, self.model.config.num_tokens)
-
-    def _decide(self, previous: Int[Tensor, " B"], state: Float[Tensor, "B D"]) -> Float[Tensor, "B2 V"] | None:
-        """Open patches where the boundaries say so. Returns the token's logits if the boundaries evaluated them."""
-        evaluated: list[Tensor] = []
-        open_logits = partial(self._decode_once, state, evaluated)
-        token = NextToken(self.position, previous, state, self.open_lengths, open_logits)
-        opened = self.boundaries.opens(token)
-        self.starts[:, self.position] = opened
-        images = opened.nonzero()[:, 0]
-        self._close_patches(images)
-        self.open_lengths = torch.where(opened, 0, self.open_lengths)
-        return self._decode_again(evaluated[0], state, images) if evaluated else None
-
-    def _decode_once(self, state: Float[Tensor, "B D"], evaluated: list[Tensor]) -> Float[Tensor, "B V"]:
-        """Logits for the class of each image if no patch opens. `evaluated` keeps them and those of the null class."""
-        if not evaluated:
-            evaluated.append(self._decode(state))
-        return evaluated[0][: len(state)]
-
-    def _encode(self, previous: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
-        """State of the encoder's last layer at the token before."""
-        place = self.position - 1
-        state = self.model.tok_embeddings(previous)
-        layers = zip(self.model.local_encoder.layers, self._encoder_cache.step(place), strict=True)
-        for index, (layer, attend) in enumerate(layers):
-            state = layer(state, self._token_rope[place + 1], attend)
-            if len(self._encoded) <= index:
-                self._encoded.append(state.new_empty(len(state), self.model.config.num_tokens, state.shape[1]))
-            self._encoded[index][:, place] = state
-        return state
-
-    def _close_patches(self, images: Int[Tensor, " R"]) -> None:
-        """Pool the open patch of some images, which ends at the token before, and run its global step."""
-        if not len(images):
-            return
-        last = torch.full_like(images, self.position - 1)
-        lengths = self.open_lengths[images]
-        first = last - lengths + 1
-        offsets = torch.arange(int(lengths.max()), device=images.device)
-        places, valid = torch.minimum(first[:, None] + offsets, last[:, None]), offsets < lengths[:, None]
-        states = [encoded[images[:, None], places].flatten(0, 1) for encoded in self._encoded]
-        pooled = self.model.local_encoder.pool(
-            states, torch.arange(places.numel(), device=images.device).view_as(places), valid
-        )
-        rope = self.model.patch_rope(first, last, self.num_patches[images])
-        self.num_patches[images] += 1
-        self._global_step(_twice(pooled, self.options), images, rope)
-
-    def _global_step(
-        self, hidden: Float[Tensor, "R2 D"], images: Int[Tensor, " R"], rope: Float[Tensor, "R F 2"] | None = None
-    ) -> None:
-        """Run one row of some images through the global stack and store its projections for the decoder.
-
-        Without `rope` the row is the class.
+        Raises:
+            ValueError: The boundaries are for another number of images or tokens.
         """
-        rows, last = _halves(images, len(self.starts), self.options), _twice(self.num_patches, self.options)
-        if rope is None:
-            rope = torch.zeros(len(images), self.model.head_dim // 2, 2, device=hidden.device)
-        rope = _twice(rope, self.options)
-        for layer, attend in zip(self.model.layers, self._global_cache.ragged_step(rows, last), strict=True):
-            hidden = layer(hidden, rope, attend)
-        projected = torch.stack([projection(hidden) for projection in self.model.local_decoder.cross_attn_layers])
-        if self._projections is None:
-            self._projections = projected.new_zeros(len(projected), len(self.labels), projected.shape[-1])
-        self._projections[:, rows] = projected
+        batch = batch or canvas.num_images
+        slots = min(steps.kinds * batch, canvas.num_images)
+        self._canvas = canvas
+        self._steps = steps(model, canvas, boundaries, slots)
+        self._clocks = Clocks(canvas.num_images, slots, batch, steps.kinds, canvas.tokens.device)
 
-    def _decode(self, state: Float[Tensor, "B D"]) -> Float[Tensor, "B2 V"]:
-        """Logits of the token at `position`, for both halves of a guided batch."""
-        assert self._projections is not None
-        return self._logits(_twice(state, self.options), self._projections, self._decoder_cache.step(self.position))
+    def __iter__(self) -> Iterator[Int[Tensor, " finished"]]:
+        """Advance all images to their ends. Gives the numbers of images as they are finished."""
+        return self._counted() if self._clocks.exact else self._replayed()
 
-    def _decode_again(
-        self, logits: Float[Tensor, "B2 V"], state: Float[Tensor, "B D"], images: Int[Tensor, " R"]
-    ) -> Float[Tensor, "B2 V"]:
-        """Logits after the patch of some images has closed: their decoder step runs again, in the same position."""
-        assert self._projections is not None
-        if not len(images):
-            return logits
-        rows = _halves(images, len(state), self.options)
-        attends = self._decoder_cache.ragged_step(rows, rows.new_full((len(logits),), self.position))
-        repeated = self._logits(_twice(state, self.options)[rows], self._projections[:, rows], attends)
-        return logits.index_copy(0, rows, repeated)
+    def _counted(self) -> Iterator[Int[Tensor, " finished"]]:
+        """On a CPU all counts are known at once."""
+        clocks = self._clocks
+        while (kind := clocks.fullest(clocks.waiting.tolist())) is not None:
+            images, done = self._tick(kind)
+            if done.any():
+                yield images[done]
 
-    def _logits(
-        self, hidden: Float[Tensor, "R2 D"], projections: Float[Tensor, "M R2 D"], attends: Iterable[Attend]
-    ) -> Float[Tensor, "R2 V"]:
-        """Decoder step of R2 rows with the context `projections`, one for each of the M layers."""
-        for layer, projection, attend in zip(self.model.local_decoder.layers, projections, attends, strict=True):
-            hidden = layer(hidden + projection, self._token_rope[self.position], attend)
-        return self.model.output(self.model.norm(hidden)).float()
+    def _replayed(self) -> Iterator[Int[Tensor, " finished"]]:
+        """On a GPU ticks are replayed, and counts are those of the tick before. Finished images are asked for rarely."""
+        clocks, counts = self._clocks, LateCounts(self._clocks.waiting)
+        ticks = [Replay(partial(self._tick, kind)) for kind in range(self._steps.kinds)]
+        given = torch.zeros_like(clocks.finished)
+        for number in count(1):
+            kind = clocks.fullest(counts.read())
+            if kind is not None:
+                ticks[kind]()
+                counts.copy()
+            if kind is None or number % _LOOK == 0:
+                finished = clocks.finished & ~given
+                given |= finished
+                if len(images := finished.nonzero()[:, 0]):
+                    yield images
+            if kind is None:
+                return
 
+    def _tick(self, kind: int) -> tuple[Int[Tensor, " R"], Bool[Tensor, " R"]]:
+        """One batch of steps of a kind: its images, and whether they are finished now."""
+        clocks = self._clocks
+        slots = clocks.take(kind)
+        images = clocks.images[slots]
+        return images, clocks.put(slots, self._steps.step(kind, slots, images))
 
-def _sample_all(
-    decoding: GPTDecoding | DPARDecoding,
-    uniforms: Float[Tensor, "B T"],
-    options: SamplingOptions,
-    prefix: Int[Tensor, "B M"] | None,
-) -> Int[Tensor, "B T"]:
-    """Sample token after token. Tokens of `prefix` are kept."""
-    tokens, kept = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device), 0
-    if prefix is not None:
-        kept = prefix.shape[1]
-        if len(prefix) != len(tokens) or kept > tokens.shape[1]:
-            raise ValueError(f"prefix is {tuple(prefix.shape)}, expected ({len(tokens)}, 0..{tokens.shape[1]})")
-        tokens[:, :kept] = prefix
-    for position in range(tokens.shape[1]):
-        logits = decoding.step(tokens[:, position - 1] if position else None)
-        if position >= kept:
-            tokens[:, position] = sample_token(logits, uniforms[:, position], options)
-    return tokens
+    @property
+    def tokens(self) -> Int[Tensor, "N T"]:
+        """Tokens sampled so far."""
+        return self._canvas.tokens[:-1, :-1]
 
+    @property
+    def starts(self) -> Bool[Tensor, "N T"]:
+        """Where patches start, decided so far."""
+        return self._canvas.starts[:-1, :-1]
 
-def _guide(
-    logits: Float[Tensor, "B2 V"], options: SamplingOptions, position: int, num_tokens: int
-) -> Float[Tensor, "B V"]:
-    """Classifier-free guidance: unconditional logits plus the scale times the difference."""
-    if not options.guided:
-        return logits
-    conditional, unconditional = logits.chunk(2)
-    scale = guidance_scale(position, num_tokens, options.cfg_scale, options.cfg_schedule, options.cfg_interval)
-    return conditional if scale == 1.0 else unconditional + scale * (conditional - unconditional)
-
-
-def _with_null(labels: Int[Tensor, " B"], null: int, options: SamplingOptions) -> Int[Tensor, " B2"]:
-    """Labels, with guidance followed by as many null classes."""
-    return torch.cat([labels, torch.full_like(labels, null)]) if options.guided else labels
-
-
-def _twice(rows: Shaped[Tensor, " R ..."], options: SamplingOptions) -> Shaped[Tensor, " R2 ..."]:
-    """Rows for both halves of a guided batch."""
-    return torch.cat([rows, rows]) if options.guided else rows
-
-
-def _halves(images: Int[Tensor, " R"], batch: int, options: SamplingOptions) -> Int[Tensor, " R2"]:
-    """Rows of some images in both halves of a guided batch."""
-    return torch.cat([images, images + batch]) if options.guided else images
+    def finish(self) -> Sampling:
+        """Advance all images to their ends."""
+        for _ in self:
+            pass
+        return self

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from conf.train import (
@@ -26,11 +26,14 @@ from conf.train import (
     for_every_family,
 )
 from models.boundaries import Boundaries
+from models.canvas import Canvas
 from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
 from models.dpar import DPAR
+from models.dpar_steps import DPARSteps
 from models.entropy_head import EntropyHead
 from models.gpt import GPT
-from models.sampling import sample_dpar, sample_gpt
+from models.gpt_steps import GPTSteps
+from models.sampling import Sampling, StepsOfModel
 from models.token_sampling import SamplingOptions
 from stages.patches.rule import SavedRule
 from stages.runtime.job import Inputs
@@ -44,9 +47,6 @@ from stages.training.patched import DPARObjective, PatchedData
 from stages.weights.own import MODEL_FILE, ModelConfig, load_weights, saved_config
 from stages.weights.pretrained import read_dpar_checkpoint, read_gpt_checkpoint
 
-Sampled = tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]
-"""Tokens, and the mask of tokens that open a patch."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -56,9 +56,8 @@ class Architecture:
     """Makes the config from its saved fields."""
     module: Callable[[Any], nn.Module]
     """Makes the module of a config, with fresh weights."""
-    sample: Callable[[Any, Tensor, Tensor, SamplingOptions, Boundaries | None, Tensor | None], Sampled]
-    """Samples images. Arguments: module, labels (B,), uniforms (B, T), options, boundaries (None for a model without
-    patches), prefix tokens (B, M) or None."""
+    steps: StepsOfModel
+    """The steps that sample its images."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,18 @@ class Model:
         module = load_weights(architecture.module(config), artifact / MODEL_FILE)
         return cls(family, module.to(device).eval(), config)
 
-    def sample(
+    def sampling(
         self,
-        labels: Tensor,
-        uniforms: Tensor,
+        labels: Int[Tensor, " N"],
+        uniforms: Float[Tensor, "N T"],
         options: SamplingOptions,
         boundaries: Boundaries | None,
-        prefix: Tensor | None,
-    ) -> Sampled:
-        """Tokens and patch starts of images of the given classes; see `Architecture.sample`."""
-        return ARCHITECTURES[self.family].sample(self.module, labels, uniforms, options, boundaries, prefix)
+        prefix: Int[Tensor, "N M"] | None,
+        batch: int,
+    ) -> Sampling:
+        """Images of the given classes, not sampled yet; see `models.sampling`."""
+        canvas = Canvas(labels, uniforms, options, self.config.num_classes, prefix)
+        return Sampling(canvas, ARCHITECTURES[self.family].steps, self.module, boundaries, batch=batch)
 
 
 def load_model(artifact: Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -99,36 +100,11 @@ def load_model(artifact: Path, device: torch.device | str = "cpu") -> nn.Module:
     return Model.load(artifact, device).module
 
 
-def _sample_tokens(
-    model: GPT,
-    labels: Tensor,
-    uniforms: Tensor,
-    options: SamplingOptions,
-    boundaries: Boundaries | None,
-    prefix: Tensor | None,
-) -> Sampled:
-    """Sample a model without patches: every token counts as a patch."""
-    tokens = sample_gpt(model, labels, uniforms, options, prefix)
-    return tokens, torch.ones_like(tokens, dtype=torch.bool)
-
-
-def _sample_patches(
-    model: DPAR,
-    labels: Tensor,
-    uniforms: Tensor,
-    options: SamplingOptions,
-    boundaries: Boundaries | None,
-    prefix: Tensor | None,
-) -> Sampled:
-    assert boundaries is not None  # the sampler loads boundaries for every family with patches
-    return sample_dpar(model, labels, uniforms, options, boundaries, prefix)
-
-
 ARCHITECTURES: dict[str, Architecture] = for_every_family(
     {
-        "dpar": Architecture(config=DPARConfig, module=DPAR, sample=_sample_patches),
-        "llamagen": Architecture(config=GPTConfig, module=GPT, sample=_sample_tokens),
-        "npp": Architecture(config=GPTConfig, module=GPT, sample=_sample_tokens),
+        "dpar": Architecture(config=DPARConfig, module=DPAR, steps=DPARSteps),
+        "llamagen": Architecture(config=GPTConfig, module=GPT, steps=GPTSteps),
+        "npp": Architecture(config=GPTConfig, module=GPT, steps=GPTSteps),
     }
 )
 

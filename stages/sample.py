@@ -7,6 +7,7 @@ generators, so batch size, process count and resume point do not affect it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from stages.runtime.randomness import Purpose, stream
 from stages.sampling.sampler import SampleBatch, Sampler
 from stages.stores.samples import SampleFacts, SampleStore, sample_writer
 from stages.stores.tokens import TokenStore
-from stages.stores.writing import write_units
+from stages.stores.writing import write_as_made
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +46,13 @@ def sample(config: SampleConfig, inputs: Inputs, output: Path, runtime: RuntimeC
         writer = sample_writer(output / SampleStore.FILE, facts)
         labels = sample_labels(config, store.labels[: store.num_train], store.num_classes)
 
-        def make(unit: int, progress: Progress) -> SampleBatch:
-            numbers = np.arange(config.num_samples)[writer.spec.rows(unit)]
-            batch = sampler.sample(numbers, labels[numbers])
-            progress.update(progress.done + len(numbers))
-            return batch
+        def make(pending: Sequence[int], progress: Progress) -> Iterator[tuple[int, SampleBatch]]:
+            units = [np.arange(config.num_samples)[writer.spec.rows(unit)] for unit in pending]
+            for index, batch in sampler.sample_units(units, labels, progress):
+                yield pending[index], batch
 
         pending = writer.pending(world.rank, world.size)
-        write_units(writer, make, pending=pending, output=output, what="images", world=world)
+        write_as_made(writer, make, pending=pending, output=output, what="images", world=world)
     if world.is_main:
         writer.finish()
         write_json(output / "boundaries.json", sampler.rule)

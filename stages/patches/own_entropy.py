@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from models.boundaries import GivenBoundaries, NextToken
+from models.boundaries import GivenBoundaries, NextTokens
 from models.dpar import DPAR
 from models.gpt import token_entropy
 from models.sampling import sample_dpar
@@ -22,24 +22,34 @@ def own_entropies(
 
     The first token has no prediction: its entry is the logarithm of the codebook size.
     """
-    recorded = _Recorded(starts.to(tokens.device))
+    recorded = _Recorded(starts.to(tokens.device), math.log(model.config.codebook_size))
     uniforms = torch.zeros(tokens.shape, device=tokens.device)
     sample_dpar(model, labels, uniforms, SamplingOptions(), recorded, prefix=tokens)
-    first = torch.full_like(recorded.entropies[0], math.log(model.config.codebook_size))
-    return torch.stack([first, *recorded.entropies], dim=1)
+    return recorded.entropies
 
 
 class _Recorded:
     """Given boundaries that record the model's own entropies."""
 
-    def __init__(self, starts: Bool[Tensor, "B T"]) -> None:
-        self._given, self.entropies = GivenBoundaries(starts), list[Tensor]()
+    reads_logits = True
 
-    def begin(self, batch: int, num_tokens: int) -> None:
-        """Start a batch of images."""
-        self._given.begin(batch, num_tokens)
+    def __init__(self, starts: Bool[Tensor, "B T"], first: float) -> None:
+        self._given = GivenBoundaries(starts)
+        self.entropies = torch.full(starts.shape, first, device=starts.device)
 
-    def opens(self, token: NextToken) -> Bool[Tensor, " R"]:
-        """Record the entropy and return the given starts of this token."""
-        self.entropies.append(token_entropy(token.open_logits()))
-        return self._given.opens(token)
+    def begin(self, slots: int, num_images: int, num_tokens: int) -> None:
+        """Check the shape of the boundaries."""
+        self._given.begin(slots, num_images, num_tokens)
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest patch, in tokens."""
+        return self._given.longest
+
+    def opens(self, tokens: NextTokens) -> Bool[Tensor, " R"]:
+        """Record the entropies and return the given starts of these tokens."""
+        assert tokens.logits is not None
+        continued = tokens.open_lengths > 0  # else the patch opens here, and the logits are of the new one
+        images, positions = tokens.images[continued], tokens.positions[continued]
+        self.entropies[images, positions] = token_entropy(tokens.logits[continued])
+        return self._given.opens(tokens)

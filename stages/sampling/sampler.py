@@ -7,6 +7,7 @@ so batch size, process count and resume point do not affect it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
@@ -20,6 +21,7 @@ from conf.sample import SampleConfig
 from conf.train import FAMILIES
 from models.boundaries import Boundaries
 from models.packed_linear import pack_linear_layers
+from models.sampling import Sampling
 from models.token_sampling import SamplingOptions
 from models.vq import VQModel
 from stages.families import Model
@@ -29,6 +31,7 @@ from stages.patches.boundary_sources import load_boundaries
 from stages.runtime.arrays import PixelBatch
 from stages.runtime.errors import InputError
 from stages.runtime.job import Inputs
+from stages.runtime.progress import Progress
 from stages.runtime.randomness import Purpose, stream
 from stages.runtime.transfer import Download, to_device
 from stages.stores.matching import require_fit, require_tokenizer
@@ -99,24 +102,35 @@ class Sampler:
         prefix: Int[Tensor, "B M"] | None = None,
     ) -> SampleBatch:
         """Samples of the given numbers and classes. Each starts with the M tokens of `prefix`, if it is given."""
-        options = SamplingOptions(
-            cfg_scale=self.config.cfg_scale,
-            cfg_schedule=self.config.cfg_schedule,
-            cfg_interval=self.config.cfg_interval,
-            temperature=self.config.temperature,
-            top_k=self.config.top_k,
-            top_p=self.config.top_p,
-        )
-        classes = to_device(torch.from_numpy(labels), self.device)
-        uniforms = to_device(self._uniforms(numbers), self.device)
-        tokens, starts = self.model.sample(classes, uniforms, options, self.boundaries, prefix)
-        codes, opens = Download(tokens), Download(starts)
-        return {
-            "images": self.decode(tokens),
-            "labels": labels.astype(np.uint16),
-            "tokens": codes.numpy().astype(np.uint16),
-            "patch_starts": opens.numpy().astype(np.bool_),
-        }
+        return self._batch(self._sampling(numbers, labels, len(numbers), prefix).finish(), slice(None), labels)
+
+    @torch.inference_mode()
+    def sample_units(
+        self,
+        units: Sequence[Int64[NDArray[np.int64], " B"]],
+        labels: Int64[NDArray[np.int64], " N"],
+        progress: Progress,
+    ) -> Iterator[tuple[int, SampleBatch]]:
+        """Samples of many units, `sample.batch_size` at a time. Units come as they are finished, with their index.
+
+        Args:
+            units: Numbers of the samples of each unit.
+            labels: Class of each sample, by its number.
+            progress: Counts the samples that are finished.
+        """
+        numbers = np.concatenate(units) if units else np.empty(0, np.int64)
+        if not len(numbers):
+            return
+        ends = np.cumsum([len(unit) for unit in units])
+        sampling = self._sampling(numbers, labels[numbers], self.config.batch_size, None)
+        left = [len(unit) for unit in units]
+        for finished in sampling:
+            progress.update(progress.done + len(finished))
+            for unit in np.searchsorted(ends, finished.cpu().numpy(), side="right").tolist():
+                left[unit] -= 1
+                if not left[unit]:
+                    rows = slice(int(ends[unit]) - len(units[unit]), int(ends[unit]))
+                    yield unit, self._batch(sampling, rows, labels[units[unit]])
 
     @torch.inference_mode()
     def encode(self, pixels: PixelBatch) -> Int[Tensor, "B T"]:
@@ -127,7 +141,37 @@ class Sampler:
         """Images of tokens, at the size in the settings."""
         return images_of_tokens(self.vq, tokens, self.config.image_size)
 
-    def _uniforms(self, numbers: Int64[NDArray[np.int64], " B"]) -> Float[Tensor, "B T"]:
+    def _sampling(
+        self,
+        numbers: Int64[NDArray[np.int64], " N"],
+        labels: Int64[NDArray[np.int64], " N"],
+        batch: int,
+        prefix: Int[Tensor, "N M"] | None,
+    ) -> Sampling:
+        options = SamplingOptions(
+            cfg_scale=self.config.cfg_scale,
+            cfg_schedule=self.config.cfg_schedule,
+            cfg_interval=self.config.cfg_interval,
+            temperature=self.config.temperature,
+            top_k=self.config.top_k,
+            top_p=self.config.top_p,
+        )
+        classes = to_device(torch.from_numpy(labels), self.device)
+        uniforms = to_device(self._uniforms(numbers), self.device)
+        return self.model.sampling(classes, uniforms, options, self.boundaries, prefix, batch)
+
+    def _batch(self, sampling: Sampling, rows: slice, labels: Int64[NDArray[np.int64], " B"]) -> SampleBatch:
+        """Rows that are finished."""
+        tokens = sampling.tokens[rows]
+        codes, opens = Download(tokens), Download(sampling.starts[rows])
+        return {
+            "images": self.decode(tokens),
+            "labels": labels.astype(np.uint16),
+            "tokens": codes.numpy().astype(np.uint16),
+            "patch_starts": opens.numpy().astype(np.bool_),
+        }
+
+    def _uniforms(self, numbers: Int64[NDArray[np.int64], " N"]) -> Float[Tensor, "N T"]:
         """Uniform numbers in [0, 1) for each sample and position, from each sample's own random stream."""
         num_tokens = self.model.config.num_tokens
         rows = [stream(self.config.seed, Purpose.TOKENS, int(number)).random(num_tokens) for number in numbers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,34 @@ def write_units(
     world: World,
     per_row: int = 1,
 ) -> None:
-    """Write this process's units, and wait for the other processes.
+    """Write this process's units one after the other, and wait for the other processes.
+
+    Args:
+        make: Computes the blocks of a unit by array, and updates the progress.
+        writer, pending, output, what, world, per_row: See `write_as_made`.
+    """
+
+    def in_turn(units: Sequence[int], progress: Progress) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        return ((unit, make(unit, progress)) for unit in units)
+
+    write_as_made(writer, in_turn, pending=pending, output=output, what=what, world=world, per_row=per_row)
+
+
+def write_as_made(
+    writer: UnitWriter,
+    make: Callable[[Sequence[int], Progress], Iterable[tuple[int, Mapping[str, Any]]]],
+    *,
+    pending: Iterable[int],
+    output: Path,
+    what: str,
+    world: World,
+    per_row: int = 1,
+) -> None:
+    """Write this process's units in the order in which they are made, and wait for the other processes.
 
     Args:
         writer: Writer of the store.
-        make: Computes the blocks of a unit by array, and updates the progress.
+        make: Computes the blocks of some units by array, each with its unit, and updates the progress.
         pending: Units of this process that are not written yet, from `writer.pending`.
         output: Folder of the artifact, where progress is written.
         what: Name of the things that progress counts.
@@ -35,6 +58,6 @@ def write_units(
     pending, spec = list(pending), writer.spec
     total = per_row * spec.count_rows(range(world.rank, spec.num_units, world.size))
     progress = Progress(output, what, total, done=total - per_row * spec.count_rows(pending), enabled=world.is_main)
-    for unit in pending:
-        writer.write(unit, **make(unit, progress))
+    for unit, blocks in make(pending, progress):
+        writer.write(unit, **blocks)
     barrier()

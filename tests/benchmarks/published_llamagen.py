@@ -1,8 +1,9 @@
-"""A training step of LlamaGen as it was published: what our step is compared with.
+"""A training step and a sampling step of LlamaGen as they were published: what ours are compared with.
 
 Written anew from the published model's operations, in their order, where ours differ: norms round before their weight,
 queries and keys are rotated separately by products and a stack, heads of keys and values are repeated, and the float32
-logits of the whole batch go through the plain cross-entropy. Names of weights are the same, so that both start alike.
+logits of the whole batch go through the plain cross-entropy. A sampling step attends to the whole cache, of which a mask
+hides what is not filled. Names of weights are the same, so that both start alike.
 
 Source: LlamaGen (arXiv 2406.06525) and its released training code.
 """
@@ -136,3 +137,51 @@ def published_step(model: PublishedLlamaGen, tokens: Tensor, labels: Tensor, *, 
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+class PublishedSampler:
+    """Guided sampling of a batch, a token of each image at every step."""
+
+    def __init__(self, model: PublishedLlamaGen, batch: int, cfg_scale: float) -> None:
+        self.batch, self._model, self._scale = batch, model, cfg_scale
+        c = model.config
+        self._labels = torch.cat([torch.arange(batch), torch.full((batch,), c.num_classes)])
+        self._rope = grid_rope(c.grid, c.dim // c.num_heads, torch.device("cpu"), class_row=True)
+        length = -(-(c.num_tokens + 1) // 8) * 8
+        shape = (c.num_layers, 2, 2 * batch, c.num_heads, length, c.dim // c.num_heads)
+        self._cache = torch.zeros(shape, dtype=model.output.weight.dtype)
+        self._mask = torch.tril(torch.ones(length, length, dtype=torch.bool))
+        self._last: Tensor | None = None
+        self.position = 0
+
+    def step(self) -> None:
+        """Draw the next token of all images."""
+        model = self._model
+        if self._last is None:
+            hidden = model.cls_embedding(self._labels)[:, None]
+        else:
+            hidden = model.tok_embeddings(torch.cat([self._last, self._last]))
+        place = torch.tensor([self.position])
+        for layer, cached in zip(model.layers, self._cache, strict=True):
+            hidden = hidden + self._attend(layer.attention, layer.attention_norm(hidden), place, cached)
+            hidden = hidden + layer.feed_forward(layer.ffn_norm(hidden))
+        conditional, unconditional = model.output(model.norm(hidden)).float()[:, -1].chunk(2)
+        probabilities = F.softmax(unconditional + (conditional - unconditional) * self._scale, dim=-1)
+        self._last = torch.multinomial(probabilities, num_samples=1)
+        self.position += 1
+
+    def skip_to(self, position: int) -> None:
+        """Go on at `position`, as if all before it had been drawn."""
+        if self._last is None:
+            self.step()
+        self.position = position
+
+    def _attend(self, attention: Attention, x: Tensor, place: Tensor, cached: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        q, k, v = (part.view(batch, length, attention.num_heads, -1) for part in attention.wqkv(x).split(dim, dim=-1))
+        rope = self._rope[place]
+        q, k, v = (part.transpose(1, 2) for part in (rotated(q, rope), rotated(k, rope), v))
+        cached[0][:, :, place], cached[1][:, :, place] = k, v
+        keys, values = (part.repeat_interleave(1, dim=1) for part in cached)
+        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask[None, None, place])
+        return attention.wo(mixed.transpose(1, 2).contiguous().view(batch, length, dim))

@@ -16,16 +16,18 @@ from model_sizes import BOTH, GPTS
 from report import report
 from samplers import (
     GRIDS,
+    Decoder,
+    LlamaGenDecoder,
+    OwnClocks,
     Watched,
     dpar,
-    dpar_decoder,
     entropy_head,
     entropy_model,
     gpt,
     grid_of,
-    llamagen_decoder,
+    lockstep_decoder,
+    many_starts,
     packed,
-    ragged_starts,
     seconds_an_image,
     seconds_of,
     windows,
@@ -68,14 +70,14 @@ def watched(model: DPAR) -> Stopwatch:
 def parts(size: str, pixels: int, batch: int, entropy_models: Sequence[str]) -> dict[str, float]:
     """Seconds an image of DPAR by part, and of LlamaGen as a whole beside it, in turns."""
     grid = GRIDS[pixels]
-    model, starts = packed(dpar(size, grid)), ragged_starts(batch, grid)
+    model, starts = packed(dpar(size, grid)), many_starts(batch, grid)
     watch = watched(model)
     models = {f"entropy model {name}": entropy_model(name, grid) for name in entropy_models}
     sources = Watched(starts, {"entropy head": entropy_head(model), **models})
-    decoder, rival = dpar_decoder(model, sources), llamagen_decoder(packed(gpt(size, grid)), batch)
+    decoder, rival = OwnClocks(model, sources, batch), LlamaGenDecoder(packed(gpt(size, grid)), batch)
 
     def readings() -> Counter[str]:
-        return Counter({**watch.seconds, "sampling": decoder.draw_seconds, **sources.seconds})
+        return Counter({**watch.seconds, **sources.seconds})
 
     spent: Counter[str] = Counter()
     timed = 0
@@ -102,15 +104,18 @@ def by_batch(size: str, batches: Sequence[int], entropies: str) -> dict[str, dic
     """Seconds an image of LlamaGen and DPAR at each batch."""
     grid = grid_of(size)
     llamagen, model = packed(gpt(size)), packed(dpar(size))
-    head, deciding = entropy_head(model), entropy_model(entropies)
     found: dict[str, dict[str, float]] = {}
     for batch in batches:
-        starts = ragged_starts(batch, grid)
-        decoders = {
-            f"LlamaGen-{size}": llamagen_decoder(llamagen, batch),
-            f"DPAR-{size}, boundaries given": dpar_decoder(model, Watched(starts)),
-            f"DPAR-{size}, entropy head": dpar_decoder(model, Watched(starts, {"head": head})),
-            f"DPAR-{size}, entropy model {entropies}": dpar_decoder(model, Watched(starts, {"entropies": deciding})),
+        starts = many_starts(batch, grid)
+        by_head = Watched(starts, {"head": entropy_head(model)})
+        decoders: dict[str, Decoder] = {
+            f"LlamaGen-{size}": LlamaGenDecoder(llamagen, batch),
+            f"DPAR-{size}, entropy head, in lockstep": lockstep_decoder(model, by_head, batch),
+            f"DPAR-{size}, boundaries given": OwnClocks(model, Watched(starts), batch),
+            f"DPAR-{size}, entropy head": OwnClocks(model, by_head, batch),
+            f"DPAR-{size}, entropy model {entropies}": OwnClocks(
+                model, Watched(starts, {"entropies": entropy_model(entropies)}), batch
+            ),
         }
         for name, seconds in seconds_an_image(decoders, grid.num_tokens).items():
             found.setdefault(name, {})[f"batch {batch}"] = seconds
@@ -128,7 +133,11 @@ def draw_curve(found: dict[str, dict[str, float]], batches: Sequence[int], path:
     axes.set_xticks(batches, [str(batch) for batch in batches])
     for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis("{x:g}")
-    axes.set(xlabel="images drawn together", ylabel="seconds an image", title="Sampling at 256 px, guided, bfloat16")
+    axes.set(
+        xlabel="images that take a step together",
+        ylabel="seconds an image",
+        title="Sampling at 256 px, guided, bfloat16",
+    )
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

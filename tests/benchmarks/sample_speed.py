@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from typing import Any
 
 import torch
 from model_sizes import BOTH, GPTS
+from published_llamagen import PublishedLlamaGen, PublishedSampler
 from report import report
 from samplers import (
+    CLASSES,
+    GRIDS,
+    GUIDED,
     Decoder,
+    LlamaGenDecoder,
+    OwnClocks,
     Watched,
     dpar,
-    dpar_decoder,
     entropy_head,
     entropy_model,
     gpt,
     grid_of,
-    llamagen_decoder,
+    lockstep_decoder,
+    many_starts,
     packed,
     ragged_starts,
     seconds_an_image,
@@ -27,12 +35,15 @@ from samplers import (
 )
 from torch import Tensor, nn
 
-from models.boundaries import GivenBoundaries
+from models.boundaries import Boundaries, GivenBoundaries
+from models.canvas import Canvas
+from models.clocks import DONE, Clocks
 from models.dpar import DPAR
+from models.dpar_steps import GLOBAL, TOKEN, DPARSteps
 from models.gpt import GPT, token_entropy
 from models.packed_linear import PackedLinear
 from models.packed_patches import pack_patches
-from models.sampling import DPARDecoding
+from models.sampling import Sampling
 from models.token_sampling import SamplingOptions
 from pipeline.bench.gates import Figures, Gate, gate
 
@@ -42,27 +53,43 @@ RIVAL_BOUNDS = {  # of images a second, DPAR over LlamaGen, by size, batch and s
     ("B", 16): {"entropy head": 1.1},
     ("B", 64): {"entropy head": 1.1},
 }
+LOCKSTEP_BOUNDS = {1: 0.97, 4: 1.22, 16: 1.12, 64: 0.97}  # of images a second over those in lockstep, by batch
+SECONDS_BOUNDS = {("B", 4): 0.81, ("B", 16): 0.70, ("L", 4): 0.72, ("L", 16): 0.67}  # of DPAR over LlamaGen
+PUBLISHED_BOUND, TICK_BOUND_US = 0.38, 150.0
 EVERY = 16  # prefix lengths of the published loop that are timed
+
+
+class LoggedLogits(Canvas):
+    """Keeps the logits of every token."""
+
+    logits: dict[int, Tensor]
+
+    def draw(self, logits: Tensor, images: Tensor, positions: Tensor) -> Tensor:
+        """Draw as ever."""
+        for image, position, row in zip(images.tolist(), positions.tolist(), logits, strict=True):
+            self.logits[image * self.num_tokens + position] = row
+        return super().draw(logits, images, positions)
 
 
 def exactness(size: str) -> float:
     """Largest difference of cached logits from those of the full forward: DPAR, float32, a ragged batch of 8."""
     model, starts = dpar(size).float(), ragged_starts(8, grid_of(size))
     tokens = torch.randint(model.config.codebook_size, starts.shape, generator=torch.Generator().manual_seed(1))
-    labels, worst = torch.arange(8), 0.0
+    labels = torch.arange(8)
     expected = model(tokens, labels, pack_patches(starts))
-    decoding = DPARDecoding(packed(model), labels, SamplingOptions(), GivenBoundaries(starts))
-    for position in range(starts.shape[1]):
-        logits = decoding.step(tokens[:, position - 1] if position else None)
-        worst = max(worst, float((logits - expected[:, position]).abs().max()))
-    return worst
+    canvas = LoggedLogits(labels, torch.zeros(starts.shape), SamplingOptions(), CLASSES, tokens)
+    canvas.logits = {}
+    Sampling(canvas, DPARSteps, packed(model), GivenBoundaries(starts), batch=4).finish()
+    found = torch.stack([canvas.logits[number] for number in range(tokens.numel())]).view_as(expected)
+    return float((found - expected).abs().max())
 
 
 def loop_over_cached(size: str, entropies_size: str, batch: int) -> float:
     """Time of the published loop over ours, DPAR with an entropy model, by the trapezoidal rule."""
     starts = ragged_starts(batch, grid_of(size))
     model, entropies = dpar(size), gpt(entropies_size, conditional=False)
-    ours = dpar_decoder(packed(dpar(size)), Watched(starts, {"entropies": entropy_model(entropies_size)}))
+    boundaries = Watched(many_starts(batch, grid_of(size)), {"entropies": entropy_model(entropies_size)})
+    ours = OwnClocks(packed(dpar(size)), boundaries, batch)
     tokens = torch.randint(model.config.codebook_size, starts.shape)
     count = model.config.num_tokens
     lengths = [1, *range(EVERY, count, EVERY), count - 1]
@@ -128,39 +155,73 @@ def over_linear_layers(make: Callable[[Any], Decoder], plain: GPT | DPAR, fast: 
     return {"ms a token": 1000 * whole / count, **{name: whole / total for name, total in seconds.items()}}
 
 
-def against_llamagen(size: str, batch: int, entropy_models: Sequence[str]) -> dict[str, float]:
-    """Seconds an image of LlamaGen and of DPAR with each source of boundaries, in turns."""
-    model, starts = packed(dpar(size)), ragged_starts(batch, grid_of(size))
-    rivals = {
-        "LlamaGen": llamagen_decoder(packed(gpt(size)), batch),
-        "boundaries given": dpar_decoder(model, Watched(starts)),
-        "entropy head": dpar_decoder(model, Watched(starts, {"head": entropy_head(model)})),
-    }
-    for name in entropy_models:
-        rivals[f"entropy model {name}"] = dpar_decoder(model, Watched(starts, {name: entropy_model(name)}))
+def against_others(size: str, batch: int, entropy_models: Sequence[str]) -> dict[str, float]:
+    """Seconds an image of LlamaGen, of DPAR with each source of boundaries, and of DPAR in lockstep, in turns."""
+    model, starts = packed(dpar(size)), many_starts(batch, grid_of(size))
+    sources: dict[str, dict[str, Boundaries]] = {"boundaries given": {}, "entropy head": {"head": entropy_head(model)}}
+    sources |= {f"entropy model {name}": {name: entropy_model(name)} for name in entropy_models}
+    rivals: dict[str, Decoder] = {"LlamaGen": LlamaGenDecoder(packed(gpt(size)), batch)}
+    rivals |= {name: OwnClocks(model, Watched(starts, source), batch) for name, source in sources.items()}
+    beside = {"head": entropy_head(model)}
+    rivals["entropy head, in lockstep"] = lockstep_decoder(model, Watched(starts, beside), batch)
     return seconds_an_image(rivals, model.config.num_tokens)
 
 
-def cache_misfit(size: str) -> float:
-    """Share by which the bytes of a filled cache differ from 2 L T D of bfloat16 a sequence."""
+def against_published(size: str, batch: int) -> float:
+    """Time of our LlamaGen over that of the published one, in turns."""
     model = gpt(size)
-    cache, config = model.new_cache(), model.config
-    for position in range(config.num_tokens):
-        model.step(torch.zeros(2, config.dim, dtype=torch.bfloat16), position, cache)
-    return abs(cache.num_bytes / (2 * 2 * config.num_layers * config.num_tokens * config.dim * 2) - 1)
+    published = PublishedSampler(PublishedLlamaGen.like(model).bfloat16().eval(), batch, GUIDED.cfg_scale)
+    found = seconds_an_image(
+        {"ours": LlamaGenDecoder(packed(model), batch), "published": published}, model.config.num_tokens
+    )
+    return found["ours"] / found["published"]
+
+
+def tick_overhead(slots: int) -> float:
+    """Microseconds that the scheduler takes for a tick, median, with steps that only count."""
+    starts = many_starts(slots // 2, GRIDS[256])
+    clocks = Clocks(len(starts), slots, slots // 2, 2, torch.device("cpu"))
+    position, seconds = torch.zeros(slots + 1, dtype=torch.int64), []
+    while True:
+        began = time.perf_counter()
+        if (kind := clocks.fullest(clocks.waiting.tolist())) is None:
+            return 1e6 * statistics.median(seconds)
+        rows = clocks.take(kind)
+        images = clocks.images[rows]
+        taken = time.perf_counter() - began
+        after = position[rows] + (1 if kind == TOKEN else 0)
+        done = after == starts.shape[1]
+        opened = starts[images, after.clamp(max=starts.shape[1] - 1)]
+        position[rows] = torch.where(done, 0, after)
+        waits = torch.where(done, DONE, torch.where(opened & (kind == TOKEN), GLOBAL, TOKEN))
+        began = time.perf_counter()
+        clocks.put(rows, waits)
+        seconds.append(taken + time.perf_counter() - began)
+
+
+def cache_misfit(size: str) -> float:
+    """Share by which the bytes of a cache differ from 2 L T D of bfloat16 a slot."""
+    model, slots = gpt(size), 8
+    cache, config = model.new_cache(slots), model.config
+    place = torch.zeros(1, dtype=torch.int64)
+    model.step(torch.zeros(1, config.dim, dtype=torch.bfloat16), place, place, cache)
+    expected = slots * 2 * config.num_layers * config.num_tokens * config.dim * 2
+    return abs(cache.num_bytes / expected - 1)
 
 
 def linear_gates(figures: Figures, size: str, batches: Sequence[int]) -> list[Gate]:
     """Both families against their linear layers, at each batch."""
     gates = []
     for batch in batches:
-        starts = ragged_starts(batch, grid_of(size))
+        starts = many_starts(batch, grid_of(size))
         found = {
             f"LlamaGen-{size}": over_linear_layers(
-                lambda model, batch=batch: llamagen_decoder(model, batch), gpt(size), packed(gpt(size))
+                lambda model, batch=batch: LlamaGenDecoder(model, batch), gpt(size), packed(gpt(size))
             ),
             f"DPAR-{size}": over_linear_layers(
-                lambda model, starts=starts: dpar_decoder(model, Watched(starts)), dpar(size), packed(dpar(size))
+                lambda model, batch=batch, starts=starts: OwnClocks(model, Watched(starts), batch),
+                dpar(size),
+                packed(dpar(size)),
             ),
         }
         for name, numbers in found.items():
@@ -173,10 +234,10 @@ def linear_gates(figures: Figures, size: str, batches: Sequence[int]) -> list[Ga
 def rival_gates(
     figures: Figures, sizes: Sequence[str], batches: Sequence[int], entropy_models: Sequence[str]
 ) -> list[Gate]:
-    """DPAR against LlamaGen of the same size: gates at some batches, figures at all."""
+    """DPAR against LlamaGen of the same size and against itself in lockstep: gates at some batches, figures at all."""
     gates = []
     for size, batch in product(sizes, batches):
-        found = against_llamagen(size, batch, entropy_models)
+        found = against_others(size, batch, entropy_models)
         figures[f"{size}, batch {batch}, s an image"] = found
         gates += [
             gate(
@@ -188,6 +249,13 @@ def rival_gates(
             for source, bound in RIVAL_BOUNDS.get((size, batch), {}).items()
             if source in found
         ]
+        head = found["entropy head"]
+        if (bound := LOCKSTEP_BOUNDS.get(batch)) is not None:
+            ratio = found["entropy head, in lockstep"] / head
+            gates.append(gate(f"DPAR-{size}, own clocks / lockstep, images a second, batch {batch}", ratio, ">", bound))
+        if (bound := SECONDS_BOUNDS.get((size, batch))) is not None:
+            name = f"DPAR-{size}, entropy head / LlamaGen-{size}, seconds an image, batch {batch}"
+            gates.append(gate(name, head / found["LlamaGen"], "<", bound))
     return gates
 
 
@@ -203,6 +271,10 @@ def main() -> None:
         "cache": lambda _: [
             gate("bytes of a cache off the formula, share", cache_misfit(sources[-1]), "<", CACHE_BOUND)
         ],
+        "published": lambda _: [
+            gate(f"LlamaGen-{size} / published, a token, batch 4", against_published(size, 4), "<", PUBLISHED_BOUND)
+        ],
+        "clocks": lambda _: [gate("scheduler, microseconds a tick, 256 slots", tick_overhead(256), "<", TICK_BOUND_US)],
         "linear": lambda figures: linear_gates(figures, size, options.linear_batches),
         "rivals": lambda figures: rival_gates(figures, options.rivals, options.batches, sources),
     }
@@ -214,7 +286,9 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description="Sampling with caches.")
-    parser.add_argument("--only", nargs="+", choices=["exact", "loop", "cache", "linear", "rivals"])
+    parser.add_argument(
+        "--only", nargs="+", choices=["exact", "loop", "cache", "published", "clocks", "linear", "rivals"]
+    )
     parser.add_argument("--size", choices=BOTH, default="B", help="Of all parts but the rivals.")
     parser.add_argument("--loop-batch", type=int, default=4)
     parser.add_argument("--linear-batches", nargs="+", type=int, default=[1, 4, 16])

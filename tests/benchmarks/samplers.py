@@ -9,20 +9,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from lockstep import Deciding, DPARDecoding, GPTDecoding
 from model_sizes import DPARS, GPTS, codebook_size
 from torch import Tensor, nn
 
-from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, HeadBoundaries, NextToken
+from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, HeadBoundaries, NextTokens
+from models.canvas import Canvas
 from models.config import DPARConfig, EntropyHeadConfig, GPTConfig
 from models.dpar import DPAR
+from models.dpar_steps import GLOBAL, TOKEN, DPARSteps
 from models.entropy_head import EntropyHead
 from models.gpt import GPT
+from models.gpt_steps import GPTSteps
 from models.packed_linear import pack_linear_layers
 from models.patching import PatchRule, patch_starts
-from models.sampling import DPARDecoding, GPTDecoding
+from models.sampling import Sampling
 from models.token_sampling import SamplingOptions, sample_token
 
 CLASSES = 1000
@@ -92,26 +96,50 @@ def ragged_starts(batch: int, grid: Grid) -> Tensor:
     return min(candidates, key=lambda starts: abs(int(starts[:, :-1].sum()) - wanted))
 
 
-class Watched:
+def many_starts(batch: int, grid: Grid) -> Tensor:
+    """The same for as many images as `OwnClocks` needs: twice a batch in flight, and those that come after them."""
+    return ragged_starts(4 * batch, grid)
+
+
+class Watched(GivenBoundaries):
     """Given boundaries, beside sources that run as if they decided them; adds up what each takes."""
 
     def __init__(self, starts: Tensor, sources: Mapping[str, Boundaries] | None = None) -> None:
-        self.starts, self._sources = starts, dict(sources or {})
-        self._given = GivenBoundaries(starts)
-        self.seconds = dict.fromkeys(self._sources, 0.0)
+        super().__init__(starts)
+        self.sources = dict(sources or {})
+        self.seconds = dict.fromkeys(self.sources, 0.0)
 
-    def begin(self, batch: int, num_tokens: int) -> None:
+    def begin(self, slots: int, num_images: int, num_tokens: int) -> None:
         """Start a batch."""
-        for boundaries in (self._given, *self._sources.values()):
-            boundaries.begin(batch, num_tokens)
+        super().begin(slots, num_images, num_tokens)
+        for source in self.sources.values():
+            source.begin(slots, num_images, num_tokens)
 
-    def opens(self, token: NextToken) -> Tensor:
+    def opens(self, tokens: NextTokens) -> Tensor:
         """The given answer, after those that were asked for."""
-        for name, source in self._sources.items():
+        for name, source in self.sources.items():
             start = time.perf_counter()
-            source.opens(token)
+            source.opens(tokens)
             self.seconds[name] += time.perf_counter() - start
-        return self._given.opens(token)
+        return super().opens(tokens)
+
+    def in_lockstep(self) -> Deciding:
+        """The same for the lockstep sampler."""
+        return WatchedInLockstep(self, self.sources)
+
+
+class WatchedInLockstep(Deciding):
+    """The given answer, after those of other sources."""
+
+    def __init__(self, given: GivenBoundaries, sources: Mapping[str, Boundaries]) -> None:
+        super().__init__(given)
+        self._sources = [Deciding(source) for source in sources.values()]
+
+    def opens(self, *asked: Any) -> Tensor:
+        """The given answer."""
+        for source in self._sources:
+            source.opens(*asked)
+        return super().opens(*asked)
 
 
 def entropy_model(size: str, grid: Grid | None = None) -> EntropyBoundaries:
@@ -128,30 +156,100 @@ def entropy_head(model: DPAR) -> HeadBoundaries:
     return HeadBoundaries(head, PatchRule(0.5, 4, True, model.config.grid))
 
 
-class Decoder:
-    """Draws the next token of every image at each step.
+class Decoder(Protocol):
+    """Draws a token of each image of a batch at every step, or as many of others in flight."""
+
+    batch: int
+
+    def step(self) -> None:
+        """Draw as many tokens as a batch has images."""
+
+    def skip_to(self, position: int) -> None:
+        """Go on at `position`, as if all before it had been drawn."""
+
+
+class OwnClocks:
+    """Images at different positions, as in the midst of a long run, with twice as many in flight as a batch holds.
 
     Its caches have all their memory before the first step that is timed: what a system takes to hand out gigabytes
     differs from one to the next by a factor of six.
     """
 
-    def __init__(self, decoding: GPTDecoding | DPARDecoding) -> None:
-        self.batch, self.draw_seconds = len(decoding.labels) // 2, 0.0
-        self._decoding = decoding
+    def __init__(self, model: DPAR, boundaries: Watched, batch: int) -> None:
+        self.batch, num_tokens = batch, model.config.num_tokens
+        images = len(boundaries.starts)
+        generator = torch.Generator().manual_seed(0)
+        labels, uniforms = torch.arange(images) % CLASSES, torch.rand(images, num_tokens, generator=generator)
+        canvas = Canvas(labels, uniforms, GUIDED, CLASSES, None)
+        self._sampling = Sampling(canvas, DPARSteps, model, boundaries, batch=batch)
+        self._owed, self._drawn = 0, 0
+        for kind in (GLOBAL, TOKEN):
+            self._sampling._tick(kind)
+        self._spread(boundaries.starts, generator)
+
+    def step(self) -> None:
+        """Tick until a batch of tokens more is drawn, on average over the steps."""
+        clocks = self._sampling._clocks
+        self._owed += self.batch
+        while self._drawn < self._owed:
+            kind = clocks.fullest(clocks.waiting.tolist())
+            assert kind is not None, "too few images for so many steps"
+            images, _ = self._sampling._tick(kind)
+            self._drawn += len(images) if kind == TOKEN else 0
+
+    def skip_to(self, position: int) -> None:
+        """Do nothing: images are at all positions at all times."""
+
+    def _spread(self, starts: Tensor, generator: torch.Generator) -> None:
+        """Put the images in flight at random positions."""
+        steps, clocks = self._sampling._steps, self._sampling._clocks
+        assert isinstance(steps, DPARSteps)
+        slots = len(clocks.images) - 1
+        position = torch.randint(1, starts.shape[1], (slots,), generator=generator)
+        reached = starts[clocks.images[:-1]] & (torch.arange(starts.shape[1]) <= position[:, None])
+        steps._position[:-1], steps._global_rows[:-1] = position, reached.sum(dim=1)
+        steps._first[:-1] = torch.where(reached, torch.arange(starts.shape[1]), 0).amax(dim=1)
+        clocks._waits[:-1] = TOKEN
+        clocks.waiting.copy_(clocks._count())
+
+
+class LlamaGenDecoder:
+    """LlamaGen by the sampler: all images are at the same position."""
+
+    def __init__(self, model: GPT, batch: int) -> None:
+        self.batch = batch
+        labels, uniforms = torch.arange(2 * batch) % CLASSES, torch.rand(2 * batch, model.config.num_tokens)
+        self._sampling = Sampling(Canvas(labels, uniforms, GUIDED, CLASSES, None), GPTSteps, model, None, batch=batch)
+        self.step()
+        self.skip_to(0)
+
+    def step(self) -> None:
+        """Draw the next token of all images."""
+        self._sampling._tick(0)
+
+    def skip_to(self, position: int) -> None:
+        """Go on at `position`, as if all before it had been drawn."""
+        steps = self._sampling._steps
+        assert isinstance(steps, GPTSteps)
+        steps._position.fill_(position)
+
+
+class Lockstep:
+    """The sampler that draws all images in lockstep."""
+
+    def __init__(self, decoding: GPTDecoding | DPARDecoding, starts: Tensor) -> None:
+        self.batch = len(decoding.labels) // 2
+        self._decoding, self._starts = decoding, starts[: self.batch]
         self._uniforms = torch.rand(self.batch, decoding.model.config.num_tokens)
         self._last: Tensor | None = None
         self.skip_to(decoding.model.config.num_tokens - 1)
         self.step()
         self._start_again()
 
-    def step(self) -> Tensor:
-        """Tokens (B,)."""
+    def step(self) -> None:
+        """Draw the next token of all images."""
         uniforms = self._uniforms[:, self._decoding.position]
-        logits = self._decoding.step(self._last)
-        start = time.perf_counter()
-        self._last = sample_token(logits, uniforms, GUIDED)
-        self.draw_seconds += time.perf_counter() - start
-        return self._last
+        self._last = sample_token(self._decoding.step(self._last), uniforms, GUIDED)
 
     def skip_to(self, position: int) -> None:
         """Go on at `position`, as if all before it had been drawn."""
@@ -159,8 +257,7 @@ class Decoder:
             self.step()
         self._decoding.position = position
         if isinstance(self._decoding, DPARDecoding):
-            assert isinstance(self._decoding.boundaries, Watched)
-            before = self._decoding.boundaries.starts[:, :position]
+            before = self._starts[:, :position]
             self._decoding.num_patches = before.sum(dim=1) - 1
             self._decoding.open_lengths = position - before.long().cumsum(dim=1).argmax(dim=1)
 
@@ -171,14 +268,10 @@ class Decoder:
             self._decoding.open_lengths = torch.zeros_like(self._decoding.open_lengths)
 
 
-def llamagen_decoder(model: GPT, batch: int) -> Decoder:
-    """Of LlamaGen."""
-    return Decoder(GPTDecoding(model, torch.arange(batch), GUIDED))
-
-
-def dpar_decoder(model: DPAR, boundaries: Watched) -> Decoder:
-    """Of DPAR."""
-    return Decoder(DPARDecoding(model, torch.arange(len(boundaries.starts)), GUIDED, boundaries))
+def lockstep_decoder(model: DPAR, boundaries: Watched, batch: int) -> Lockstep:
+    """DPAR in lockstep, on the first of the images that have boundaries."""
+    first = Watched(boundaries.starts[:batch], boundaries.sources)
+    return Lockstep(DPARDecoding(model, torch.arange(batch), GUIDED, first.in_lockstep()), first.starts)
 
 
 def seconds_of(call: Callable[[], object]) -> float:

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from cached_logits import cached_logits
 from torch import Tensor
 
-from models.boundaries import Boundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
+from models.boundaries import Boundaries, GivenBoundaries, HeadBoundaries, NextTokens, OwnEntropyBoundaries
 from models.config import EntropyHeadConfig, HeadKind
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead, entropies_of
 from models.gpt import token_entropy
 from models.packed_patches import pack_patches
 from models.patching import PatchRule, opens_patch, patch_starts
-from models.sampling import DPARDecoding, sample_dpar
+from models.sampling import sample_dpar
 from models.token_sampling import SamplingOptions
 
 GRID, TOKENS, CODES, CLASSES, IMAGES = 4, 16, 40, 5, 8
@@ -92,15 +93,23 @@ def test_a_head_learns_entropies_that_its_states_hold(kind: HeadKind) -> None:
 class Recorded:
     """Boundaries that pass on another source's answers and keep the entropies of open patches."""
 
+    reads_logits = True
+
     def __init__(self, source: Boundaries) -> None:
-        self.source, self.entropies = source, [torch.zeros(IMAGES)]
+        self.source, self.entropies = source, torch.full((IMAGES, TOKENS), torch.nan)
 
-    def begin(self, batch: int, num_tokens: int) -> None:
-        self.source.begin(batch, num_tokens)
+    @property
+    def longest(self) -> int:
+        return self.source.longest
 
-    def opens(self, token: Any) -> Tensor:
-        self.entropies.append(token_entropy(token.open_logits()))
-        return self.source.opens(token)
+    def begin(self, slots: int, num_images: int, num_tokens: int) -> None:
+        self.source.begin(slots, num_images, num_tokens)
+
+    def opens(self, tokens: NextTokens) -> Tensor:
+        assert tokens.logits is not None
+        first = tokens.open_lengths > 0  # an image comes back with an empty patch
+        self.entropies[tokens.images[first], tokens.positions[first]] = token_entropy(tokens.logits[first])
+        return self.source.opens(tokens)
 
 
 def own_entropy(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor, position: int) -> Tensor:
@@ -117,10 +126,10 @@ def test_own_entropies_are_those_of_a_forward_in_which_the_patch_goes_on(dpar: C
     tokens, starts = sample_dpar(model, labels, uniforms, GUIDED, recorded)
     for position in range(1, TOKENS):
         expected = own_entropy(model, tokens, labels, starts, position)
-        torch.testing.assert_close(recorded.entropies[position], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(recorded.entropies[:, position], expected, atol=1e-5, rtol=1e-5)
     lengths = torch.ones(IMAGES, dtype=torch.int64)
     for position in range(1, TOKENS):
-        opened = opens_patch(rule, position, recorded.entropies[position], lengths)
+        opened = opens_patch(rule, torch.full((IMAGES,), position), recorded.entropies[:, position], lengths)
         assert torch.equal(opened, starts[:, position])
         lengths = torch.where(opened, 1, lengths + 1)
     assert 1 < float(starts.sum()) / IMAGES < TOKENS
@@ -130,11 +139,9 @@ def test_own_entropies_are_those_of_a_forward_in_which_the_patch_goes_on(dpar: C
 def test_a_step_that_was_taken_again_gives_the_logits_of_the_full_forward(dpar: Callable[..., DPAR]) -> None:
     model, (labels, uniforms) = dpar(), batch()
     tokens, starts = sample_dpar(model, labels, uniforms, GUIDED, OwnEntropyBoundaries(PatchRule(3.3, 3, True, GRID)))
-    recorded = Recorded(GivenBoundaries(starts))
-    decoding = DPARDecoding(model, labels, SamplingOptions(), recorded)
-    cached = [decoding.step(tokens[:, t - 1] if t else None) for t in range(TOKENS)]
+    found = cached_logits(model, tokens, labels, Recorded(GivenBoundaries(starts)), SamplingOptions(), batch=2)
     expected = model(tokens, labels, pack_patches(starts))
-    torch.testing.assert_close(torch.stack(cached, dim=1), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [SamplingOptions(), GUIDED])

@@ -15,16 +15,19 @@ from conf.section import TrainingConfig
 from conf.tokenizer import TokenizerConfig
 from models import attention
 from models.boundaries import Boundaries, EntropyBoundaries, GivenBoundaries, HeadBoundaries, OwnEntropyBoundaries
+from models.canvas import Canvas
 from models.config import DPARConfig, EntropyHeadConfig, GPTConfig, VQConfig
 from models.discriminator import PatchDiscriminator
 from models.dpar import DPAR
+from models.dpar_steps import DPARSteps
 from models.entropy_head import EntropyHead
 from models.gpt import GPT
+from models.gpt_steps import GPTSteps
 from models.lpips import LPIPS
 from models.packed_patches import PackedPatches, pack_patches
 from models.patching import PatchRule
-from models.sampling import DPARDecoding, GPTDecoding
-from models.token_sampling import SamplingOptions, sample_token
+from models.sampling import Sampling
+from models.token_sampling import SamplingOptions
 from models.vq import VQModel
 from stages.training.data import GPTObjective, TokenBatch
 from stages.training.ema import WeightAverage
@@ -208,32 +211,34 @@ def options() -> SamplingOptions:
     return SamplingOptions(cfg_scale=2.0, cfg_schedule="linear", top_k=10, top_p=0.9)
 
 
-def sampled(decoding: GPTDecoding | DPARDecoding) -> None:
-    """Sample the first row of tokens and one more."""
-    previous = None
-    for position in range(6):
-        previous = sample_token(decoding.step(previous), torch.rand(IMAGES, device=CUDA), options())
-        assert previous.device == CUDA
-        assert decoding.position == position + 1
+def ticks(steps: Any, model: Any, boundaries: Boundaries | None, kinds: list[int], waits: HostWaits) -> Sampling:
+    """Some ticks of a sampler in which more images than slots wait."""
+    labels, uniforms = torch.zeros(5, dtype=torch.int64, device=CUDA), torch.rand(5, TOKENS, device=CUDA)
+    prefix = torch.zeros(5, 2, dtype=torch.int64, device=CUDA)
+    found = Sampling(Canvas(labels, uniforms, options(), 5, prefix), steps, model, boundaries, batch=2)
+    waits.found.clear()
+    for kind in kinds:
+        images, done = found._tick(kind)
+        assert images.device == done.device == CUDA
+        assert images.shape == (2,), "batches are full"
+    return found
 
 
-def test_sampling_of_llamagen_waits_for_nothing(waits: HostWaits) -> None:
-    model = gpt(dtype=BFLOAT16).eval()
-    sampled(GPTDecoding(model, torch.zeros(IMAGES, dtype=torch.int64, device=CUDA), options()))
+def test_ticks_of_llamagen_wait_for_nothing(waits: HostWaits) -> None:
+    ticks(GPTSteps, gpt(dtype=BFLOAT16).eval(), None, [0, 0, 0], waits)
     assert not waits.found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["given", "head", "entropy model", "own entropy"])
-def test_sampling_of_dpar_mixes_no_devices(source: str, waits: HostWaits) -> None:
+def test_ticks_of_dpar_wait_for_nothing(source: str, waits: HostWaits) -> None:
     model = dpar(BFLOAT16).eval()
     boundaries: dict[str, Callable[[], Boundaries]] = {
-        "given": lambda: GivenBoundaries(torch.ones(IMAGES, TOKENS, dtype=torch.bool, device=CUDA)),
+        "given": lambda: GivenBoundaries(torch.ones(5, TOKENS, dtype=torch.bool, device=CUDA)),
         "head": lambda: HeadBoundaries(head(model, BFLOAT16).eval(), RULE),
         "entropy model": lambda: EntropyBoundaries(gpt(None, BFLOAT16).eval(), RULE),
         "own entropy": lambda: OwnEntropyBoundaries(RULE),
     }
-    labels = torch.zeros(IMAGES, dtype=torch.int64, device=CUDA)
-    decoding = DPARDecoding(model, labels, options(), boundaries[source]())
-    sampled(decoding)
-    assert decoding.starts.device == CUDA
+    found = ticks(DPARSteps, model, boundaries[source](), [1, 0, 0, 1, 1, 0], waits)
+    assert found.starts.device == CUDA
+    assert not waits.found

@@ -91,8 +91,8 @@ def test_cached_steps_equal_the_whole_forward() -> None:
         inputs = model.tok_embeddings(tokens[:, :-1])
         if model.conditional:
             inputs = torch.cat([model.cls_embedding(labels)[:, None], inputs], dim=1)
-        cache = model.new_cache()
-        steps = [model.step(inputs[:, t], t, cache) for t in range(inputs.shape[1])]
+        cache, slots = model.new_cache(5), torch.tensor([4, 0, 2])
+        steps = [model.step(inputs[:, t], slots, torch.full((3,), t), cache) for t in range(inputs.shape[1])]
         whole = model(tokens, labels if model.conditional else None)
         torch.testing.assert_close(torch.stack(steps, dim=1), whole, atol=1e-5, rtol=1e-4)
 

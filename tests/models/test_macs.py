@@ -21,7 +21,7 @@ from models.macs import dpar_cost, gpt_cost, head_sampling, npp_cost
 from models.npp import next_patch_loss
 from models.packed_patches import pack_patches
 from models.patching import PatchRule, patch_starts
-from models.sampling import DPARDecoding, sample_dpar, sample_gpt
+from models.sampling import sample_dpar, sample_gpt
 from models.token_sampling import SamplingOptions
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")  # they cost more than what is counted here
@@ -209,20 +209,18 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def drawn_dpar(starts: Tensor, options: SamplingOptions) -> float:
-    """Linear MACs of drawing a batch, by the cost of its mean length.
+    """Linear MACs of drawing images one at a time, by the cost of their mean length.
 
-    That takes keys and values of the pooling for all tokens that are read. The sampler makes them when a patch closes:
-    none for the last one, and those that close together are padded to the longest.
+    That takes keys and values of the pooling for all tokens that are read. The sampler makes none for the last patch.
+    It encodes the last token and pools a token in place of the class, which nobody reads.
     """
-    config, batch = small_dpar(), len(starts)
-    made = 0
-    for position in range(1, TOKENS):
-        closing = starts[starts[:, position], :position]
-        if len(closing):
-            made += len(closing) * int((position - torch.where(closing, torch.arange(position), 0).amax(1)).max())
-    pooling = 2 * config.encoder_layers * config.dim**2 * (made - batch * (TOKENS - 1))
-    cost = dpar_cost(config, batch * TOKENS / int(starts.sum()))
-    return batch * cost.sampling.macs(guided=options.guided).linear + pooling
+    config, images = small_dpar(), len(starts)
+    closed = int(torch.where(starts, torch.arange(TOKENS), 0).amax(1).sum())
+    cost = dpar_cost(config, images * TOKENS / int(starts.sum()))
+    square = config.encoder_layers * config.dim**2
+    pooling = 2 * square * (closed - images * (TOKENS - 1)) + 4 * square * images
+    last_token = config.encoder_layers * block(config.dim) * images
+    return images * cost.sampling.macs(guided=options.guided).linear + pooling + last_token
 
 
 @pytest.mark.parametrize("options", [PLAIN, GUIDED])
@@ -241,7 +239,7 @@ def test_sampling_llamagen_costs_what_the_sampler_really_multiplies(options: Sam
 def test_sampling_dpar_costs_what_the_sampler_really_multiplies(options: SamplingOptions) -> None:
     labels, uniforms, starts = batch()
     model = DPAR(small_dpar()).eval()
-    linear, _ = counted(lambda: sample_dpar(model, labels, uniforms, options, GivenBoundaries(starts)))
+    linear, _ = counted(lambda: sample_dpar(model, labels, uniforms, options, GivenBoundaries(starts), batch=1))
     assert linear == round(drawn_dpar(starts, options))
 
 
@@ -254,7 +252,8 @@ def test_attention_of_a_drawn_image_meets_only_what_came_before(options: Samplin
     model = DPAR(small_dpar()).eval()
     _, attention = counted(lambda: sample_dpar(model, labels, uniforms, options, GivenBoundaries(starts)))
     expected = dpar_cost(small_dpar(), TOKENS / int(starts.sum())).sampling.macs(guided=options.guided)
-    assert attention == round(expected.attention)
+    last_token = 2 * model.config.encoder_layers * model.config.dim * TOKENS
+    assert attention == round(expected.attention) + last_token
 
 
 @pytest.mark.slow
@@ -268,10 +267,17 @@ def test_an_entropy_model_that_decides_boundaries_runs_once_an_image(options: Sa
     threshold = float(entropy_model.entropy((uniforms * 40).long())[:, 1:].median())
     boundaries = EntropyBoundaries(entropy_model, PatchRule(threshold, 4, True, GRID))
     starts: list[Tensor] = []
-    linear, _ = counted(lambda: starts.append(sample_dpar(model, labels, uniforms, options, boundaries)[1]))
+    linear, _ = counted(lambda: starts.append(sample_dpar(model, labels, uniforms, options, boundaries, batch=1)[1]))
     assert len(set(starts[0].sum(1).tolist())) > 1, "the batch must be ragged"
     entropy_model_cost = gpt_cost(small_gpt(None)).sampling.macs(guided=options.guided)
-    assert linear == round(drawn_dpar(starts[0], options) + IMAGES * entropy_model_cost.linear)
+    a_token = TOKENS / (TOKENS - 1)  # it reads the last token too
+    assert linear == round(drawn_dpar(starts[0], options) + IMAGES * entropy_model_cost.linear * a_token)
+
+
+class Predicted(GivenBoundaries):
+    """Given boundaries that cost what those by the model's own entropy cost."""
+
+    reads_logits = True
 
 
 @pytest.mark.slow
@@ -279,27 +285,23 @@ def test_an_entropy_model_that_decides_boundaries_runs_once_an_image(options: Sa
 @pytest.mark.parametrize("opening", [(1, 8), (3, 6), (2, 4, 5, 7), range(1, TOKENS)])  # mirrored, so spread evenly
 @torch.no_grad()
 def test_own_entropy_costs_a_prediction_more_where_a_patch_closes(
-    options: SamplingOptions, opening: Sequence[int], monkeypatch: pytest.MonkeyPatch
+    options: SamplingOptions, opening: Sequence[int]
 ) -> None:
     labels, uniforms = (rows[:1] for rows in batch()[:2])
     starts = torch.zeros(1, TOKENS, dtype=torch.bool)
     starts[0, [0, *opening]] = True
     model = DPAR(small_dpar()).eval()
-
-    def drawn() -> tuple[int, int]:
-        return counted(lambda: sample_dpar(model, labels, uniforms, options, GivenBoundaries(starts)))
-
-    def predict_then_close(decoding: DPARDecoding, images: Tensor) -> None:
-        if len(images):
-            decoding._decode(torch.zeros(1, model.config.dim))
-        close(decoding, images)
-
-    known, close = drawn(), DPARDecoding._close_patches
-    monkeypatch.setattr(DPARDecoding, "_close_patches", predict_then_close)
-    found = drawn()
-    own = dpar_cost(model.config, TOKENS / int(starts.sum())).own_entropy.macs(guided=options.guided)
+    known, found = (
+        counted(lambda source=source: sample_dpar(model, labels, uniforms, options, source(starts)))
+        for source in (GivenBoundaries, Predicted)
+    )
+    config = model.config
+    own = dpar_cost(config, TOKENS / int(starts.sum())).own_entropy.macs(guided=options.guided)
     more = found[0] - known[0], found[1] - known[1]
-    assert more == (pytest.approx(own.linear, rel=1e-12), pytest.approx(own.attention, rel=1e-12))
+    # The encoder reads a token there that is not kept.
+    encoder = config.encoder_layers * block(config.dim) * len(opening)
+    reads = 2 * config.encoder_layers * config.dim * sum(position + 1 for position in opening)
+    assert more == (pytest.approx(own.linear + encoder, rel=1e-12), pytest.approx(own.attention + reads, rel=1e-12))
 
 
 @pytest.mark.slow
@@ -312,10 +314,11 @@ def test_an_entropy_head_costs_its_narrow_block_once_a_token() -> None:
     torch.nn.init.normal_(head.output.weight, std=0.3)
     boundaries = HeadBoundaries(head, PatchRule(1.8, 4, True, GRID))
     starts: list[Tensor] = []
-    linear, _ = counted(lambda: starts.append(sample_dpar(model, labels, uniforms, GUIDED, boundaries)[1]))
+    linear, _ = counted(lambda: starts.append(sample_dpar(model, labels, uniforms, GUIDED, boundaries, batch=1)[1]))
     of_head = linear - round(drawn_dpar(starts[0], GUIDED))
-    assert of_head == IMAGES * head_sampling(model.config).macs(guided=True).linear
-    assert of_head == IMAGES * (TOKENS - 1) * (64 * 64 + block(64) + 64)
+    a_token = 64 * 64 + block(64) + 64
+    assert IMAGES * head_sampling(model.config).macs(guided=True).linear == IMAGES * (TOKENS - 1) * a_token
+    assert of_head == IMAGES * TOKENS * a_token, "it reads the last token too"
 
 
 @pytest.mark.parametrize("length", [0.99, 4.6, float("nan")])

@@ -51,9 +51,9 @@ def reference(model: GPT, tokens: Tensor, label: int, side: int) -> Tensor:
     coarse.load_state_dict(model.state_dict())
     embedded = [sum(model.tok_embeddings(tokens[p]) for p in block) / side**2 for block in places]
     inputs = [model.cls_embedding(torch.tensor([label]))[0], *embedded[:-1]]
-    cache, losses = coarse.new_cache(), []
+    cache, losses, slot = coarse.new_cache(1), [], torch.tensor([0])
     for position, (hidden, block) in enumerate(zip(inputs, places, strict=True)):
-        log_probs = coarse.step(hidden[None], position, cache)[0].log_softmax(-1)
+        log_probs = coarse.step(hidden[None], slot, torch.tensor([position]), cache)[0].log_softmax(-1)
         losses += [-log_probs[tokens[p]] for p in block]
     return torch.stack(losses).mean()
 

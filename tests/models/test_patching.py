@@ -44,7 +44,7 @@ def test_offline_online_and_algorithm_1_agree(
     assert patch_starts(rule, torch.tensor([entropies]))[0].tolist() == expected
     online, length = [True], torch.ones(1, dtype=torch.int64)
     for position in range(1, grid * grid):
-        opened = opens_patch(rule, position, torch.tensor([entropies[position]]), length)
+        opened = opens_patch(rule, torch.tensor([position]), torch.tensor([entropies[position]]), length)
         length = torch.where(opened, 1, length + 1)
         online.append(bool(opened))
     assert online == expected

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached_logits import cached_logits
 from torch import Tensor
 
 from models.boundaries import EntropyBoundaries, GivenBoundaries
@@ -15,7 +16,7 @@ from models.dpar import DPAR
 from models.gpt import GPT
 from models.packed_patches import pack_patches
 from models.patching import PatchRule, patch_starts, static_patch_starts
-from models.sampling import DPARDecoding, sample_dpar, sample_gpt
+from models.sampling import sample_dpar, sample_gpt
 from models.token_sampling import SamplingOptions, filter_logits, sample_token
 
 GRID, TOKENS, CODES, CLASSES = 4, 16, 40, 5
@@ -46,33 +47,29 @@ def full_logits(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor, opt
     return unconditional + options.cfg_scale * (conditional - unconditional)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("options", [PLAIN, GUIDED])
 @pytest.mark.parametrize("position_embedding", ["dynamic", "dynamic_no_redundancy", "patch_index_1d"])
 def test_cached_logits_are_those_of_the_full_forward(
-    position_embedding: str, options: SamplingOptions, dpar: Callable[..., DPAR]
+    position_embedding: str, options: SamplingOptions, batch_size: int, dpar: Callable[..., DPAR]
 ) -> None:
     model = dpar(position_embedding=position_embedding)
     labels, uniforms, starts = batch(8)
     tokens = (uniforms * CODES).long()
-    decoding = DPARDecoding(model, labels, options, GivenBoundaries(starts))
-    cached = [decoding.step(tokens[:, t - 1] if t else None) for t in range(TOKENS)]
+    cached = cached_logits(model, tokens, labels, GivenBoundaries(starts), options, batch_size)
     expected = full_logits(model, tokens, labels, starts, options)
     tolerance = 1e-4 if options.guided else 1e-5  # guidance multiplies rounding errors
-    torch.testing.assert_close(torch.stack(cached, dim=1), expected, atol=tolerance, rtol=tolerance)
-    assert torch.equal(decoding.starts, starts)
-    assert decoding.num_patches.tolist() == (starts.sum(1) - 1).tolist(), "one global step a closed patch"
+    torch.testing.assert_close(cached, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_weights_in_bfloat16_give_float32_logits_near_the_exact_ones(dpar: Callable[..., DPAR]) -> None:
     labels, uniforms, starts = batch(8)
     tokens = (uniforms * CODES).long()
-    logits = []
-    for model in (dpar(), dpar().bfloat16()):
-        decoding = DPARDecoding(model, labels, PLAIN, GivenBoundaries(starts))
-        steps = [decoding.step(tokens[:, t - 1] if t else None) for t in range(TOKENS)]
-        assert all(step.dtype == torch.float32 for step in steps)
-        logits.append(torch.stack(steps, dim=1))
-    assert (logits[1] - logits[0]).abs().max() < 0.3 * logits[0].std()
+    exact, rounded = (
+        cached_logits(model, tokens, labels, GivenBoundaries(starts), PLAIN, 3) for model in (dpar(), dpar().bfloat16())
+    )
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).abs().max() < 0.3 * exact.std()
 
 
 def test_boundaries_decided_while_drawing_are_those_of_the_patch_index(

@@ -21,7 +21,8 @@ from conf.schema import Settings
 from conf.section import Section
 from conf.train import FAMILIES, TrainConfig, for_every_family
 from models.boundaries import Boundaries
-from models.token_sampling import SamplingOptions
+from models.canvas import Canvas
+from models.clocks import DONE
 from pipeline.bench.family_costs import FAMILY_COSTS
 from pipeline.graph import STAGES, inputs_read
 from stages.families import ARCHITECTURES, RECIPES, Architecture, Objective, Recipe
@@ -58,20 +59,23 @@ class Bigram(nn.Module):
         return loss, {}
 
 
-def sample_bigram(
-    model: Bigram,
-    labels: Tensor,
-    uniforms: Tensor,
-    options: SamplingOptions,
-    boundaries: Boundaries | None,
-    prefix: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    previous, tokens = torch.full_like(labels, model.config.codebook_size), []
-    for position in range(uniforms.shape[1]):
-        cumulative = model.table[previous].float().softmax(-1).cumsum(-1)
-        previous = torch.searchsorted(cumulative, uniforms[:, position, None].contiguous())[:, 0].clamp(max=CODES - 1)
-        tokens.append(previous)
-    return torch.stack(tokens, dim=1), torch.ones(uniforms.shape, dtype=torch.bool)
+class BigramSteps:
+    """Draws the next token of some images."""
+
+    kinds = 1
+
+    def __init__(self, model: Bigram, canvas: Canvas, boundaries: Boundaries | None, slots: int) -> None:
+        self._model, self._canvas = model, canvas
+        self._position = torch.zeros(slots + 1, dtype=torch.int64)
+        canvas.starts.fill_(True)
+
+    def step(self, kind: int, slots: Tensor, images: Tensor) -> Tensor:
+        position = self._position[slots]
+        previous = torch.where(position == 0, CODES, self._canvas.tokens[images, position - 1])
+        self._canvas.draw(self._canvas.twice(self._model.table[previous]), images, position)
+        done = position == TOKENS - 1
+        self._position[slots] = torch.where(done, 0, position + 1)
+        return torch.where(done, DONE, 0)
 
 
 class BigramSettings(TrainConfig):
@@ -92,7 +96,7 @@ def bigram_config(settings: BigramSettings, store: TokenStore) -> BigramConfig:
 def bigram(monkeypatch: pytest.MonkeyPatch, image_root: Path) -> Settings:
     """The tables with one more family, and settings that name it over a preset of DPAR."""
     monkeypatch.setitem(FAMILIES, "bigram", BigramSettings)
-    architecture = Architecture(config=BigramConfig, module=Bigram, sample=sample_bigram)
+    architecture = Architecture(config=BigramConfig, module=Bigram, steps=BigramSteps)
     monkeypatch.setitem(ARCHITECTURES, "bigram", architecture)
     recipe = Recipe(
         config=bigram_config,
@@ -144,5 +148,5 @@ def test_a_family_without_an_entry_in_some_table_fails_where_the_table_is_made(b
     assert set(for_every_family(ARCHITECTURES)) == set(for_every_family(RECIPES)) == set(FAMILIES)
     with pytest.raises(AssertionError, match="bigram"):
         for_every_family(FAMILY_COSTS)
-    with pytest.raises(TypeError, match="sample"):
+    with pytest.raises(TypeError, match="steps"):
         Architecture(config=BigramConfig, module=Bigram)  # type: ignore[call-arg]

@@ -15,8 +15,8 @@ from torch import Tensor
 from conf.boundary_sources import BOUNDARY_SOURCES, SourceInfo, calibrated_sources, for_every_source
 from conf.load import load_settings
 from conf.schema import Settings
-from models.boundaries import NextToken
-from models.patching import PatchRule, opens_patch, patch_starts
+from models.boundaries import NextTokens, RuleBoundaries
+from models.patching import PatchRule, patch_starts
 from pipeline.graph import STAGES, inputs_read
 from stages.patches.boundary_sources import CALIBRATIONS, SOURCES, EntropySource
 from stages.patches.thresholds import EntropySample
@@ -32,17 +32,11 @@ def surprise(tokens: Tensor) -> Tensor:
     return tokens.float() * (math.log(CODES) / CODES)
 
 
-class NumberBoundaries:
+class NumberBoundaries(RuleBoundaries):
     """The rule on the number of the token before."""
 
-    def __init__(self, rule: PatchRule) -> None:
-        self.rule = rule
-
-    def begin(self, batch: int, num_tokens: int) -> None:
-        """Nothing is kept."""
-
-    def opens(self, token: NextToken) -> Tensor:
-        return opens_patch(self.rule, token.position, surprise(token.previous), token.open_lengths)
+    def entropies(self, tokens: NextTokens) -> Tensor:
+        return surprise(tokens.previous)
 
 
 def training_surprises(inputs: Inputs) -> EntropySample:
