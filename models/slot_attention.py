@@ -29,7 +29,8 @@ def slot_attention(
 ) -> Float[Tensor, "R H K"]:
     """Attention of each row's query to the first positions of its slot, with scale K**-0.5 and a float32 softmax.
 
-    On CUDA, call it once with the same shapes before a graph captures it: the first call compiles the kernel.
+    It is for sampling and has no gradients on CUDA. Call it once with the same arguments before a CUDA graph captures
+    it: the first call compiles the kernel.
 
     Args:
         q: One query a row. Any strides.
@@ -43,8 +44,8 @@ def slot_attention(
     """
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError(
-            f"keys have strides {keys.stride()} and values {values.stride()}, expected contiguous tensors: allocate the "
-            "cache of a layer as two tensors (S, H, T, K), and pass them whole"
+            f"keys have strides {keys.stride()} and values {values.stride()}, expected contiguous tensors: allocate "
+            "keys and values of a layer as two tensors (S, H, T, K), and pass them whole"
         )
     if q.device.type == "cuda":
         return _OPERATOR(q, keys, values, slots, lengths)
@@ -94,15 +95,12 @@ def kernel_refusal(device: torch.device, dtype: torch.dtype, width: int) -> str 
     if find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return "Triton needs compute capability 8.0, and the device has sm {}.{}".format(
-            *torch.cuda.get_device_capability(device)
-        )
-    cache, row = (
-        torch.zeros(1, 1, 1, width, dtype=dtype, device=device),
-        torch.ones(1, dtype=torch.int64, device=device),
-    )
+        found = "sm {}.{}".format(*torch.cuda.get_device_capability(device))
+        return f"Triton needs compute capability 8.0, and the device has {found}"
+    cache = torch.zeros(1, 1, 1, width, dtype=dtype, device=device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
     try:
-        _attend_on(device, cache[0], cache, cache, row - 1, row)
+        _attend_on(device, cache[0], cache, cache, slots, slots + 1)
     except Exception as error:  # Triton's, its compiler's and the operating system's have no common class
         return f"Triton cannot build it ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
     return None

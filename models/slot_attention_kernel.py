@@ -1,15 +1,16 @@
 """Triton kernel of `slot_attention`. Importing this file imports Triton.
 
-One program attends for one head of one row, a block of positions after the other. Each key and value is read once, and
-nothing else of size is: the kernel is bound by memory. At 64 guided images and 12 heads there are 1536 programs of 4
-warps, and four fit on an SM. Each has a block of keys and one of values in flight, 16 KiB in bfloat16, so an SM of an
-H100 waits for 64 KiB; about 16 KiB would hide the latency of its memory.
+One program attends for one head of one row, block by block of its positions. Each key and value is read once, and
+little else is: the kernel is bound by memory. At 64 guided images and 12 heads there are 1536 programs, and four fit on
+an SM. Each copies the next two blocks to shared memory while it computes on one. In bfloat16 that is 32 KiB a program
+and 128 KiB an SM; about 16 KiB hide the latency of an H100's memory.
 
 Sequences are not split among programs with a second reduction (flash-decoding). Splits pay where rows times heads do
-not fill the device. There a step is bound by the weights of its linear layers, and 1024 positions are 16 blocks.
+not fill the device. There a step is bound by the weights of its linear layers, and 1024 positions are only 16 blocks.
 
-Each position of a block has a softmax of its own over the blocks: a running maximum, a sum and a mixture of values. They
-are merged once, at the end. So the loop has no reduction across warps, which would keep the next block's loads waiting.
+Each place in a block has a softmax of its own, over the positions that it meets in all blocks: a maximum, a sum and a
+mixture of values. They are merged once, at the end. A softmax over whole blocks would need two reductions across warps
+in each.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_TILE = 4096  # keys or values of a block, all channels: 32 a thread, which stay in registers
+_TILE = 4096  # numbers of a block of keys, or of values: 32 a thread, which stay in registers
 _LOWEST = tl.constexpr(-3.0e38)  # below every finite score; the difference of two infinities would be NaN
 
 
@@ -34,7 +35,7 @@ def attend(
 ) -> Float[Tensor, "R H K"]:
     """Attention as in `slot_attention`, of contiguous keys and values on the current CUDA device.
 
-    The first call for a dtype and a width compiles the kernel and loads it, which a CUDA graph cannot capture.
+    The first call with these shapes and dtypes compiles the kernel and loads it, which a CUDA graph cannot capture.
     """
     rows, heads, width = q.shape
     out = q.new_empty(q.shape)
@@ -91,7 +92,7 @@ def _attend_head(
     highest = tl.full((BLOCK,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     mixed = tl.zeros((BLOCK, PADDED), tl.float32)
-    for start in range(0, length, BLOCK):
+    for start in tl.range(0, length, BLOCK, num_stages=3):  # one block in use, two on their way
         positions = start + tl.arange(0, BLOCK)
         counts = positions < length
         places = first + positions[:, None] * WIDTH + channels[None, :]
