@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from models.cached_gpt import gpt_logits
 from models.entropy_head import EntropyHead
 from models.gpt import GPT, token_entropy
+from models.kv_cache import KVCache
 from models.patching import PatchRule, opens_patch
 
 
@@ -71,7 +73,8 @@ class RuleBoundaries(ABC):
         return self.rule.longest
 
     def begin(self, slots: int, num_images: int, num_tokens: int) -> None:
-        """Start sampling of some images, of which as many as there are slots are in flight."""
+        """Do nothing: there is no state."""
+        return
 
     def opens(self, tokens: NextTokens) -> Bool[Tensor, " R"]:
         """Apply the rule to the entropies."""
@@ -88,7 +91,6 @@ class EntropyBoundaries(RuleBoundaries):
     def __init__(self, model: GPT, rule: PatchRule) -> None:
         super().__init__(rule)
         self.model = model
-        self._cache = model.new_cache(0)
 
     def begin(self, slots: int, num_images: int, num_tokens: int) -> None:
         """Start with an empty cache.
@@ -97,12 +99,12 @@ class EntropyBoundaries(RuleBoundaries):
             ValueError: The entropy model is for another number of tokens.
         """
         _require_tokens("entropy model", self.model.config.num_tokens, num_tokens)
-        self._cache = self.model.new_cache(slots)
+        self._cache = KVCache(len(self.model.layers), slots, num_tokens)
 
     def entropies(self, tokens: NextTokens) -> Float[Tensor, " R"]:
         """Feed the tokens before to the entropy model."""
         embedded = self.model.tok_embeddings(tokens.previous)
-        return token_entropy(self.model.step(embedded, tokens.slots, tokens.positions - 1, self._cache))
+        return token_entropy(gpt_logits(self.model, embedded, tokens.slots, tokens.positions - 1, self._cache))
 
 
 class HeadBoundaries(RuleBoundaries):
@@ -111,7 +113,6 @@ class HeadBoundaries(RuleBoundaries):
     def __init__(self, head: EntropyHead, rule: PatchRule) -> None:
         super().__init__(rule)
         self.head = head
-        self._cache = head.new_cache(0)
 
     def begin(self, slots: int, num_images: int, num_tokens: int) -> None:
         """Start with an empty cache.
@@ -120,11 +121,12 @@ class HeadBoundaries(RuleBoundaries):
             ValueError: The head is for another number of tokens.
         """
         _require_tokens("entropy head", self.head.config.num_tokens, num_tokens)
-        self._cache = self.head.new_cache(slots)
+        self._cache = KVCache(1, slots, num_tokens)
 
     def entropies(self, tokens: NextTokens) -> Float[Tensor, " R"]:
         """Feed the encoder's states to the head."""
-        return self.head.step(tokens.states, tokens.slots, tokens.positions - 1, self._cache)
+        (attend,) = self._cache.step(tokens.slots, tokens.positions - 1)
+        return self.head.predict(tokens.states, self.head.rope(tokens.states.device)[tokens.positions - 1], attend)
 
 
 class OwnEntropyBoundaries(RuleBoundaries):

@@ -5,8 +5,8 @@ the same kind, oldest first. A tick takes the kind with the fullest batch. An im
 the next one. With twice as many slots as a batch has rows, nearly all batches are full.
 
 All state is in tensors of fixed shapes on the device of the sampler, so that a tick never waits for a GPU and can be
-replayed as a CUDA graph. There a batch with too few images is filled up with the spare slot, whose results nobody reads.
-On a CPU the batch is shorter instead.
+replayed as a CUDA graph. There a batch with too few images is filled up with the spare slot, whose results are not
+read. On a CPU the batch is shorter instead.
 """
 
 from __future__ import annotations

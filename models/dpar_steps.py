@@ -1,7 +1,7 @@
 """Sampling from DPAR: token steps, and global steps where patches close.
 
 A token step runs the decoder, draws a token, runs the encoder on it and decides whether the next token opens a patch.
-If it does, the image waits for a global step, which pools the closed patch, runs the global stack on it and projects the
+If it does, the image waits for a global step. That pools the closed patch, runs the global stack on it and projects the
 result for the decoder. So an image takes a global step for its class and for each patch but the last.
 
 The encoder, the pooling and the boundaries do not read the class. With guidance they run once for both halves of the

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from models.attention import causal_attention
 from models.config import EntropyHeadConfig
 from models.dpar import DPAR
-from models.kv_cache import KVCache
 from models.layers import Attend, Block, RMSNorm, grid_rope, init_weights
 
 
@@ -45,26 +44,12 @@ class EntropyHead(nn.Module):
 
     def forward(self, states: Float[Tensor, "B S D"]) -> Float[Tensor, "B S"]:
         """Entropies, nats, float32. The state of token i gives the entropy of token i + 1."""
-        rope = self._rope(states.device)[: states.shape[1]]
-        return self._entropies(states, rope, causal_attention)
+        return self.predict(states, self.rope(states.device)[: states.shape[1]], causal_attention)
 
-    def step(
-        self, states: Float[Tensor, "R D"], slots: Int[Tensor, " R"], positions: Int[Tensor, " R"], cache: KVCache
-    ) -> Float[Tensor, " R"]:
-        """Entropy of the token after the position of each row, given the state there.
-
-        The sequence of a row is in one of the slots of the cache, which holds the positions before.
-        """
-        (attend,) = cache.step(slots, positions)
-        return self._entropies(states, self._rope(states.device)[positions], attend)
-
-    def new_cache(self, slots: int) -> KVCache:
-        """An empty cache for `step`."""
-        return KVCache(1, slots, self.config.num_tokens)
-
-    def _entropies(
+    def predict(
         self, states: Float[Tensor, "... D"], rope: Float[Tensor, "... F 2"], attend: Attend
     ) -> Float[Tensor, ...]:
+        """Entropies after the positions whose states and rotations are given."""
         hidden = self.norm(states)
         if self.config.kind == "mlp":
             hidden = self.output_norm(F.silu(self.narrow(hidden)))
@@ -72,7 +57,8 @@ class EntropyHead(nn.Module):
             hidden = self.output_norm(self.block(self.narrow(hidden), rope, attend))
         return self.output(hidden)[..., 0].float() + self.mean.float()
 
-    def _rope(self, device: torch.device) -> Float[Tensor, "T F 2"]:
+    def rope(self, device: torch.device) -> Float[Tensor, "T F 2"]:
+        """Rotations of all tokens."""
         return grid_rope(self.config.grid, self.config.width // self.config.num_heads, device, class_row=False)
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from models.attention import causal_attention
 from models.config import GPTConfig
-from models.kv_cache import KVCache
 from models.layers import Block, LabelEmbedder, RMSNorm, check_tokens, grid_rope, init_weights
 from models.loss import head_cross_entropy
 
@@ -80,7 +79,7 @@ class GPT(nn.Module):
         if labels is not None:
             embedded = torch.cat([self.cls_embedding(labels)[:, None], embedded], dim=1)
         hidden = self.tok_dropout(embedded)  # (B, S, D)
-        rope = self._rope(grid, hidden.device)[: hidden.shape[1]]
+        rope = self.rope(grid, hidden.device)[: hidden.shape[1]]
         for layer in self.layers:
             hidden = layer(hidden, rope, causal_attention)
         return self.norm(hidden)
@@ -110,23 +109,8 @@ class GPT(nn.Module):
         first = torch.full((len(tokens), 1), math.log(self.config.codebook_size), device=tokens.device)
         return torch.cat([first, entropies], dim=1)
 
-    def new_cache(self, slots: int) -> KVCache:
-        """An empty cache for `step`."""
-        return KVCache(len(self.layers), slots, self.config.num_tokens)
-
-    def step(
-        self, hidden: Float[Tensor, "R D"], slots: Int[Tensor, " R"], positions: Int[Tensor, " R"], cache: KVCache
-    ) -> Float[Tensor, "R V"]:
-        """Logits, float32, after the position of each row, whose embedding is `hidden`.
-
-        The sequence of a row is in one of the slots of the cache, which holds the positions before.
-        """
-        rope = self._rope(self.config.grid, hidden.device)[positions]
-        for layer, attend in zip(self.layers, cache.step(slots, positions), strict=True):
-            hidden = layer(hidden, rope, attend)
-        return self.output(self.norm(hidden)).float()
-
-    def _rope(self, grid: int, device: torch.device) -> Float[Tensor, "S F 2"]:
+    def rope(self, grid: int, device: torch.device) -> Float[Tensor, "S F 2"]:
+        """Rotations of the class position, if there are classes, and of the cells of a `grid` x `grid`."""
         head_dim = self.config.dim // self.config.num_heads
         return grid_rope(grid, head_dim, device, class_row=self.conditional)
 

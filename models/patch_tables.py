@@ -54,7 +54,8 @@ class PatchTables:
         free = replace(rule, row_boundary=False)  # row boundaries are among the forced cuts
         opened = []
         for bit in range(8):
-            opened.append(opens_patch(free, 2, entropies[:, bit], lengths))  # position 2: not forced
+            second = torch.full_like(lengths, 2)  # a position that is not forced
+            opened.append(opens_patch(free, second, entropies[:, bit], lengths))
             lengths = torch.where(opened[-1], 1, lengths + 1)
         starts = pack_bits(torch.stack(opened, dim=1).numpy())[:, 0]
         return cls(threshold, forced, starts, (_BYTES * (lengths - 1)).numpy().astype(np.intp))

@@ -51,7 +51,7 @@ def cuts(rule: PatchRule, positions: Int[Tensor, "*#B"], entropies: Float[Tensor
 def opens_patch(
     rule: PatchRule, positions: Int[Tensor, " R"], entropies: Float[Tensor, " R"], open_lengths: Int[Tensor, " R"]
 ) -> Bool[Tensor, " R"]:
-    """Whether a token opens a patch, from its position, its entropy in nats and the number of tokens in the open patch."""
+    """Whether each token opens a patch, from its position, its entropy in nats and the tokens in the open patch."""
     opened = cuts(rule, positions, entropies)
     return opened if rule.max_length is None else opened | (open_lengths >= rule.max_length)
 

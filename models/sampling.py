@@ -128,7 +128,7 @@ class Sampling:
                 yield images[done]
 
     def _replayed(self) -> Iterator[Int[Tensor, " finished"]]:
-        """On a GPU ticks are replayed, and counts are those of the tick before. Finished images are asked for rarely."""
+        """On a GPU ticks are replayed, counts are those of a tick before, and finished images are asked for rarely."""
         clocks, counts = self._clocks, LateCounts(self._clocks.waiting)
         ticks = [Replay(partial(self._tick, kind)) for kind in range(self._steps.kinds)]
         given = torch.zeros_like(clocks.finished)

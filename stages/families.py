@@ -91,6 +91,7 @@ class Model:
         batch: int,
     ) -> Sampling:
         """Images of the given classes, not sampled yet; see `models.sampling`."""
+        assert self.config.num_classes is not None  # only entropy models have no classes
         canvas = Canvas(labels, uniforms, options, self.config.num_classes, prefix)
         return Sampling(canvas, ARCHITECTURES[self.family].steps, self.module, boundaries, batch=batch)
 

@@ -21,12 +21,7 @@ def write_units(
     world: World,
     per_row: int = 1,
 ) -> None:
-    """Write this process's units one after the other, and wait for the other processes.
-
-    Args:
-        make: Computes the blocks of a unit by array, and updates the progress.
-        writer, pending, output, what, world, per_row: See `write_as_made`.
-    """
+    """Write this process's units one after the other; see `write_as_made`. `make` computes the blocks of a unit."""
 
     def in_turn(units: Sequence[int], progress: Progress) -> Iterator[tuple[int, Mapping[str, Any]]]:
         return ((unit, make(unit, progress)) for unit in units)

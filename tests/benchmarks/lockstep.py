@@ -49,7 +49,7 @@ def sample_dpar(
 
 def gpt_step(model: GPT, hidden: Float[Tensor, "B D"], position: int, cache: KVCache) -> Float[Tensor, "B V"]:
     """Logits, float32, after the position whose embedding is `hidden`. The cache holds the positions before."""
-    rope = model._rope(model.config.grid, hidden.device)[position]
+    rope = model.rope(model.config.grid, hidden.device)[position]
     for layer, attend in zip(model.layers, cache.step(position), strict=True):
         hidden = layer(hidden, rope, attend)
     return model.output(model.norm(hidden)).float()
@@ -83,7 +83,7 @@ class Deciding:
             entropies = token_entropy(gpt_step(source.model, embedded, position - 1, self._cache))
         elif isinstance(source, HeadBoundaries):
             (attend,) = self._cache.step(position - 1)
-            entropies = source.head._entropies(state, source.head._rope(state.device)[position - 1], attend)
+            entropies = source.head.predict(state, source.head.rope(state.device)[position - 1], attend)
         else:
             assert isinstance(source, OwnEntropyBoundaries)
             entropies = token_entropy(open_logits())

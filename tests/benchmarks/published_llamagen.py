@@ -2,7 +2,7 @@
 
 Written anew from the published model's operations, in their order, where ours differ: norms round before their weight,
 queries and keys are rotated separately by products and a stack, heads of keys and values are repeated, and the float32
-logits of the whole batch go through the plain cross-entropy. A sampling step attends to the whole cache, of which a mask
+logits of the whole batch go through the plain cross-entropy. A sampling step attends to the whole cache, and a mask
 hides what is not filled. Names of weights are the same, so that both start alike.
 
 Source: LlamaGen (arXiv 2406.06525) and its released training code.

@@ -36,11 +36,13 @@ from samplers import (
 from torch import Tensor, nn
 
 from models.boundaries import Boundaries, GivenBoundaries
+from models.cached_gpt import gpt_logits
 from models.canvas import Canvas
 from models.clocks import DONE, Clocks
 from models.dpar import DPAR
 from models.dpar_steps import GLOBAL, TOKEN, DPARSteps
 from models.gpt import GPT, token_entropy
+from models.kv_cache import KVCache
 from models.packed_linear import PackedLinear
 from models.packed_patches import pack_patches
 from models.sampling import Sampling
@@ -202,9 +204,9 @@ def tick_overhead(slots: int) -> float:
 def cache_misfit(size: str) -> float:
     """Share by which the bytes of a cache differ from 2 L T D of bfloat16 a slot."""
     model, slots = gpt(size), 8
-    cache, config = model.new_cache(slots), model.config
-    place = torch.zeros(1, dtype=torch.int64)
-    model.step(torch.zeros(1, config.dim, dtype=torch.bfloat16), place, place, cache)
+    config, place = model.config, torch.zeros(1, dtype=torch.int64)
+    cache = KVCache(config.num_layers, slots, config.num_tokens)
+    gpt_logits(model, torch.zeros(1, config.dim, dtype=torch.bfloat16), place, place, cache)
     expected = slots * 2 * config.num_layers * config.num_tokens * config.dim * 2
     return abs(cache.num_bytes / expected - 1)
 

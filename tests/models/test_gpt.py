@@ -10,8 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models.gpt
+from models.cached_gpt import gpt_logits
 from models.config import GPT_SIZES, GPTConfig
 from models.gpt import GPT, token_entropy
+from models.kv_cache import KVCache
 
 
 def meta(name: str, num_classes: int | None) -> GPT:
@@ -91,8 +93,9 @@ def test_cached_steps_equal_the_whole_forward() -> None:
         inputs = model.tok_embeddings(tokens[:, :-1])
         if model.conditional:
             inputs = torch.cat([model.cls_embedding(labels)[:, None], inputs], dim=1)
-        cache, slots = model.new_cache(5), torch.tensor([4, 0, 2])
-        steps = [model.step(inputs[:, t], slots, torch.full((3,), t), cache) for t in range(inputs.shape[1])]
+        cache, slots = KVCache(len(model.layers), slots=5, capacity=16), torch.tensor([4, 0, 2])
+        places = [torch.full((3,), t) for t in range(inputs.shape[1])]
+        steps = [gpt_logits(model, inputs[:, t], slots, place, cache) for t, place in enumerate(places)]
         whole = model(tokens, labels if model.conditional else None)
         torch.testing.assert_close(torch.stack(steps, dim=1), whole, atol=1e-5, rtol=1e-4)
 

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.cached_gpt import gpt_logits
 from models.config import GPTConfig, NextPatchSchedule
 from models.gpt import GPT
+from models.kv_cache import KVCache
 from models.npp import next_patch_loss, tokens_by_block
 
 GRID, TOKENS, CODES, CLASSES = 8, 64, 50, 5
@@ -51,9 +53,9 @@ def reference(model: GPT, tokens: Tensor, label: int, side: int) -> Tensor:
     coarse.load_state_dict(model.state_dict())
     embedded = [sum(model.tok_embeddings(tokens[p]) for p in block) / side**2 for block in places]
     inputs = [model.cls_embedding(torch.tensor([label]))[0], *embedded[:-1]]
-    cache, losses, slot = coarse.new_cache(1), [], torch.tensor([0])
+    cache, losses, slot = KVCache(len(coarse.layers), 1, len(places)), [], torch.tensor([0])
     for position, (hidden, block) in enumerate(zip(inputs, places, strict=True)):
-        log_probs = coarse.step(hidden[None], slot, torch.tensor([position]), cache)[0].log_softmax(-1)
+        log_probs = gpt_logits(coarse, hidden[None], slot, torch.tensor([position]), cache)[0].log_softmax(-1)
         losses += [-log_probs[tokens[p]] for p in block]
     return torch.stack(losses).mean()
 
