@@ -65,6 +65,7 @@ def source(rough: Callable[[Any], Any], gpt: Callable[..., GPT]) -> Callable[[st
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", SOURCES)
 def test_images_of_dpar_are_those_in_lockstep(
@@ -74,7 +75,7 @@ def test_images_of_dpar_are_those_in_lockstep(
     boundaries, prefix = source(name, model), (uniforms[:, :5] * CODES).long()
     tokens, starts = lockstep.sample_dpar(model, labels, uniforms, options, boundaries)
     assert name == "static" or len(set(starts.sum(1).tolist())) > 1, "images must be at different positions"
-    for batch in (1, 2, 3, 8, None):
+    for batch in (1, 3, None):
         again, starts_again = sample_dpar(model, labels, uniforms, options, boundaries, batch=batch)
         assert torch.equal(again, tokens)
         assert torch.equal(starts_again, starts)
@@ -125,7 +126,7 @@ def _as_a_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_as_a_gpu_does")
+@pytest.mark.usefixtures("_as_a_gpu_does", "without_shape_checks")
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_a_gpu_runs_draws_the_same_images_of_dpar(
     name: str, dpar: Callable[..., DPAR], source: Callable[[str, DPAR], Boundaries]
@@ -134,19 +135,17 @@ def test_what_a_gpu_runs_draws_the_same_images_of_dpar(
     boundaries = source(name, model)
     for options in OPTIONS:
         tokens, starts = lockstep.sample_dpar(model, labels, uniforms, options, boundaries)
-        for batch in (1, 3, None):
-            again, starts_again = sample_dpar(model, labels, uniforms, options, boundaries, batch=batch)
-            assert torch.equal(again, tokens)
-            assert torch.equal(starts_again, starts)
+        again, starts_again = sample_dpar(model, labels, uniforms, options, boundaries, batch=3)
+        assert torch.equal(again, tokens)
+        assert torch.equal(starts_again, starts)
 
 
-@pytest.mark.usefixtures("_as_a_gpu_does")
+@pytest.mark.usefixtures("_as_a_gpu_does", "without_shape_checks")
 def test_what_a_gpu_runs_draws_the_same_images_of_llamagen(gpt: Callable[..., GPT]) -> None:
     model, (labels, uniforms) = gpt(CLASSES), drawn()
     for options in OPTIONS:
         tokens = lockstep.sample_gpt(model, labels, uniforms, options)
-        for batch in (1, 4, None):
-            assert torch.equal(sample_gpt(model, labels, uniforms, options, batch=batch), tokens)
+        assert torch.equal(sample_gpt(model, labels, uniforms, options, batch=4), tokens)
 
 
 @pytest.mark.parametrize("as_a_gpu", [False, True])

@@ -24,6 +24,7 @@ from stages.patches.boundary_sources import entropy_sample
 from stages.patches.calibration import Thresholds
 from stages.patches.rule import IndexRule, SavedRule
 from stages.runtime.errors import ArtifactError, InputError
+from stages.runtime.progress import Progress
 from stages.sampling.sampler import Sampler, prepare_for_decoding
 from stages.stores.tokens import TokenStore
 from stages.weights.own import GPT_FAMILY, load_gpt, save_model, save_vq
@@ -63,6 +64,34 @@ def sampled(sampler: Sampler, count: int, batch_size: int) -> dict[str, np.ndarr
         sampler.sample(part, part % 3) for part in (numbers[i : i + batch_size] for i in range(0, count, batch_size))
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in ("tokens", "patch_starts", "images")}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
+def test_units_come_whole_and_hold_the_samples_of_their_numbers(
+    random_sampler: Callable[..., Sampler], tmp_path: Path
+) -> None:
+    sampler, labels = random_sampler(batch_size=2), np.arange(20) % 3
+    units = [np.arange(3, 6), np.arange(9, 12), np.arange(18, 19)]  # a killed job has made the others
+    progress = Progress(tmp_path, "images", 20, done=13)
+    found = dict(sampler.sample_units(units, labels, progress))
+    assert sorted(found) == [0, 1, 2]
+    assert progress.done == 20
+    num_changed = 0
+    for unit, batch in found.items():
+        alone = sampler.sample(units[unit], labels[units[unit]])
+        assert np.array_equal(batch["labels"], alone["labels"])
+        assert batch["images"].shape == alone["images"].shape
+        changed = (batch["tokens"] != alone["tokens"]).any(axis=1)
+        num_changed += int(changed.sum())
+        assert np.array_equal(batch["patch_starts"][~changed], alone["patch_starts"][~changed])
+        differences = np.abs(batch["images"][~changed].astype(int) - alone["images"][~changed])
+        assert differences.max(initial=0) <= 1
+    assert num_changed <= 1, f"{num_changed} images differ by more than float noise"
+
+
+def test_no_units_are_no_samples(random_sampler: Callable[..., Sampler], tmp_path: Path) -> None:
+    assert list(random_sampler().sample_units([], np.arange(3), Progress(tmp_path, "images", 3, done=3))) == []
 
 
 @pytest.mark.slow
