@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from models.cached_gpt import gpt_logits
+from models.attention import causal_attention
+from models.cached_gpt import gpt_logits, prefilled
 from models.entropy_head import EntropyHead
 from models.gpt import GPT, token_entropy
 from models.kv_cache import KVCache
-from models.patching import PatchRule, opens_patch
+from models.patching import PatchRule, opens_patch, patch_starts
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,17 @@ class NextTokens:
     """Class-conditional logits of the token if it opens no patch, for boundaries that read them."""
 
 
+@dataclass(frozen=True)
+class PrefixTokens:
+    """The first M tokens of images, which are given."""
+
+    images: Int[Tensor, " R"]
+    slots: Int[Tensor, " R"]
+    tokens: Int[Tensor, "R M"]
+    states: Float[Tensor, "R M D"]
+    """State of DPAR's encoder at each token."""
+
+
 @runtime_checkable  # the test suite checks arguments at run time
 class Boundaries(Protocol):
     """Decides token by token which images open a patch."""
@@ -57,6 +70,12 @@ class Boundaries(Protocol):
 
     def opens(self, tokens: NextTokens) -> Bool[Tensor, " R"]:
         """Whether each token opens a patch. Answers for tokens after the last one are ignored."""
+
+    def prefill(self, prefix: PrefixTokens) -> Bool[Tensor, "R M1"]:
+        """Whether each token of a prefix opens a patch, and the token after it (M1 = M + 1).
+
+        Boundaries that read logits are asked token by token instead.
+        """
 
 
 class RuleBoundaries(ABC):
@@ -80,9 +99,18 @@ class RuleBoundaries(ABC):
         """Apply the rule to the entropies."""
         return opens_patch(self.rule, tokens.positions, self.entropies(tokens), tokens.open_lengths)
 
+    def prefill(self, prefix: PrefixTokens) -> Bool[Tensor, "R M1"]:
+        """Apply the rule to the entropies of all tokens."""
+        entropies = self.prefix_entropies(prefix)
+        return patch_starts(self.rule, torch.cat([torch.zeros_like(entropies[:, :1]), entropies], dim=1))
+
     @abstractmethod
     def entropies(self, tokens: NextTokens) -> Float[Tensor, " R"]:
         """Entropy of each token, nats."""
+
+    def prefix_entropies(self, prefix: PrefixTokens) -> Float[Tensor, "R M"]:
+        """Entropies of the tokens after each token of a prefix, nats."""
+        raise NotImplementedError(f"{type(self).__name__} reads logits, expected to be asked token by token")
 
 
 class EntropyBoundaries(RuleBoundaries):
@@ -106,6 +134,11 @@ class EntropyBoundaries(RuleBoundaries):
         embedded = self.model.tok_embeddings(tokens.previous)
         return token_entropy(gpt_logits(self.model, embedded, tokens.slots, tokens.positions - 1, self._cache))
 
+    def prefix_entropies(self, prefix: PrefixTokens) -> Float[Tensor, "R M"]:
+        """Feed all tokens to the entropy model."""
+        embedded = self.model.tok_embeddings(prefix.tokens)
+        return self.model.entropies_after(prefilled(self.model, embedded, prefix.slots, self._cache))
+
 
 class HeadBoundaries(RuleBoundaries):
     """Entropies that a head predicts from the encoder's states. No entropy model runs."""
@@ -127,6 +160,12 @@ class HeadBoundaries(RuleBoundaries):
         """Feed the encoder's states to the head."""
         (attend,) = self._cache.step(tokens.slots, tokens.positions - 1)
         return self.head.predict(tokens.states, self.head.rope(tokens.states.device)[tokens.positions - 1], attend)
+
+    def prefix_entropies(self, prefix: PrefixTokens) -> Float[Tensor, "R M"]:
+        """Feed all states to the head."""
+        places = torch.arange(prefix.tokens.shape[1], device=prefix.slots.device)
+        (attend,) = self._cache.prefill(prefix.slots[:, None], places, causal_attention)
+        return self.head.predict(prefix.states, self.head.rope(prefix.states.device)[places], attend)
 
 
 class OwnEntropyBoundaries(RuleBoundaries):
@@ -175,6 +214,14 @@ class GivenBoundaries:
         if self.starts.ndim == 1:
             return self.starts[positions]
         return self.starts[tokens.images.clamp(max=len(self.starts) - 1), positions]
+
+    def prefill(self, prefix: PrefixTokens) -> Bool[Tensor, "R M1"]:
+        """Look up the starts. None is known after the last token."""
+        starts = self.starts.expand(len(prefix.slots), -1) if self.starts.ndim == 1 else self._of(prefix.images)
+        return F.pad(starts, (0, 1))[:, : prefix.tokens.shape[1] + 1]
+
+    def _of(self, images: Int[Tensor, " R"]) -> Bool[Tensor, "R T"]:
+        return self.starts[images.clamp(max=len(self.starts) - 1)]
 
 
 def _require_tokens(name: str, found: int, wanted: int) -> None:

@@ -22,6 +22,7 @@ class Canvas:
     Attributes:
         tokens: (N + 1, T + 1).
         starts: Where patches start, (N + 1, T + 1).
+        kept: Tokens of the prefix, which every image has.
     """
 
     def __init__(
@@ -45,12 +46,12 @@ class Canvas:
         shape = (self.num_images + 1, self.num_tokens + 1)
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=uniforms.device)
         self.starts = torch.zeros(shape, dtype=torch.bool, device=uniforms.device)
-        self._kept = 0
+        self.kept = 0
         if prefix is not None:
-            self._kept = prefix.shape[1]
-            if len(prefix) != self.num_images or self._kept > self.num_tokens:
+            self.kept = prefix.shape[1]
+            if len(prefix) != self.num_images or self.kept > self.num_tokens:
                 raise ValueError(f"prefix is {tuple(prefix.shape)}, expected ({self.num_images}, 0..{self.num_tokens})")
-            self.tokens[:-1, : self._kept] = prefix
+            self.tokens[:-1, : self.kept] = prefix
 
     @property
     def halves(self) -> int:
@@ -75,8 +76,8 @@ class Canvas:
     ) -> Int[Tensor, " R"]:
         """Draw the tokens at some positions, or take them from the prefix. Keeps and returns them."""
         tokens = sample_token(self._guided(logits, positions), self._uniforms[images, positions], self._options)
-        if self._kept:
-            tokens = torch.where(positions < self._kept, self.tokens[images, positions], tokens)
+        if self.kept:
+            tokens = torch.where(positions < self.kept, self.tokens[images, positions], tokens)
         self.tokens[images, positions] = tokens
         return tokens
 

@@ -103,11 +103,14 @@ class GPT(nn.Module):
         Raises:
             ValueError: See `features`.
         """
-        features = self.features(tokens)
-        rows = features.flatten(0, 1).split(max(1, _SLICE_LOGITS // self.config.codebook_size))
-        entropies = torch.cat([token_entropy(self.output(part)) for part in rows]).unflatten(0, features.shape[:2])
+        entropies = self.entropies_after(self.features(tokens))
         first = torch.full((len(tokens), 1), math.log(self.config.codebook_size), device=tokens.device)
         return torch.cat([first, entropies], dim=1)
+
+    def entropies_after(self, features: Float[Tensor, "B S D"]) -> Float[Tensor, "B S"]:
+        """Entropy of the token after each position, nats, float32, from the features there."""
+        rows = features.flatten(0, 1).split(max(1, _SLICE_LOGITS // self.config.codebook_size))
+        return torch.cat([token_entropy(self.output(part)) for part in rows]).unflatten(0, features.shape[:2])
 
     def rope(self, grid: int, device: torch.device) -> Float[Tensor, "S F 2"]:
         """Rotations of the class position, if there are classes, and of the cells of a `grid` x `grid`."""

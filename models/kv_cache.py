@@ -46,17 +46,34 @@ class KVCache:
         for layer in range(len(self._layers)):
             yield partial(self._attend, layer, step)
 
+    def prefill(self, slots: Int[Tensor, "*#R"], positions: Int[Tensor, "*#R"], attend: Attend) -> Iterator[Attend]:
+        """Attention of each layer for the first positions of some sequences at once.
+
+        Each `Attend` attends as `attend` does, and keeps the keys and values (..., H, K) of all rows.
+        """
+        for layer in range(len(self._layers)):
+            yield partial(self._prefill, layer, slots, positions, attend)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all layers."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers if layer is not None)
 
     def _attend(self, number: int, step: _Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._layer(number, k).attend(step, q, k, v)
+
+    def _prefill(
+        self, number: int, slots: Tensor, positions: Tensor, attend: Attend, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        self._layer(number, k).write(slots, positions, k, v)
+        return attend(q, k, v)
+
+    def _layer(self, number: int, like: Tensor) -> _RowSums | _OneKernel:
         layer = self._layers[number]
         if layer is None:
-            kind = _RowSums if k.device.type == "cpu" else _OneKernel
-            layer = self._layers[number] = kind.empty(self.slots, self.capacity, k)
-        return layer.attend(step, q, k, v)
+            kind = _RowSums if like.device.type == "cpu" else _OneKernel
+            layer = self._layers[number] = kind.empty(self.slots, self.capacity, like)
+        return layer
 
 
 @dataclass(frozen=True)
@@ -73,11 +90,21 @@ class _OneKernel:
         keys, values = (like.new_empty(slots, heads, capacity, width) for _ in range(2))
         return cls(keys, values)
 
+    def write(
+        self,
+        slots: Int[Tensor, "*#R"],
+        positions: Int[Tensor, "*#R"],
+        k: Float[Tensor, "*R H K"],
+        v: Float[Tensor, "*R H K"],
+    ) -> None:
+        """Keep keys and values of some positions."""
+        store(self.keys, self.values, k, v, slots, positions)
+
     def attend(
         self, step: _Step, q: Float[Tensor, "R H K"], k: Float[Tensor, "R H K"], v: Float[Tensor, "R H K"]
     ) -> Float[Tensor, "R H K"]:
         """Write the new positions and attend to them and all before."""
-        store(self.keys, self.values, k, v, step.slots, step.positions)
+        self.write(step.slots, step.positions, k, v)
         return slot_attention(q, self.keys, self.values, step.slots, step.positions + 1)
 
 
@@ -97,12 +124,22 @@ class _RowSums:
             values=like.new_zeros(slots, heads, blocks * _BLOCK, width),
         )
 
+    def write(
+        self,
+        slots: Int[Tensor, "*#R"],
+        positions: Int[Tensor, "*#R"],
+        k: Float[Tensor, "*R H K"],
+        v: Float[Tensor, "*R H K"],
+    ) -> None:
+        """Keep keys and values of some positions."""
+        self.keys[positions // _BLOCK, slots, :, :, positions % _BLOCK] = k
+        self.values[slots, :, positions] = v
+
     def attend(
         self, step: _Step, q: Float[Tensor, "R H K"], k: Float[Tensor, "R H K"], v: Float[Tensor, "R H K"]
     ) -> Float[Tensor, "R H K"]:
         """Write the new positions and attend to them and all before, with a float32 softmax."""
-        self.keys[step.positions // _BLOCK, step.slots, :, :, step.positions % _BLOCK] = k
-        self.values[step.slots, :, step.positions] = v
+        self.write(step.slots, step.positions, k, v)
         scores = self._scores(step, q * q.shape[-1] ** -0.5).masked_fill(step.later[:, None], -torch.inf)
         return self._mix(step, scores.softmax(dim=-1, dtype=torch.float32).type_as(q))
 

@@ -113,7 +113,7 @@ class Sampling:
         slots = min(steps.kinds * batch, canvas.num_images)
         self._canvas = canvas
         self._steps = steps(model, canvas, boundaries, slots)
-        self._clocks = Clocks(canvas.num_images, slots, batch, steps.kinds, canvas.tokens.device)
+        self._clocks = Clocks(canvas.num_images, slots, batch, self._steps.kinds, canvas.tokens.device)
 
     def __iter__(self) -> Iterator[Int[Tensor, " finished"]]:
         """Advance all images to their ends. Gives the numbers of images as they are finished."""
@@ -130,7 +130,8 @@ class Sampling:
     def _replayed(self) -> Iterator[Int[Tensor, " finished"]]:
         """On a GPU ticks are replayed, counts are those of a tick before, and finished images are asked for rarely."""
         clocks, counts = self._clocks, LateCounts(self._clocks.waiting)
-        ticks = [Replay(partial(self._tick, kind)) for kind in range(self._steps.kinds)]
+        ticks = [partial(self._tick, kind) for kind in range(self._steps.kinds)]
+        ticks[: type(self._steps).kinds] = [Replay(tick) for tick in ticks[: type(self._steps).kinds]]
         given = torch.zeros_like(clocks.finished)
         for number in count(1):
             kind = clocks.fullest(counts.read())

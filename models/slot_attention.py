@@ -70,10 +70,10 @@ def slot_attention_plain(
 def store(
     keys: Float[Tensor, "S H T K"],
     values: Float[Tensor, "S H T K"],
-    k: Float[Tensor, "R H K"],
-    v: Float[Tensor, "R H K"],
-    slots: Int[Tensor, " R"],
-    positions: Int[Tensor, " R"],
+    k: Float[Tensor, "*R H K"],
+    v: Float[Tensor, "*R H K"],
+    slots: Int[Tensor, "*#R"],
+    positions: Int[Tensor, "*#R"],
 ) -> None:
     """Write the key and the value of each row into its slot, at the row's position.
 

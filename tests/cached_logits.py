@@ -13,25 +13,24 @@ from models.sampling import Sampling
 from models.token_sampling import SamplingOptions
 
 
-class Recorded(Canvas):
-    """Keeps the guided logits of every token."""
+class Known(Canvas):
+    """Images whose tokens are known. Keeps the guided logits of every token."""
 
-    logits: Tensor | None = None
+    def __init__(self, known: Tensor, labels: Tensor, options: SamplingOptions, model: DPAR) -> None:
+        super().__init__(labels, torch.zeros(known.shape), options, model.config.num_classes, None)
+        self.known = torch.nn.functional.pad(known, (0, 0, 0, 1))
+        self.logits = torch.full((*self.known.shape, model.config.codebook_size), torch.nan)
 
     def draw(self, logits: Tensor, images: Tensor, positions: Tensor) -> Tensor:
-        guided = self._guided(logits, positions)
-        if self.logits is None:
-            self.logits = guided.new_full((self.num_images + 1, self.num_tokens, guided.shape[1]), torch.nan)
-        self.logits[images, positions] = guided
-        return super().draw(logits, images, positions)
+        self.logits[images, positions] = self._guided(logits, positions)
+        tokens = self.tokens[images, positions] = self.known[images, positions]
+        return tokens
 
 
 def cached_logits(
     model: DPAR, tokens: Tensor, labels: Tensor, boundaries: Boundaries, options: SamplingOptions, batch: int
 ) -> Tensor:
-    """Logits of every token (N, T, V). The sampler takes all tokens from a prefix."""
-    canvas = Recorded(labels, torch.zeros(tokens.shape), options, model.config.num_classes, tokens)
-    found = Sampling(canvas, DPARSteps, model, boundaries, batch=batch).finish()
-    assert torch.equal(found.tokens, tokens)
-    assert canvas.logits is not None
+    """Logits of every token (N, T, V) from the steps of the sampler, token by token."""
+    canvas = Known(tokens, labels, options, model)
+    Sampling(canvas, DPARSteps, model, boundaries, batch=batch).finish()
     return canvas.logits[:-1]
