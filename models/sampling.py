@@ -8,7 +8,7 @@ Each image has its own clock, see clocks.py: at every moment the images in fligh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from typing import Any, Protocol, runtime_checkable
@@ -130,8 +130,9 @@ class Sampling:
     def _replayed(self) -> Iterator[Int[Tensor, " finished"]]:
         """On a GPU ticks are replayed, counts are those of a tick before, and finished images are asked for rarely."""
         clocks, counts = self._clocks, LateCounts(self._clocks.waiting)
-        ticks = [partial(self._tick, kind) for kind in range(self._steps.kinds)]
-        ticks[: type(self._steps).kinds] = [Replay(tick) for tick in ticks[: type(self._steps).kinds]]
+        ticks: list[Callable[[], object]] = [partial(self._tick, kind) for kind in range(self._steps.kinds)]
+        always = type(self._steps).kinds  # the step of a prefix is not the same at every call
+        ticks[:always] = [Replay(tick) for tick in ticks[:always]]
         given = torch.zeros_like(clocks.finished)
         for number in count(1):
             kind = clocks.fullest(counts.read())

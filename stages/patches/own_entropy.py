@@ -28,23 +28,14 @@ def own_entropies(
     return recorded.entropies
 
 
-class _Recorded:
+class _Recorded(GivenBoundaries):
     """Given boundaries that record the model's own entropies."""
 
     reads_logits = True
 
     def __init__(self, starts: Bool[Tensor, "B T"], first: float) -> None:
-        self._given = GivenBoundaries(starts)
+        super().__init__(starts)
         self.entropies = torch.full(starts.shape, first, device=starts.device)
-
-    def begin(self, slots: int, num_images: int, num_tokens: int) -> None:
-        """Check the shape of the boundaries."""
-        self._given.begin(slots, num_images, num_tokens)
-
-    @property
-    def longest(self) -> int:
-        """Length of the longest patch, in tokens."""
-        return self._given.longest
 
     def opens(self, tokens: NextTokens) -> Bool[Tensor, " R"]:
         """Record the entropies and return the given starts of these tokens."""
@@ -52,4 +43,4 @@ class _Recorded:
         continued = tokens.open_lengths > 0  # else the patch opens here, and the logits are of the new one
         images, positions = tokens.images[continued], tokens.positions[continued]
         self.entropies[images, positions] = token_entropy(tokens.logits[continued])
-        return self._given.opens(tokens)
+        return super().opens(tokens)
