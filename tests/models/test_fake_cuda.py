@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import jaxtyping
@@ -215,6 +216,16 @@ def sampled(decoding: GPTDecoding | DPARDecoding) -> None:
         previous = sample_token(decoding.step(previous), torch.rand(IMAGES, device=CUDA), options())
         assert previous.device == CUDA
         assert decoding.position == position + 1
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 1024])  # one of them is no multiple of a block
+def test_sampling_a_token_waits_for_nothing(vocabulary: int, waits: HostWaits) -> None:
+    logits, uniforms = torch.randn(IMAGES, vocabulary, device=CUDA), torch.rand(IMAGES, device=CUDA)
+    for temperature, top_k, top_p in product((1.0, 0.5), (0, 7), (1.0, 0.9)):
+        chosen = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p)
+        found = sample_token(logits, uniforms, chosen)
+        assert (found.shape, found.dtype, found.device) == ((IMAGES,), torch.int64, CUDA)
+    assert not waits.found
 
 
 def test_sampling_of_llamagen_waits_for_nothing(waits: HostWaits) -> None:
