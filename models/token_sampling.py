@@ -57,19 +57,19 @@ def sample_token(
     token's interval. A row does not depend on the other rows of its batch.
 
     Args:
-        logits: Float32. Minus infinity excludes a token. A row without a distribution (NaN, or minus infinity alone)
-            gives some token of the vocabulary: rows that nobody reads do no harm.
+        logits: Of any precision. Minus infinity excludes a token. A row without a distribution (NaN, or minus infinity
+            alone) gives some token of the vocabulary: rows that nobody reads do no harm.
         uniforms: Numbers in [0, 1).
         options: How tokens are sampled. Guidance has been applied to the logits.
     """
     if options.temperature != 1.0:
         logits = logits / max(options.temperature, 1e-5)
-    probabilities = _filtered(logits, options).softmax(dim=-1)
+    probabilities = _filtered(logits, options).softmax(dim=-1, dtype=torch.float32)
     batch, vocabulary = logits.shape
     num_blocks = -(-vocabulary // BLOCK)
     if vocabulary % BLOCK:
         probabilities = F.pad(probabilities, (0, num_blocks * BLOCK - vocabulary))
-    blocks = probabilities.view(batch, num_blocks, BLOCK)
+    blocks = probabilities.reshape(batch, num_blocks, BLOCK)
     sums = blocks.sum(dim=-1).double()
     ends = sums.cumsum(dim=-1)
     position = uniforms.double()[:, None] * ends[:, -1:]

@@ -100,6 +100,21 @@ def test_tokens_are_those_of_float64_for_all_options(vocabulary: int, rounded: b
     assert differing <= 1e-3 * drawn
 
 
+def test_logits_in_bfloat16_are_drawn_in_float32() -> None:
+    logits = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    uniforms = torch.rand(200, generator=torch.Generator().manual_seed(1))
+    check_agrees(logits, uniforms, PLAIN)
+    assert torch.equal(sample_token(logits, uniforms, PLAIN), sample_token(logits.float(), uniforms, PLAIN))
+
+
+def test_rows_that_lie_apart_in_memory_are_drawn_as_others_are() -> None:
+    logits, uniforms = torch.randn(1024, 6), torch.rand(3, 6)[1]
+    for rows in (logits.t(), torch.randn(6, 2048)[:, ::2], torch.randn(12, 1024)[::2]):
+        for options in (PLAIN, SamplingOptions(top_k=5, top_p=0.7)):
+            expected = sample_token(rows.contiguous(), uniforms, options)
+            assert torch.equal(sample_token(rows, uniforms, options), expected)
+
+
 def test_a_temperature_of_zero_draws_the_likeliest_token() -> None:
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
     tokens = check_agrees(logits, torch.linspace(0, LARGEST, 50), SamplingOptions(temperature=0.0))
