@@ -29,7 +29,7 @@ CODE_ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS_FOLDER = CODE_ROOT / "tests" / "benchmarks"
 SCRIPTS = {
     "train-step": ("train_step.py", "loop_overhead.py"),
-    "sample": ("sample_speed.py", "sample_parts.py"),
+    "sample": ("sample_speed.py", "sample_parts.py", "draws.py"),
     "data": ("data_stores.py", "data_loader.py", "image_stages.py", "stage_memory.py"),
     "structure": ("structure.py",),
     "gpu": ("gpu_check.py",),

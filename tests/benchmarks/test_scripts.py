@@ -22,6 +22,10 @@ TINY_SAMPLERS = ("--batches", "1", "--entropy-models", "tiny")
 TOY: dict[str, tuple[str, ...]] = {
     "data_loader.py": ("--images", "512", "--rounds", "1"),
     "data_stores.py": ("--chunks", "1", "--rounds", "1"),
+    "draws.py": (
+        *("--draws", "200", "--entropies", "1", "3"),
+        *("--batches", "1", "2", "--vocabulary", "300", "--rounds", "2"),
+    ),
     GPU_CHECK: ("--tiny",),
     "image_stages.py": (
         *("--images", "1", "--batch-size", "1", "--pixels", "32", "--demo-images", "4"),
@@ -39,7 +43,7 @@ TOY: dict[str, tuple[str, ...]] = {
 }
 """Options of each script."""
 WITHOUT_GATES = {"sample_parts.py"}
-QUICK = {"structure.py"}
+QUICK = {"draws.py", "structure.py"}
 
 
 def is_script(path: Path) -> bool:

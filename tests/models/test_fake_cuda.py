@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import jaxtyping
@@ -27,7 +28,7 @@ from models.lpips import LPIPS
 from models.packed_patches import PackedPatches, pack_patches
 from models.patching import PatchRule
 from models.sampling import Sampling
-from models.token_sampling import SamplingOptions
+from models.token_sampling import SamplingOptions, sample_token
 from models.vq import VQModel
 from stages.training.data import GPTObjective, TokenBatch
 from stages.training.ema import WeightAverage
@@ -222,6 +223,16 @@ def ticks(steps: Any, model: Any, boundaries: Boundaries | None, kinds: list[int
         assert images.device == done.device == CUDA
         assert images.shape == (2,), "batches are full"
     return found
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 1024])  # one of them is no multiple of a block
+def test_sampling_a_token_waits_for_nothing(vocabulary: int, waits: HostWaits) -> None:
+    logits, uniforms = torch.randn(IMAGES, vocabulary, device=CUDA), torch.rand(IMAGES, device=CUDA)
+    for temperature, top_k, top_p in product((1.0, 0.5), (0, 7), (1.0, 0.9)):
+        chosen = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p)
+        found = sample_token(logits, uniforms, chosen)
+        assert (found.shape, found.dtype, found.device) == ((IMAGES,), torch.int64, CUDA)
+    assert not waits.found
 
 
 def test_ticks_of_llamagen_wait_for_nothing(waits: HostWaits) -> None:

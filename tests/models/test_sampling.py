@@ -17,7 +17,7 @@ from models.gpt import GPT
 from models.packed_patches import pack_patches
 from models.patching import PatchRule, patch_starts, static_patch_starts
 from models.sampling import sample_dpar, sample_gpt
-from models.token_sampling import SamplingOptions, filter_logits, sample_token
+from models.token_sampling import SamplingOptions
 
 GRID, TOKENS, CODES, CLASSES = 4, 16, 40, 5
 PLAIN, GUIDED = SamplingOptions(), SamplingOptions(cfg_scale=2.5)
@@ -136,47 +136,6 @@ def test_static_boundaries_serve_every_image(dpar: Callable[..., DPAR]) -> None:
     static = static_patch_starts(1.8, TOKENS)
     _, starts = sample_dpar(dpar(), labels, uniforms, PLAIN, GivenBoundaries(static))
     assert torch.equal(starts, static.expand(8, -1))
-
-
-def test_a_uniform_number_draws_the_token_whose_interval_it_falls_in() -> None:
-    probabilities = torch.tensor([0.25, 0.0, 0.5, 0.25])
-    uniforms = torch.tensor([0.0, 0.2, 0.25, 0.5, 0.74, 0.76, 1 - 2**-24])
-    logits = probabilities.log().expand(len(uniforms), -1)
-    assert sample_token(logits, uniforms, PLAIN).tolist() == [0, 0, 2, 2, 2, 3, 3]
-
-
-def test_drawn_frequencies_are_the_probabilities() -> None:
-    logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
-    uniforms = (torch.arange(20_000) + 0.5) / 20_000
-    tokens = sample_token(logits.expand(20_000, -1), uniforms, SamplingOptions(temperature=0.7))
-    found = torch.bincount(tokens, minlength=4)
-    torch.testing.assert_close(found / 20_000, (logits / 0.7).softmax(-1), atol=2e-4, rtol=0)
-
-
-def test_a_token_that_was_filtered_out_is_never_drawn() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(2, 30)[:, None].expand(-1, 500, -1).flatten(0, 1)
-    uniforms = torch.linspace(0, 1 - 2**-24, 500).repeat(2)
-    drawn = sample_token(logits, uniforms, SamplingOptions(top_k=3))
-    for row in range(2):
-        kept = logits[row * 500].topk(3).indices
-        assert set(drawn[row * 500 : (row + 1) * 500].tolist()) == set(kept.tolist())
-
-
-@pytest.mark.parametrize(
-    ("options", "kept"),
-    [
-        (SamplingOptions(top_k=2), [1, 3]),
-        (SamplingOptions(top_k=9), [0, 1, 2, 3]),
-        (SamplingOptions(top_p=0.4), [1]),  # the likeliest stays although it alone exceeds p
-        (SamplingOptions(top_p=0.6), [1, 3]),  # the one that reaches p stays
-        (SamplingOptions(top_p=0.9), [0, 1, 3]),
-        (SamplingOptions(top_k=3, top_p=0.6), [1, 3]),
-    ],
-)
-def test_filters_keep_the_likeliest_tokens(options: SamplingOptions, kept: list[int]) -> None:
-    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
-    assert filter_logits(logits, options)[0].isfinite().nonzero()[:, 0].tolist() == kept
 
 
 def test_boundaries_of_other_images_are_refused(dpar: Callable[..., DPAR]) -> None:
