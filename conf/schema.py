@@ -96,6 +96,11 @@ class Settings(Section):
                 f"{found}, expected boundaries of {' or '.join(usable) or 'none'}: see patch_index.mode, "
                 "entropy_head.kind and train.entropy_head.kind"
             )
+        if sample.cfg_scale > 1 and not self.train.can_be_guided:
+            raise ValueError(
+                f"train.class_dropout_prob is 0 and sample.cfg_scale {sample.cfg_scale:g}, expected class dropout or "
+                "sample.cfg_scale=1: guidance compares with what the model predicts without the class"
+            )
         if sample.cfg_interval is not None and sample.cfg_interval[1] > num_tokens:
             raise ValueError(
                 f"sample.cfg_interval is {list(sample.cfg_interval)}, expected at most {num_tokens}, the tokens of an "

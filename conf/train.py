@@ -95,6 +95,11 @@ class TrainConfig(Section):
         """Whether an entropy head learns together with the model."""
         return False
 
+    @property
+    def can_be_guided(self) -> bool:
+        """Whether a model that is trained so can be sampled with classifier-free guidance."""
+        return True
+
     def grid_problem(self, grid: int) -> str | None:
         """Why the family cannot train on images of `grid` x `grid` tokens; None where it can."""
         return None
@@ -127,6 +132,11 @@ class TransformerSettings(ImportableModel, TrainConfig):
 
     dropout: Probability = Field(0.1, description="Dropout probability; DPAR has dropout in its global stack only.")
     class_dropout_prob: Probability = Field(0.1, description="Share of samples trained without their class, for CFG.")
+
+    @property
+    def can_be_guided(self) -> bool:
+        """Imported weights may hold the null class whatever the settings say; stage `sample` looks at them."""
+        return self.class_dropout_prob > 0 or self.source == "checkpoint"
 
 
 class DPARSettings(TransformerSettings):

@@ -1,5 +1,6 @@
 """Damaged files of a finished and of an interrupted run: artifacts, work folders, journals, databases, memories.
 
+A row runs until the stage that reads the damaged file, or that was interrupted.
 Damage is found by `dpar verify --deep` or by the run itself, and the next run heals it.
 """
 
@@ -70,17 +71,20 @@ def _damaged(place: Workplace, name: str, where: str, damage: Damage, random: Ra
     if not finished:
         place.prepare_interrupted()
     with place.home(name, source=place.reference if finished else place.interrupted) as home:
+        last = place.until if finished else next(each for each in place.stages if not any(home.glob(f"{each}/*")))
         found = sorted(path for path in files(home) if path.is_file())
         if not found:
             return Outcome(verdict="survived", said="such a run has no such file")
         chosen = random.choice(found)
         damage(chosen, random)
-        return _judged(place, home, chosen.relative_to(home))
+        return _judged(place.ending(last), home, chosen.relative_to(home))
 
 
 def _judged(place: Workplace, home: Path, damaged: Path) -> Outcome:
     """Whether damage of contents was named, and never became a result: all later stages are made again."""
     content = damaged.parts[0] in STAGES and damaged.parts[2] not in NO_CONTENT
+    if content:  # the stage after it reads it
+        place = place.ending([*place.stages, place.until][place.stages.index(damaged.parts[0]) + 1])
     verify = place.start("verify", "--deep", home=home)
     code = verify.wait(place.timeout_s)
     if code not in (0, 1):

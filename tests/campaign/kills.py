@@ -1,10 +1,14 @@
-"""SIGKILL at random times over a run, of each kind of process. The run is then started again and must end the same."""
+"""SIGKILL at random times over a run, of each kind of process. The run is then started again and must end the same.
+
+A row has the artifacts that an undisturbed run has at that time, and runs the stage that is being made then.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -13,6 +17,7 @@ import psutil
 from campaign.rows import Outcome, Row
 from campaign.workplace import Run, Workplace
 
+from pipeline.graph import STAGES
 from pipeline.processes import free_port
 from stages.runtime.artifact import read_json
 
@@ -46,24 +51,38 @@ def rows(place: Workplace, times: int, seed: int) -> Iterator[Row]:
 def _killed(place: Workplace, find: Callable[[Run], psutil.Process | None], share: float, name: str) -> Outcome:
     """Kill in a run; once more in another one if it was too fast for the kill."""
     place.prepare()
-    usual = place.seconds
+    stage, within = place.moment(share)
+    usual, at = place.seconds[stage], place.ending(stage)
     for _ in range(_TRIES):
-        with place.home(name) as home:
-            started = time.monotonic()
-            run = place.start("run", home=home)
-            struck = _strike(run, find, share * usual)
+        with _home_before(place, stage, name) as home:
+            run = at.start("run", home=home)
+            started = _begun(run, stage)
+            struck = _strike(run, find, started + within * usual)
             code = run.wait(place.timeout_s)
             if struck:
-                return _judged(place, home, run, code)
+                return _judged(at, home, run, code)
             usual = time.monotonic() - started
     raise RuntimeError(f"no such process was met in {_TRIES} runs")
 
 
-def _strike(run: Run, find: Callable[[Run], psutil.Process | None], after_s: float) -> bool:
+def _home_before(place: Workplace, stage: str, name: str) -> AbstractContextManager[Path]:
+    """A home with everything that is there before a stage: nothing at all before the first one."""
+    if stage == place.stages[0]:
+        return place.home(name)
+    return place.home(name, source=place.reference, without=stage)
+
+
+def _begun(run: Run, stage: str) -> float:
+    """When the work on a stage began: for the first one, when the command was started."""
+    while stage != next(iter(STAGES)) and run.process.poll() is None and run.find("-m stages.", "--job") is None:
+        time.sleep(_POLL_S)
+    return time.monotonic()
+
+
+def _strike(run: Run, find: Callable[[Run], psutil.Process | None], when: float) -> bool:
     """Kill the process that `find` gives, at the first moment after a time at which there is one."""
-    started = time.monotonic()
     while run.process.poll() is None:
-        if time.monotonic() - started >= after_s and (victim := find(run)) is not None:
+        if time.monotonic() >= when and (victim := find(run)) is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
                 return True
@@ -92,7 +111,9 @@ def _judged(place: Workplace, home: Path, run: Run, code: int | None) -> Outcome
 def _mlflow_killed(place: Workplace, share: float, name: str) -> Outcome:
     """Kill the MLflow server of `dpar up` during a run that records in it."""
     place.prepare()
-    with place.home(name) as home:
+    stage, within = place.moment(share)
+    usual, place = place.seconds[stage], place.ending(stage)
+    with _home_before(place, stage, name) as home:
         ports = {"runtime.prefect_port": free_port(), "runtime.mlflow_port": free_port()}
         up = place.start("up", home=home, settings=ports)
         if up.wait(place.timeout_s) != 0:
@@ -101,7 +122,7 @@ def _mlflow_killed(place: Workplace, share: float, name: str) -> Outcome:
             victim = _service(home, "MLflow")
             address = {"DPAR_TRACKING_URI": f"http://127.0.0.1:{ports['runtime.mlflow_port']}"}
             run = place.start("run", home=home, settings=ports, environment=address)
-            _strike(run, lambda _: victim, share * place.seconds)
+            _strike(run, lambda _: victim, _begun(run, stage) + within * usual)
             code = run.wait(place.timeout_s)
         finally:
             place.start("down", home=home, settings=ports).wait(place.timeout_s)

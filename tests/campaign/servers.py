@@ -73,8 +73,13 @@ def _met(place: Workplace, name: str, make: Callable[[Path], AbstractContextMana
             run = place.start("run", home=home, environment=fault.environment, before=fault.before)
             if fault.during is not None:
                 fault.during(run)
-            code = run.wait(place.seconds + _EXTRA_S)
+            code = run.wait(_longest(place))
         return _judged(place, home, fault, run, code)
+
+
+def _longest(place: Workplace) -> float:
+    """Seconds that a run with a fault may take."""
+    return sum(place.seconds.values()) + _EXTRA_S
 
 
 def _judged(place: Workplace, home: Path, fault: Fault, run: Run, code: int | None) -> Outcome:
@@ -84,7 +89,7 @@ def _judged(place: Workplace, home: Path, fault: Fault, run: Run, code: int | No
     again = place.finish(home)
     outcome = partial(Outcome, open_ports=tuple(run.open_ports | again.open_ports))
     if code is None:
-        return outcome(verdict="lost", said=f"no end within {place.seconds + _EXTRA_S:.0f} s: {said}")
+        return outcome(verdict="lost", said=f"no end within {_longest(place):.0f} s: {said}")
     if differing := place.differing(home):
         return outcome(verdict="lost", said=f"not as in an undisturbed run: {differing[0]}")
     if (code or unmade) and not fault.may_fail:

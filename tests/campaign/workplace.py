@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +152,7 @@ class Workplace:
         if not self.interrupted.exists():
             with self.home("interrupted", source=None) as home:
                 run = self.start("run", home=home)
-                time.sleep(_INTERRUPTED_AT * self.seconds)
+                time.sleep(_INTERRUPTED_AT * sum(self.seconds.values()))
                 run.process.kill()
                 run.wait(self.timeout_s)
                 run.left()
@@ -160,7 +161,16 @@ class Workplace:
     @property
     def last_but_one(self) -> str:
         """Stage before the last one."""
-        return list(STAGES)[max(0, list(STAGES).index(self.until) - 1)]
+        return self.stages[max(0, len(self.stages) - 2)]
+
+    @property
+    def stages(self) -> list[str]:
+        """All stages of the runs."""
+        return list(STAGES)[: list(STAGES).index(self.until) + 1]
+
+    def ending(self, stage: str) -> Workplace:
+        """The same with runs that end after a stage, or after the last one if that comes earlier."""
+        return replace(self, until=stage if stage in self.stages else self.until)
 
     def draw_images(self) -> None:
         """Draw the images, unless they are there."""
@@ -176,12 +186,14 @@ class Workplace:
         self.draw_images()
         seconds = self.folder / "seconds.json"
         if not seconds.exists():
-            started = time.monotonic()
+            started = time.time()
             run = self.start("run", home=self.reference)
             if (code := run.wait(self.timeout_s)) != 0:
                 raise RuntimeError(f"the undisturbed run ended with {code}: {run.said}")
             shutil.copy(run.errors, self.folder / "usual.stderr")
-            seconds.write_text(json.dumps(time.monotonic() - started))
+            ends = [next((self.reference / stage).glob("*/manifest.json")).stat().st_mtime for stage in self.stages]
+            lasted = [end - begin for begin, end in pairwise([started, *ends])]
+            seconds.write_text(json.dumps(dict(zip(self.stages, lasted, strict=True))))
 
     def unusual_line(self, run: Run) -> str:
         """The last line on stderr that the undisturbed run has not; empty without one. Numbers count as equal."""
@@ -194,9 +206,19 @@ class Workplace:
         return unusual[-1][:300] if unusual else ""
 
     @property
-    def seconds(self) -> float:
-        """Time that the undisturbed run took."""
-        return float(json.loads((self.folder / "seconds.json").read_text()))
+    def seconds(self) -> dict[str, float]:
+        """Time that the undisturbed run took to the end of each stage, from that of the stage before."""
+        found: dict[str, float] = json.loads((self.folder / "seconds.json").read_text())
+        return {stage: found[stage] for stage in self.stages}
+
+    def moment(self, share: float) -> tuple[str, float]:
+        """A moment of the undisturbed run, as a share of its time: the stage, and a share of that stage's time."""
+        left = share * sum(self.seconds.values())
+        for stage, seconds in self.seconds.items():
+            if left < seconds or stage == self.until:
+                return stage, min(1.0, left / seconds)
+            left -= seconds
+        raise AssertionError("a run has stages")
 
     @contextlib.contextmanager
     def home(self, name: str, *, source: Path | None = None, without: str | None = None) -> Iterator[Path]:
@@ -289,17 +311,17 @@ class Workplace:
         Raises:
             RuntimeError: The code has changed since, and with it the keys.
         """
-        wanted, found = contents(self.reference), contents(home)
+        wanted, found = contents(self.reference, self.stages), contents(home, self.stages)
         keys, others = ({tuple(Path(name).parts[:2]) for name in names} for names in (wanted, found))
         if others - keys:
             raise RuntimeError(f"the code has changed since the undisturbed run: remove {self.folder}")
         return sorted(name for name in wanted if found.get(name) != wanted[name])
 
 
-def contents(home: Path) -> dict[str, str]:
-    """SHA-256 of every file of every artifact that is part of its content, by path."""
+def contents(home: Path, stages: list[str]) -> dict[str, str]:
+    """SHA-256 of every file of the stages' artifacts that is part of their content, by path."""
     found = {}
-    for stage in STAGES:
+    for stage in stages:
         for path in sorted((home / stage).glob("*/**/*")):
             inside = path.relative_to(home).parts[2:]
             if path.is_file() and inside[0] not in {*NO_CONTENT, "manifest.json"}:

@@ -139,6 +139,11 @@ def test_defaults_are_the_papers_256_px_recipe() -> None:
         (SampleConfig, {"threshold": 7.8, "target_mean_length": 2.0}, "expected at most one of them"),
         (SampleConfig, {"cfg_interval": [5, 5]}, r"cfg_interval is \[5, 5\], expected \[first, last \+ 1\]"),
         (SampleConfig, {"cfg_schedule": "cosine"}, "'constant' or 'linear'"),
+        (
+            Settings,
+            {"train": {"class_dropout_prob": 0}},
+            r"class_dropout_prob is 0 and sample\.cfg_scale 2, expected class dropout or sample\.cfg_scale=1",
+        ),
         (Settings, {"sample": {"cfg_interval": [0, 257]}}, r"\[0, 257\], expected at most 256, the tokens of an"),
         (
             Settings,
@@ -304,3 +309,11 @@ def test_vq8_makes_a_grid_of_an_eighth() -> None:
     vq8 = {"model": {"channel_multipliers": [1, 2, 2, 4]}, "image_size": 264}
     settings = Settings.model_validate({"tokenizer": vq8, "tokenize": {"image_size": 264}})
     assert settings.tokenize.image_size // settings.tokenizer.model.downsample == 33
+
+
+def test_no_class_dropout_is_accepted_without_guidance_and_for_imported_weights() -> None:
+    for train, sample in (
+        ({"class_dropout_prob": 0}, {"cfg_scale": 1}),
+        ({"class_dropout_prob": 0, "source": "checkpoint", "checkpoint": "model.safetensors"}, {"cfg_scale": 2}),
+    ):
+        assert Settings.model_validate({"train": train, "sample": sample}).train.can_be_guided == ("source" in train)
