@@ -53,12 +53,12 @@ class Clocks:
         number[-1:].fill_(num_images)
         self.images = number.clamp(max=num_images)
         self._waits = torch.where(self.images < num_images, kinds - 1, _EMPTY)
-        self._arrived = number.clone()
+        self._arrived, self._places = torch.arange(slots + 1, device=device), torch.arange(slots + 1, device=device)
         self._next_image = torch.full((1,), min(slots, num_images), device=device)
         self._next_arrival = torch.full((1,), slots, device=device)
         self._kind_numbers = torch.arange(kinds, device=device)[:, None]
         self._passed_over = [0] * kinds  # ticks since a kind that some image waits for was taken
-        self.waiting = self._count()
+        self.waiting = (self._waits == self._kind_numbers).sum(dim=1)
         self.finished = torch.zeros(num_images + 1, dtype=torch.bool, device=device)
 
     def take(self, kind: int) -> Int[Tensor, " R"]:
@@ -76,16 +76,24 @@ class Clocks:
         """
         images = self.images[slots]
         done = (waits == DONE) & (images < self._num_images)
+        if not self.exact or done.any():
+            waits = self._admit(slots, images, done, waits)
+        self._waits[slots] = waits
+        self._arrived[slots] = self._next_arrival + self._places[: len(slots)]
+        self._next_arrival += len(slots)
+        torch.sum(self._waits == self._kind_numbers, dim=1, out=self.waiting)
+        return done
+
+    def _admit(
+        self, slots: Int[Tensor, " R"], images: Int[Tensor, " R"], done: Bool[Tensor, " R"], waits: Int[Tensor, " R"]
+    ) -> Int[Tensor, " R"]:
+        """Give the slots of finished images to the next ones. Returns what all of the slots wait for."""
+        self.finished[images] = self.finished[images] | done
         entered = torch.where(done, self._next_image + done.cumsum(0) - 1, images).clamp(max=self._num_images)
         self.images[slots] = entered
         self._next_image += done.sum()
         waits = torch.where(done, self._kinds - 1, waits)
-        self._waits[slots] = torch.where(entered < self._num_images, waits, _EMPTY)
-        self._arrived[slots] = self._next_arrival + torch.arange(len(slots), device=slots.device)
-        self._next_arrival += len(slots)
-        self.waiting.copy_(self._count())
-        self.finished[images] = self.finished[images] | done
-        return done
+        return torch.where(entered < self._num_images, waits, _EMPTY)
 
     def fullest(self, waiting: list[int]) -> int | None:
         """Kind of the next tick, given how many images wait for each kind; None if none waits.
@@ -102,6 +110,3 @@ class Clocks:
 
     def _urgent(self, kind: int) -> bool:
         return self._passed_over[kind] >= _PATIENCE
-
-    def _count(self) -> Int[Tensor, " kinds"]:
-        return (self._waits == self._kind_numbers).sum(dim=1)

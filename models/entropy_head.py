@@ -47,8 +47,8 @@ class EntropyHead(nn.Module):
         return self.predict(states, self.rope(states.device)[: states.shape[1]], causal_attention)
 
     def predict(
-        self, states: Float[Tensor, "... D"], rope: Float[Tensor, "... F 2"], attend: Attend
-    ) -> Float[Tensor, ...]:
+        self, states: Float[Tensor, "*N D"], rope: Float[Tensor, "... F 2"], attend: Attend
+    ) -> Float[Tensor, "*N"]:
         """Entropies after the positions whose states and rotations are given."""
         hidden = self.norm(states)
         if self.config.kind == "mlp":

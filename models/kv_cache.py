@@ -1,29 +1,31 @@
 """KV cache: keys and values of earlier positions of images in slots, and attention of one new position of some of them.
 
 With one query per sequence, attention is bound by memory: it reads each key and value once. On a GPU one kernel does
-that, see slot_attention.py. On a CPU both products are weighted sums of rows. Scores sum a head's keys, stored channel
-by channel in blocks of positions, weighted by the query. Outputs sum its values, weighted by the softmax. Torch's
-`embedding_bag` computes such sums at the speed of memory, three times as fast as matrix products, and reads only the
-slots that take the step.
+that, see slot_attention.py. On a CPU a slot is cut into pages of positions, and both products are weighted sums of
+rows. Scores sum a head's keys, stored channel by channel in each page, weighted by the query. Outputs sum its values,
+weighted by the softmax. Torch's `embedding_bag` computes such sums three times as fast as matrix products, and reads
+only the pages that a sequence has reached.
 
-Shapes: S slots, R of them take a step; M blocks of `block` positions each; L positions that a step reads.
+Shapes: S slots, R of them take a step; M pages a slot, of `page` positions each; P pages that a step reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.layers import Attend
 from models.slot_attention import slot_attention, store
 
-_BLOCK = 64  # positions of a channel that are adjacent in memory: sums over shorter rows are slower
+_PAGE = 32  # positions: shorter rows of keys are slower to sum, longer pages are read for fewer positions
 
 
 class KVCache:
@@ -35,14 +37,14 @@ class KVCache:
 
     def __init__(self, num_layers: int, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
-        self._layers: list[_RowSums | _OneKernel | None] = [None] * num_layers
+        self._layers: list[_PagedSums | _OneKernel | None] = [None] * num_layers
 
     def step(self, slots: Int[Tensor, " R"], positions: Int[Tensor, " R"]) -> Iterator[Attend]:
         """Attention of each layer for one step: the sequence in `slots[i]` takes position `positions[i]`.
 
         Each `Attend` maps queries, keys and values (R, H, K) of the new positions to attended values (R, H, K).
         """
-        step = _Step(slots, positions, self.slots)
+        step = _Step(slots, positions, self.capacity)
         for layer in range(len(self._layers)):
             yield partial(self._attend, layer, step)
 
@@ -68,10 +70,10 @@ class KVCache:
         self._layer(number, k).write(slots, positions, k, v)
         return attend(q, k, v)
 
-    def _layer(self, number: int, like: Tensor) -> _RowSums | _OneKernel:
+    def _layer(self, number: int, like: Tensor) -> _PagedSums | _OneKernel:
         layer = self._layers[number]
         if layer is None:
-            kind = _RowSums if like.device.type == "cpu" else _OneKernel
+            kind = _PagedSums if like.device.type == "cpu" else _OneKernel
             layer = self._layers[number] = kind.empty(self.slots, self.capacity, like)
         return layer
 
@@ -84,7 +86,7 @@ class _OneKernel:
     values: Float[Tensor, "S H T K"]
 
     @classmethod
-    def empty(cls, slots: int, capacity: int, like: Float[Tensor, "R H K"]) -> _OneKernel:
+    def empty(cls, slots: int, capacity: int, like: Float[Tensor, "*R H K"]) -> _OneKernel:
         """A layer whose memory holds anything."""
         heads, width = like.shape[-2:]
         keys, values = (like.new_empty(slots, heads, capacity, width) for _ in range(2))
@@ -109,19 +111,19 @@ class _OneKernel:
 
 
 @dataclass(frozen=True)
-class _RowSums:
+class _PagedSums:
     """Keys and values of one layer on a CPU."""
 
-    keys: Float[Tensor, "M S H K block"]
-    values: Float[Tensor, "S H M*block K"]
+    keys: Float[Tensor, "S H M K page"]
+    values: Float[Tensor, "S H M*page K"]
 
     @classmethod
-    def empty(cls, slots: int, capacity: int, like: Float[Tensor, "R H K"]) -> _RowSums:
+    def empty(cls, slots: int, capacity: int, like: Float[Tensor, "*R H K"]) -> _PagedSums:
         """A layer of zeros: masked scores and values must be finite."""
-        blocks, (heads, width) = -(-capacity // _BLOCK), like.shape[-2:]
+        pages, (heads, width) = _num_pages(capacity), like.shape[-2:]
         return cls(
-            keys=like.new_zeros(blocks, slots, heads, width, _BLOCK),
-            values=like.new_zeros(slots, heads, blocks * _BLOCK, width),
+            keys=like.new_zeros(slots, heads, pages, width, _PAGE),
+            values=like.new_zeros(slots, heads, pages * _PAGE, width),
         )
 
     def write(
@@ -132,67 +134,96 @@ class _RowSums:
         v: Float[Tensor, "*R H K"],
     ) -> None:
         """Keep keys and values of some positions."""
-        self.keys[positions // _BLOCK, slots, :, :, positions % _BLOCK] = k
+        self.keys[slots, :, positions // _PAGE, :, positions % _PAGE] = k
         self.values[slots, :, positions] = v
 
     def attend(
         self, step: _Step, q: Float[Tensor, "R H K"], k: Float[Tensor, "R H K"], v: Float[Tensor, "R H K"]
     ) -> Float[Tensor, "R H K"]:
         """Write the new positions and attend to them and all before, with a float32 softmax."""
-        self.write(step.slots, step.positions, k, v)
-        scores = self._scores(step, q * q.shape[-1] ** -0.5).masked_fill(step.later[:, None], -torch.inf)
-        return self._mix(step, scores.softmax(dim=-1, dtype=torch.float32).type_as(q))
-
-    def _scores(self, step: _Step, q: Float[Tensor, "R H K"]) -> Float[Tensor, "R H L"]:
-        """Each head's channels of keys, weighted by the query and summed."""
-        _, heads, width = q.shape
-        weights = q.expand(step.blocks, *q.shape).flatten(0, 2)
-        summed = F.embedding_bag(
-            step.key_rows(heads, width), self.keys.flatten(0, 3), mode="sum", per_sample_weights=weights
-        )
-        return summed.view(step.blocks, *q.shape[:2], _BLOCK).permute(1, 2, 0, 3).flatten(2)[..., : step.length]
-
-    def _mix(self, step: _Step, weights: Float[Tensor, "R H L"]) -> Float[Tensor, "R H K"]:
-        """Each head's values, weighted and summed in float32."""
-        rows = step.value_rows(self.values.shape[1], self.values.shape[2])
-        summed = F.embedding_bag(rows, self.values.flatten(0, 2), mode="sum", per_sample_weights=weights.flatten(0, 1))
-        return summed.view(*weights.shape[:2], -1)
+        pages = step.pages(*q.shape[1:])
+        self.keys.view(-1).scatter_(0, pages.new_keys, k.flatten())
+        self.values.view(-1, v.shape[-1]).index_copy_(0, pages.new_values, v.flatten(0, 1))
+        queries = pages.of_each(q.flatten(0, 1) * q.shape[-1] ** -0.5)
+        scores = F.embedding_bag(pages.keys, self.keys.view(-1, _PAGE), mode="sum", per_sample_weights=queries)
+        weights = pages.softmax(scores).type_as(q)
+        table = self.values.view(-1, v.shape[-1])
+        return F.embedding_bag(
+            pages.values, table, pages.ends, mode="sum", per_sample_weights=weights, include_last_offset=True
+        ).view_as(q)
 
 
 class _Step:
-    """The slots that take a step, and where their rows are in the tables. Layers share it."""
+    """The slots that take a step, and their new positions. The layers of a cache share it."""
 
-    def __init__(self, slots: Int[Tensor, " R"], positions: Int[Tensor, " R"], num_slots: int) -> None:
+    def __init__(self, slots: Int[Tensor, " R"], positions: Int[Tensor, " R"], capacity: int) -> None:
         self.slots, self.positions = slots, positions
-        self._num_slots = num_slots
-        self._rows: dict[tuple[int, ...], Tensor] = {}
+        self._capacity = capacity
+        self._pages: _Pages | None = None
 
-    @cached_property
-    def length(self) -> int:
-        """Positions that the longest sequence attends to."""
-        return int(self.positions.max()) + 1
+    def pages(self, heads: int, width: int) -> _Pages:
+        """What the step reads on a CPU."""
+        if self._pages is None:
+            slots, positions = self.slots.numpy(), self.positions.numpy()
+            self._pages = _Pages(slots, positions, heads, width, _num_pages(self._capacity))
+        return self._pages
 
-    @property
-    def blocks(self) -> int:
-        """Blocks of keys that hold these positions."""
-        return -(-self.length // _BLOCK)
 
-    @cached_property
-    def later(self) -> Bool[Tensor, "R L"]:
-        """Positions that a sequence has not reached."""
-        return torch.arange(self.length) > self.positions[:, None]
+class _Pages:
+    """The pages that each head reads in a step, row by row, head by head: P of them. Indices are of rows of tables.
 
-    def key_rows(self, heads: int, width: int) -> Int[Tensor, "rows K"]:
-        """Indices of each head's rows of keys in a table (M * S * H * K, block)."""
-        if (key := (heads, width)) not in self._rows:
-            before = torch.arange(self.blocks)[:, None] * self._num_slots + self.slots
-            before = before[..., None] * heads + torch.arange(heads)
-            self._rows[key] = (before.view(-1, 1) * width + torch.arange(width)).int()
-        return self._rows[key]
+    NumPy computes them: at this size its calls take a tenth of the time of torch's.
 
-    def value_rows(self, heads: int, height: int) -> Int[Tensor, "rows L"]:
-        """Indices of each head's first L rows of values in a table (S * H * height, K)."""
-        if (key := (heads, height, self.length)) not in self._rows:
-            before = self.slots[:, None] * heads + torch.arange(heads)
-            self._rows[key] = (before.view(-1, 1) * height + torch.arange(self.length)).int()
-        return self._rows[key]
+    Attributes:
+        keys: Rows of keys of each page, (P, K).
+        values: Rows of values of all pages, (P * page,).
+        ends: Where the values of each row and head begin, and where the last ones end, (R * H + 1,).
+        new_keys: Elements of the keys of the new positions, (R * H * K,).
+        new_values: Rows of the values of the new positions, (R * H,).
+    """
+
+    def __init__(
+        self,
+        slots: Int64[NDArray[np.int64], " R"],
+        positions: Int64[NDArray[np.int64], " R"],
+        heads: int,
+        width: int,
+        pages_of_slot: int,
+    ) -> None:
+        last, places = np.divmod(positions, _PAGE)
+        self._most = most = int(last.max()) + 1  # pages of a row
+        counts = np.repeat(last + 1, heads)  # of each row and head
+        ends = np.concatenate([[0], counts.cumsum()])
+        owners = np.repeat(np.arange(len(counts)), counts)  # row and head of each page
+        numbers = np.arange(len(owners)) - ends[owners]
+        first = ((slots[:, None] * heads + np.arange(heads)) * pages_of_slot).ravel()
+        pages = (first[owners] + numbers).astype(np.int32)[:, None]
+        self.keys = torch.from_numpy(pages * width + np.arange(width, dtype=np.int32))
+        self.values = torch.from_numpy((pages * _PAGE + np.arange(_PAGE, dtype=np.int32)).ravel())
+        self.ends = torch.from_numpy((ends * _PAGE).astype(np.int32))
+        new, place = first + np.repeat(last, heads), np.repeat(places, heads)
+        self.new_keys = torch.from_numpy(((new[:, None] * width + np.arange(width)) * _PAGE + place[:, None]).ravel())
+        self.new_values = torch.from_numpy(new * _PAGE + place)
+        later = np.arange(most * _PAGE) > np.repeat(positions, heads)[:, None]
+        self._later = torch.from_numpy(later)  # (R * H, most * page)
+        self._owners = torch.from_numpy(owners)
+        self._places = None if len(owners) == len(later) * most else torch.from_numpy(owners * most + numbers)
+
+    def of_each(self, rows: Float[Tensor, "RH K"]) -> Float[Tensor, "P K"]:
+        """The row of each page's row and head."""
+        return rows.index_select(0, self._owners)
+
+    def softmax(self, scores: Float[Tensor, "P page"]) -> Float[Tensor, " P*page"]:
+        """Softmax of each row and head over all its pages, float32."""
+        scores = scores.float()
+        if self._places is not None:
+            table = torch.full((len(self._later) * self._most, _PAGE), -torch.inf)
+            scores = table.index_copy_(0, self._places, scores)
+        weights = scores.view_as(self._later).masked_fill_(self._later, -torch.inf).softmax(dim=-1)
+        if self._places is not None:
+            weights = weights.view(-1, _PAGE).index_select(0, self._places)
+        return weights.flatten()
+
+
+def _num_pages(capacity: int) -> int:
+    return -(-capacity // _PAGE)

@@ -101,6 +101,7 @@ class Sampling:
     Where steps are of several kinds, as many images are in flight for each kind as take a step together.
     """
 
+    @torch.inference_mode()
     def __init__(
         self, canvas: Canvas, steps: StepsOfModel, model: Any, boundaries: Boundaries | None, *, batch: int | None
     ) -> None:
@@ -147,6 +148,7 @@ class Sampling:
             if kind is None:
                 return
 
+    @torch.inference_mode()
     def _tick(self, kind: int) -> tuple[Int[Tensor, " R"], Bool[Tensor, " R"]]:
         """One batch of steps of a kind: its images, and whether they are finished now."""
         clocks = self._clocks

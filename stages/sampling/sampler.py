@@ -94,7 +94,6 @@ class Sampler:
         rule = getattr(self.boundaries, "rule", None)
         return {"source": self.config.boundaries} | ({} if rule is None else asdict(rule))
 
-    @torch.inference_mode()
     def sample(
         self,
         numbers: Int64[NDArray[np.int64], " B"],
@@ -104,7 +103,6 @@ class Sampler:
         """Samples of the given numbers and classes. Each starts with the M tokens of `prefix`, if it is given."""
         return self._batch(self._sampling(numbers, labels, len(numbers), prefix).finish(), slice(None), labels)
 
-    @torch.inference_mode()
     def sample_units(
         self,
         units: Sequence[Int64[NDArray[np.int64], " B"]],
@@ -137,6 +135,7 @@ class Sampler:
         """Tokens of images that have the size of the tokenised images."""
         return self.vq.encode(pixels_to_float(pixels, self.device))
 
+    @torch.inference_mode()
     def decode(self, tokens: Int[Tensor, "B T"]) -> PixelBatch:
         """Images of tokens, at the size in the settings."""
         return images_of_tokens(self.vq, tokens, self.config.image_size)

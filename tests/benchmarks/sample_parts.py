@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import Counter
+from collections import ChainMap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import torch
 from matplotlib.figure import Figure
 from model_sizes import BOTH, GPTS
 from report import report
+from sample_speed import against_others
 from samplers import (
+    DTYPE,
     GRIDS,
     Decoder,
     LlamaGenDecoder,
@@ -24,13 +26,10 @@ from samplers import (
     entropy_head,
     entropy_model,
     gpt,
-    grid_of,
-    lockstep_decoder,
+    in_all,
     many_starts,
     packed,
     seconds_an_image,
-    seconds_of,
-    windows,
 )
 from torch import nn
 
@@ -75,50 +74,21 @@ def parts(size: str, pixels: int, batch: int, entropy_models: Sequence[str]) -> 
     models = {f"entropy model {name}": entropy_model(name, grid) for name in entropy_models}
     sources = Watched(starts, {"entropy head": entropy_head(model), **models})
     decoder, rival = OwnClocks(model, sources, batch), LlamaGenDecoder(packed(gpt(size, grid)), batch)
-
-    def readings() -> Counter[str]:
-        return Counter({**watch.seconds, **sources.seconds})
-
-    spent: Counter[str] = Counter()
-    timed = 0
-    for _ in windows([decoder, rival], grid.num_tokens):
-        timed += 1
-        spent["LlamaGen"] += seconds_of(rival.step)
-        before = readings()
-        spent["whole"] += seconds_of(decoder.step)
-        spent.update({name: seconds - before[name] for name, seconds in readings().items()})
-    return totals({name: grid.num_tokens * seconds / timed / batch for name, seconds in spent.items()})
-
-
-def totals(spent: dict[str, float]) -> dict[str, float]:
-    """The parts, what is in none of them, and the sums with each source of boundaries and without one."""
-    whole, rival = spent.pop("whole"), spent.pop("LlamaGen")
-    deciding = {name: seconds for name, seconds in spent.items() if name.startswith("entropy")}
-    without = whole - sum(deciding.values())
-    rest = whole - sum(spent.values())
-    sums = {f"in all, {name}": without + seconds for name, seconds in deciding.items()}
-    return spent | {"the rest": rest, "in all, boundaries given": without, **sums, "LlamaGen": rival}
+    decoders: dict[str, Decoder] = {"whole": decoder, "LlamaGen": rival}
+    spent = seconds_an_image(decoders, grid.num_tokens, ChainMap(sources.seconds, watch.seconds))
+    whole, llamagen = spent.pop("whole"), spent.pop("LlamaGen")
+    sums = in_all(whole, {name: spent[name] for name in sources.seconds})
+    rest = {"the rest": whole - sum(spent.values())}
+    return spent | rest | {f"in all, {name}": seconds for name, seconds in sums.items()} | {"LlamaGen": llamagen}
 
 
 def by_batch(size: str, batches: Sequence[int], entropies: str) -> dict[str, dict[str, float]]:
     """Seconds an image of LlamaGen and DPAR at each batch."""
-    grid = grid_of(size)
-    llamagen, model = packed(gpt(size)), packed(dpar(size))
     found: dict[str, dict[str, float]] = {}
     for batch in batches:
-        starts = many_starts(batch, grid)
-        by_head = Watched(starts, {"head": entropy_head(model)})
-        decoders: dict[str, Decoder] = {
-            f"LlamaGen-{size}": LlamaGenDecoder(llamagen, batch),
-            f"DPAR-{size}, entropy head, in lockstep": lockstep_decoder(model, by_head, batch),
-            f"DPAR-{size}, boundaries given": OwnClocks(model, Watched(starts), batch),
-            f"DPAR-{size}, entropy head": OwnClocks(model, by_head, batch),
-            f"DPAR-{size}, entropy model {entropies}": OwnClocks(
-                model, Watched(starts, {"entropies": entropy_model(entropies)}), batch
-            ),
-        }
-        for name, seconds in seconds_an_image(decoders, grid.num_tokens).items():
-            found.setdefault(name, {})[f"batch {batch}"] = seconds
+        for name, seconds in against_others(size, batch, [entropies]).items():
+            whose = f"LlamaGen-{size}" if name == "LlamaGen" else f"DPAR-{size}, {name}"
+            found.setdefault(whose, {})[f"batch {batch}"] = seconds
     return found
 
 
@@ -136,7 +106,7 @@ def draw_curve(found: dict[str, dict[str, float]], batches: Sequence[int], path:
     axes.set(
         xlabel="images that take a step together",
         ylabel="seconds an image",
-        title="Sampling at 256 px, guided, bfloat16",
+        title=f"Sampling at 256 px, guided, {str(DTYPE).removeprefix('torch.')}",
     )
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise, product
@@ -15,6 +16,7 @@ from published_llamagen import PublishedLlamaGen, PublishedSampler
 from report import report
 from samplers import (
     CLASSES,
+    DTYPE,
     GRIDS,
     GUIDED,
     Decoder,
@@ -26,6 +28,7 @@ from samplers import (
     entropy_model,
     gpt,
     grid_of,
+    in_all,
     lockstep_decoder,
     many_starts,
     packed,
@@ -35,7 +38,7 @@ from samplers import (
 )
 from torch import Tensor, nn
 
-from models.boundaries import Boundaries, GivenBoundaries
+from models.boundaries import GivenBoundaries
 from models.cached_gpt import gpt_logits
 from models.canvas import Canvas
 from models.clocks import DONE, Clocks
@@ -143,7 +146,7 @@ def products(model: GPT | DPAR, decoder: Decoder) -> Products:
 
 
 def over_linear_layers(make: Callable[[Any], Decoder], plain: GPT | DPAR, fast: GPT | DPAR) -> dict[str, float]:
-    """Milliseconds a token, and how much longer that is than its linear layers alone; in turns at each position.
+    """Milliseconds a step, and how much longer that is than its linear layers alone; in turns at each position.
 
     Twice: the linear layers as torch makes them, and packed.
     """
@@ -154,25 +157,32 @@ def over_linear_layers(make: Callable[[Any], Decoder], plain: GPT | DPAR, fast: 
         whole += seconds_of(decoder.step)
         for name, calls in alone.items():
             seconds[name] += seconds_of(lambda here=calls[position]: [call() for call in here])
-    return {"ms a token": 1000 * whole / count, **{name: whole / total for name, total in seconds.items()}}
+    return {"ms a step": 1000 * whole / count, **{name: whole / total for name, total in seconds.items()}}
 
 
 def against_others(size: str, batch: int, entropy_models: Sequence[str]) -> dict[str, float]:
-    """Seconds an image of LlamaGen, of DPAR with each source of boundaries, and of DPAR in lockstep, in turns."""
-    model, starts = packed(dpar(size)), many_starts(batch, grid_of(size))
-    sources: dict[str, dict[str, Boundaries]] = {"boundaries given": {}, "entropy head": {"head": entropy_head(model)}}
-    sources |= {f"entropy model {name}": {name: entropy_model(name)} for name in entropy_models}
-    rivals: dict[str, Decoder] = {"LlamaGen": LlamaGenDecoder(packed(gpt(size)), batch)}
-    rivals |= {name: OwnClocks(model, Watched(starts, source), batch) for name, source in sources.items()}
-    beside = {"head": entropy_head(model)}
-    rivals["entropy head, in lockstep"] = lockstep_decoder(model, Watched(starts, beside), batch)
-    return seconds_an_image(rivals, model.config.num_tokens)
+    """Seconds an image of LlamaGen, of DPAR with each source of boundaries, and of DPAR in lockstep, in turns.
+
+    All sources run beside one DPAR: each would need a cache of its own otherwise, some gigabytes.
+    """
+    model, grid = packed(dpar(size)), grid_of(size)
+    starts, head = many_starts(batch, grid), "entropy head"
+    models = {f"entropy model {name}": entropy_model(name) for name in entropy_models}
+    sources = Watched(starts, {head: entropy_head(model), **models})
+    lockstep = lockstep_decoder(model, Watched(starts, {head: entropy_head(model)}), batch)
+    rivals = {
+        "LlamaGen": LlamaGenDecoder(packed(gpt(size)), batch),
+        "whole": OwnClocks(model, sources, batch),
+        f"{head}, in lockstep": lockstep,
+    }
+    found = seconds_an_image(rivals, grid.num_tokens, sources.seconds)
+    return found | in_all(found.pop("whole"), {name: found[name] for name in sources.seconds})
 
 
 def against_published(size: str, batch: int) -> float:
     """Time of our LlamaGen over that of the published one, in turns."""
     model = gpt(size)
-    published = PublishedSampler(PublishedLlamaGen.like(model).bfloat16().eval(), batch, GUIDED.cfg_scale)
+    published = PublishedSampler(PublishedLlamaGen.like(model).to(DTYPE).eval(), batch, GUIDED.cfg_scale)
     found = seconds_an_image(
         {"ours": LlamaGenDecoder(packed(model), batch), "published": published}, model.config.num_tokens
     )
@@ -202,13 +212,33 @@ def tick_overhead(slots: int) -> float:
 
 
 def cache_misfit(size: str) -> float:
-    """Share by which the bytes of a cache differ from 2 L T D of bfloat16 a slot."""
+    """Share by which the bytes of a cache differ from those of 2 L T D numbers a slot."""
     model, slots = gpt(size), 8
     config, place = model.config, torch.zeros(1, dtype=torch.int64)
     cache = KVCache(config.num_layers, slots, config.num_tokens)
-    gpt_logits(model, torch.zeros(1, config.dim, dtype=torch.bfloat16), place, place, cache)
-    expected = slots * 2 * config.num_layers * config.num_tokens * config.dim * 2
+    gpt_logits(model, torch.zeros(1, config.dim, dtype=DTYPE), place, place, cache)
+    expected = slots * 2 * config.num_layers * config.num_tokens * config.dim * DTYPE.itemsize
     return abs(cache.num_bytes / expected - 1)
+
+
+def roofline(size: str, batch: int, step_ms: float) -> dict[str, float]:
+    """What a step of LlamaGen reads, weights once and the cache at half of its length, and how long that takes.
+
+    The bandwidth is that of the sum of a gigabyte.
+    """
+    config = gpt(size).config
+    weights = sum(layer.weight.nbytes for layer in gpt(size).modules() if isinstance(layer, nn.Linear))
+    rows = 2 * batch  # two halves; half of the length, keys and values
+    cache = rows * config.num_layers * config.num_tokens * config.dim * DTYPE.itemsize
+    large = torch.ones(2**28)
+    bandwidth = large.nbytes / statistics.median(seconds_of(large.sum) for _ in range(5))
+    floor_ms = 1000 * (weights + cache) / bandwidth
+    return {
+        "MB of weights a step": weights / 1e6,
+        "MB of cache a step": cache / 1e6,
+        "bandwidth, GB/s": bandwidth / 1e9,
+        "step / reading both": step_ms / floor_ms,
+    }
 
 
 def linear_gates(figures: Figures, size: str, batches: Sequence[int]) -> list[Gate]:
@@ -228,7 +258,9 @@ def linear_gates(figures: Figures, size: str, batches: Sequence[int]) -> list[Ga
         }
         for name, numbers in found.items():
             column = figures.setdefault(f"{name}, batch {batch}", {})
-            column |= {"ms a token": numbers["ms a token"], "step / packed linear layers": numbers["packed"]}
+            column |= {"ms a step": numbers["ms a step"], "step / packed linear layers": numbers["packed"]}
+            if name.startswith("LlamaGen"):
+                column |= roofline(size, batch, numbers["ms a step"])
             gates.append(gate(f"{name}, batch {batch}: step / linear layers", numbers["torch's"], "<", LINEAR_BOUND))
     return gates
 
@@ -280,6 +312,7 @@ def main() -> None:
         "linear": lambda figures: linear_gates(figures, size, options.linear_batches),
         "rivals": lambda figures: rival_gates(figures, options.rivals, options.batches, sources),
     }
+    print(f"weights in {str(DTYPE).removeprefix('torch.')}", file=sys.stderr)
     figures: Figures = {}
     gates = [found for name in options.only or parts for found in parts[name](figures)]
     report(gates, figures)

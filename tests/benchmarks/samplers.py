@@ -1,7 +1,8 @@
 """What the benchmarks of sampling share: models with random weights, and samplers that draw a token at each call.
 
-bfloat16 weights and classifier-free guidance, as in use. Boundaries are given, at the paper's mean patch length; where
-an entropy model counts, it runs beside them for what it costs, because random weights would cut anywhere.
+Weights are bfloat16 where oneDNN multiplies it, else float32, and images are guided, as in use. Boundaries are given,
+at the paper's mean patch length; where an entropy model counts, it runs beside them for what it costs, because random
+weights would cut anywhere.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from models.token_sampling import SamplingOptions, sample_token
 
 CLASSES = 1000
 GUIDED = SamplingOptions(cfg_scale=2.0)
+DTYPE = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 _STRETCH, _WINDOW = 32, 8
 Model = TypeVar("Model", GPT, DPAR)
 
@@ -67,7 +69,7 @@ def gpt(size: str, grid: Grid | None = None, *, conditional: bool = True) -> GPT
     )
     model = GPT(config)
     nn.init.normal_(model.output.weight, std=0.02)
-    return model.bfloat16().eval()
+    return model.to(DTYPE).eval()
 
 
 def dpar(size: str, grid: Grid | None = None) -> DPAR:
@@ -79,7 +81,7 @@ def dpar(size: str, grid: Grid | None = None) -> DPAR:
     )
     model = DPAR(config)
     nn.init.normal_(model.output.weight, std=0.02)
-    return model.bfloat16().eval()
+    return model.to(DTYPE).eval()
 
 
 def packed(model: Model) -> Model:
@@ -151,9 +153,15 @@ def entropy_model(size: str, grid: Grid | None = None) -> EntropyBoundaries:
 def entropy_head(model: DPAR) -> HeadBoundaries:
     """An entropy head on the model's encoder as a source of boundaries."""
     torch.manual_seed(0)
-    head = EntropyHead(EntropyHeadConfig.of(model.config, "block")).bfloat16().eval()
+    head = EntropyHead(EntropyHeadConfig.of(model.config, "block")).to(DTYPE).eval()
     pack_linear_layers(head)
     return HeadBoundaries(head, PatchRule(0.5, 4, True, model.config.grid))
+
+
+def in_all(whole: float, deciding: Mapping[str, float]) -> dict[str, float]:
+    """Seconds with boundaries given, and with each source that ran beside them alone."""
+    given = whole - sum(deciding.values())
+    return {"boundaries given": given, **{name: given + seconds for name, seconds in deciding.items()}}
 
 
 class Decoder(Protocol):
@@ -207,10 +215,10 @@ class OwnClocks:
         slots = len(clocks.images) - 1
         position = torch.randint(1, starts.shape[1], (slots,), generator=generator)
         reached = starts[clocks.images[:-1]] & (torch.arange(starts.shape[1]) <= position[:, None])
-        steps._position[:-1], steps._global_rows[:-1] = position, reached.sum(dim=1)
-        steps._first[:-1] = torch.where(reached, torch.arange(starts.shape[1]), 0).amax(dim=1)
+        steps.state.position[:-1], steps.state.global_rows[:-1] = position, reached.sum(dim=1)
+        steps.state.first[:-1] = torch.where(reached, torch.arange(starts.shape[1]), 0).amax(dim=1)
         clocks._waits[:-1] = TOKEN
-        clocks.waiting.copy_(clocks._count())
+        clocks.waiting[TOKEN], clocks.waiting[GLOBAL] = slots, 0
 
 
 class LlamaGenDecoder:
@@ -295,11 +303,24 @@ def windows(decoders: Collection[Decoder], num_tokens: int) -> Iterator[None]:
             yield
 
 
-def seconds_an_image(decoders: Mapping[str, Decoder], num_tokens: int) -> dict[str, float]:
-    """Seconds that each decoder takes for an image, in turns at every position that is timed."""
-    seconds, timed = dict.fromkeys(decoders, 0.0), 0
+def seconds_an_image(
+    decoders: Mapping[str, Decoder], num_tokens: int, parts: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Seconds that each decoder takes for an image, in turns at every position that is timed.
+
+    Args:
+        decoders: By name, with batches of one size.
+        num_tokens: Of an image.
+        parts: Seconds by name, which something adds up while decoders run. They are reported as decoders are.
+    """
+    parts, timed = parts or {}, 0
+    seconds = dict.fromkeys([*decoders, *parts], 0.0)
     for _ in windows(decoders.values(), num_tokens):
         timed += 1
+        before = dict(parts)
         for name, decoder in decoders.items():
             seconds[name] += seconds_of(decoder.step)
-    return {name: num_tokens * total / timed / decoders[name].batch for name, total in seconds.items()}
+        for name, total in parts.items():
+            seconds[name] += total - before[name]
+    (batch,) = {decoder.batch for decoder in decoders.values()}
+    return {name: num_tokens * total / timed / batch for name, total in seconds.items()}

@@ -10,7 +10,14 @@ import torch
 from cached_logits import cached_logits
 from torch import Tensor
 
-from models.boundaries import Boundaries, GivenBoundaries, HeadBoundaries, NextTokens, OwnEntropyBoundaries
+from models.boundaries import (
+    Boundaries,
+    GivenBoundaries,
+    HeadBoundaries,
+    NextTokens,
+    OwnEntropyBoundaries,
+    PrefixTokens,
+)
 from models.config import EntropyHeadConfig, HeadKind
 from models.dpar import DPAR
 from models.entropy_head import EntropyHead, entropies_of
@@ -110,6 +117,9 @@ class Recorded:
         first = tokens.open_lengths > 0  # an image comes back with an empty patch
         self.entropies[tokens.images[first], tokens.positions[first]] = token_entropy(tokens.logits[first])
         return self.source.opens(tokens)
+
+    def prefill(self, prefix: PrefixTokens) -> Tensor:
+        return self.source.prefill(prefix)
 
 
 def own_entropy(model: DPAR, tokens: Tensor, labels: Tensor, starts: Tensor, position: int) -> Tensor:

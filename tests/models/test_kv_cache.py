@@ -11,7 +11,7 @@ from torch import Tensor
 from models.attention import causal_attention
 from models.kv_cache import KVCache
 
-LENGTH = 140  # more than two blocks of the cache
+LENGTH = 140  # some pages of the cache, and a part of one
 
 
 def qkv(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,8 +46,8 @@ def test_the_bytes_of_a_cache_are_those_of_its_positions() -> None:
     assert cache.num_bytes == 0
     for attend in cache.step(torch.tensor([1]), torch.tensor([0])):
         attend(*torch.randn(3, 1, 2, 8))
-    blocks = 2 * 64  # positions of whole blocks
-    assert cache.num_bytes == 2 * blocks * 5 * 2 * 8 * 4 * 2, "layers, positions, slots, heads, width, float32, k and v"
+    pages = 3 * 32  # positions of whole pages
+    assert cache.num_bytes == 2 * pages * 5 * 2 * 8 * 4 * 2, "layers, positions, slots, heads, width, float32, k and v"
 
 
 def reference(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
@@ -68,7 +68,7 @@ def reference(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
 def test_a_cache_holds_what_plain_concatenation_holds(
     heads: int, ahead: list[int], steps: list[list[int]], seed: int
 ) -> None:
-    """Sequences first grow apart, up to the edge of a block at 64 and over it; then any of them grow together."""
+    """Sequences first grow apart, up to the edge of a page at 64 and over it; then any of them grow together."""
     generator = torch.Generator().manual_seed(seed)
     cache = KVCache(num_layers=1, slots=5, capacity=68 + len(steps))
     keys: list[list[Tensor]] = [[] for _ in range(5)]

@@ -55,7 +55,7 @@ def source(rough: Callable[[Any], Any], gpt: Callable[..., GPT]) -> Callable[[st
         if name in ("given", "static"):
             return GivenBoundaries(starts if name == "given" else starts[0])
         if name == "entropy model":
-            return EntropyBoundaries(gpt(None), PatchRule(3.45, 4, True, GRID))
+            return EntropyBoundaries(gpt(None), PatchRule(3.5, 4, True, GRID))
         if name == "own entropy":
             return OwnEntropyBoundaries(PatchRule(3.3, 3, True, GRID))
         head = rough(EntropyHead(EntropyHeadConfig.of(model.config, "block")))
@@ -121,7 +121,7 @@ def _as_a_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clocks, "__init__", start)
     monkeypatch.setattr(sampling, "Replay", lambda function: function)
     monkeypatch.setattr(sampling, "LateCounts", Counts)
-    monkeypatch.setattr(kv_cache, "_RowSums", kv_cache._OneKernel)
+    monkeypatch.setattr(kv_cache, "_PagedSums", kv_cache._OneKernel)
     monkeypatch.setattr(DPARSteps, "_longest", lambda self, lengths: self._boundaries.longest)
 
 

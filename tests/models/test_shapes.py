@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 import models
 from models.attention import causal_attention
-from models.boundaries import NextToken
+from models.boundaries import NextTokens
 from models.dpar import DPAR
 from models.layers import Attend, LabelEmbedder
 from models.patch_tables import pack_bits
 from models.patching import PatchRule, patch_starts
 
-ZEROS = torch.zeros(2, 16)
+ZEROS, PLACES = torch.zeros(2, 16), torch.zeros(2, dtype=torch.int64)
 WRONG: dict[str, Callable[[], Any]] = {
     "one axis too few": lambda: patch_starts(PatchRule(1.0, 4, True, 4), torch.zeros(16)),
     "an axis of another size": lambda: causal_attention(
@@ -32,8 +32,8 @@ WRONG: dict[str, Callable[[], Any]] = {
     ),
     "whole numbers for real ones": lambda: patch_starts(PatchRule(1.0, 4, True, 4), ZEROS.long()),
     "numbers for flags, in numpy": lambda: pack_bits(np.zeros((2, 16))),
-    "fields of a dataclass that disagree": lambda: NextToken(
-        1, ZEROS[:, 0].long(), torch.zeros(3, 8), ZEROS[:, 0].long(), lambda: ZEROS
+    "fields of a dataclass that disagree": lambda: NextTokens(
+        PLACES, PLACES, PLACES, PLACES, torch.zeros(3, 8), PLACES
     ),
 }
 
