@@ -11,6 +11,7 @@ read. On a CPU the batch is shorter instead.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -35,6 +36,27 @@ class Steps(Protocol):
         """Advance some images. Returns the kind of step that each waits for next, or `DONE`."""
 
 
+@dataclass
+class Usage:
+    """What a scheduler has made of its batches.
+
+    Attributes:
+        ticks: Batches that ran.
+        filled: Mean share of a batch's rows that advanced an image.
+        tail: Ticks at the end, when fewer images were in flight than there are slots.
+    """
+
+    ticks: int = 0
+    filled: float = 0.0
+    tail: int = 0
+
+    def add(self, share: float, *, in_tail: bool) -> None:
+        """Count a tick."""
+        self.filled = (self.filled * self.ticks + share) / (self.ticks + 1)
+        self.ticks += 1
+        self.tail += in_tail
+
+
 class Clocks:
     """Slots and what they wait for.
 
@@ -43,11 +65,13 @@ class Clocks:
         waiting: How many images wait for each kind of step, (kinds,).
         finished: Whether each image is finished, (images + 1,).
         exact: Whether batches have only rows with an image.
+        usage: How full its batches were.
     """
 
     def __init__(self, num_images: int, slots: int, batch: int, kinds: int, device: torch.device) -> None:
         """All images 0 .. `num_images` - 1 wait; the first ones take the slots."""
-        self._num_images, self._batch, self._kinds = num_images, batch, kinds
+        self._num_images, self._batch, self._kinds, self._slots = num_images, batch, kinds, slots
+        self.usage = Usage()
         self.exact = device.type == "cpu"
         number = torch.arange(slots + 1, device=device)
         number[-1:].fill_(num_images)
@@ -106,6 +130,8 @@ class Clocks:
         found = max(range(self._kinds), key=lambda kind: (self._urgent(kind), min(waiting[kind], self._batch), kind))
         for kind, count in enumerate(waiting):
             self._passed_over[kind] = self._passed_over[kind] + 1 if count and kind != found else 0
+        used = min(waiting[found], self._batch)
+        self.usage.add(used / self._batch, in_tail=sum(waiting) < self._slots)
         return found
 
     def _urgent(self, kind: int) -> bool:

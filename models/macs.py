@@ -63,15 +63,18 @@ NOTHING = Macs(linear=0, attention=0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """MACs of sampling one image with caches.
+    """Cost of sampling one image with caches.
 
     Attributes:
-        unconditional: Parts that do not read the class. They run once, with and without guidance.
-        conditional: Parts that depend on the class. Classifier-free guidance runs them twice.
+        unconditional: MACs of parts that do not read the class. They run once, with and without guidance.
+        conditional: MACs of parts that depend on the class. Classifier-free guidance runs them twice.
+        layer_calls: Calls of transformer layers. Each reads the layer's weights, once for all images of a full batch
+            and for both halves of guidance.
     """
 
     unconditional: Macs = NOTHING
     conditional: Macs = NOTHING
+    layer_calls: float = 0
 
     def macs(self, *, guided: bool) -> Macs:
         """MACs of all parts, with or without guidance."""
@@ -79,11 +82,17 @@ class Sampling:
 
     def __add__(self, other: Sampling) -> Sampling:
         return Sampling(
-            unconditional=self.unconditional + other.unconditional, conditional=self.conditional + other.conditional
+            unconditional=self.unconditional + other.unconditional,
+            conditional=self.conditional + other.conditional,
+            layer_calls=self.layer_calls + other.layer_calls,
         )
 
     def __mul__(self, factor: float) -> Sampling:
-        return Sampling(unconditional=self.unconditional * factor, conditional=self.conditional * factor)
+        return Sampling(
+            unconditional=self.unconditional * factor,
+            conditional=self.conditional * factor,
+            layer_calls=self.layer_calls * factor,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,11 +154,16 @@ def gpt_cost(config: GPTConfig) -> Cost:
         model = GPT(config)
     tokens, labels = _inputs(config.num_tokens)
     forward = _count(lambda: model(tokens, labels if model.conditional else None))[_ALL]
-    sampled = _stepwise(forward, config.num_tokens - (0 if model.conditional else 1))
+    rows = config.num_tokens - (0 if model.conditional else 1)
+    sampled, calls = _stepwise(forward, rows), rows * config.num_layers
     return Cost(
         parameters=_parameters(model),
         forward=forward,
-        sampling=Sampling(conditional=sampled) if model.conditional else Sampling(unconditional=sampled),
+        sampling=Sampling(
+            unconditional=NOTHING if model.conditional else sampled,
+            conditional=sampled if model.conditional else NOTHING,
+            layer_calls=calls,
+        ),
     )
 
 
@@ -160,7 +174,7 @@ def head_sampling(config: DPARConfig) -> Sampling:
         head = EntropyHead(EntropyHeadConfig.of(config, "block"))
     rows = config.num_tokens - 1
     states = torch.empty(1, rows, config.dim, device=_META)
-    return Sampling(unconditional=_stepwise(_count(lambda: head(states))[_ALL], rows))
+    return Sampling(unconditional=_stepwise(_count(lambda: head(states))[_ALL], rows), layer_calls=rows)
 
 
 def npp_cost(config: GPTConfig, schedule: NextPatchSchedule, steps: int) -> Cost:
@@ -249,7 +263,7 @@ def _dpar_image(model: DPAR, patches: int) -> DPARCost:
     and layer), which it computes for no last patch, and for patches that close together as if all were the longest; the
     encoder on the last token, which nobody reads; the encoder on a token that the model's own entropy then closes at.
     """
-    num_tokens = model.config.num_tokens
+    config, num_tokens = model.config, model.config.num_tokens
     starts = torch.zeros(1, num_tokens, dtype=torch.bool)
     starts[0, torch.arange(patches) * (num_tokens - 1) // patches] = True
     counts = _count(lambda: model(*_inputs(num_tokens), pack_patches(starts).to(_META)))
@@ -264,8 +278,13 @@ def _dpar_image(model: DPAR, patches: int) -> DPARCost:
         sampling=Sampling(
             unconditional=_stepwise(encoder, num_tokens - 1),
             conditional=_total((_stepwise(stack, 1 + patches), _stepwise(decoder, num_tokens), head)),
+            layer_calls=num_tokens * (config.encoder_layers + config.decoder_layers)
+            + (1 + patches) * config.global_layers,
         ),
-        own_entropy=Sampling(conditional=_later_step(decoder_layers + head, num_tokens) * patches),
+        own_entropy=Sampling(
+            conditional=_later_step(decoder_layers + head, num_tokens) * patches,
+            layer_calls=patches * config.decoder_layers,
+        ),
     )
 
 

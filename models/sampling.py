@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.boundaries import Boundaries
 from models.canvas import Canvas
-from models.clocks import Clocks, Steps
+from models.clocks import Clocks, Steps, Usage
 from models.dpar import DPAR
 from models.dpar_steps import DPARSteps
 from models.gpt import GPT
@@ -165,6 +165,11 @@ class Sampling:
     def starts(self) -> Bool[Tensor, "N T"]:
         """Where patches start, decided so far."""
         return self._canvas.starts[:-1, :-1]
+
+    @property
+    def usage(self) -> Usage:
+        """How full the batches were."""
+        return self._clocks.usage
 
     def finish(self) -> Sampling:
         """Advance all images to their ends."""

@@ -81,12 +81,14 @@ class SamplingCost:
         boundaries: Boundary source; None for a model on tokens.
         plain: MACs without guidance.
         guided: MACs with classifier-free guidance.
+        layer_calls: Calls of transformer layers, with and without guidance.
         saved_percent: Share of LlamaGen's linear MACs saved, both with guidance; None for LlamaGen itself.
     """
 
     boundaries: str | None
     plain: Macs
     guided: Macs
+    layer_calls: float
     saved_percent: float | None
 
 
@@ -153,6 +155,7 @@ def _sampling_cost(row: CostRow, boundaries: str | None, sampling: Sampling) -> 
         boundaries=boundaries,
         plain=sampling.macs(guided=False),
         guided=guided,
+        layer_calls=sampling.layer_calls,
         saved_percent=None if llamagen is None else _saved_percent(guided, llamagen.sampling.macs(guided=True)),
     )
 

@@ -24,7 +24,9 @@ difference from it. saved: linear MACs saved against LlamaGen. Training reads
 stored entropies; computing them once is not counted."""
 SAMPLING_NOTE = """\
 Every position is computed once, with guidance (CFG) twice. saved: linear MACs
-with CFG saved against LlamaGen."""
+with CFG saved against LlamaGen. calls: layers called for an image, each of which
+reads its weights once for a full batch. MACs set the time of large batches,
+calls that of small ones; seconds are measured by dpar bench sample."""
 BOUNDARIES_NOTE = """\
 In DPAR, guidance runs only the global stack, the decoder and the head twice.
 DPAR has one row for each boundary source, all at the same mean patch length."""
@@ -99,7 +101,7 @@ def training_table(rows: Iterable[CostRow]) -> Table:
 
 def sampling_table(rows: Iterable[CostRow], entropy_model: str) -> Table:
     """One row per model and image size; a model on patches has one row per boundary source."""
-    numbers = ("px", "linear", "attn", "CFG linear", "CFG attn", "saved")
+    numbers = ("px", "linear", "attn", "CFG linear", "CFG attn", "saved", "calls")
     table = plain_table("model", *numbers, numbers=numbers)
     for row in rows:
         for cost in sampling_costs(row):
@@ -111,6 +113,7 @@ def sampling_table(rows: Iterable[CostRow], entropy_model: str) -> Table:
                 _giga(cost.guided.linear),
                 _giga(cost.guided.attention),
                 _percent(cost.saved_percent),
+                f"{cost.layer_calls:,.0f}",
             )
     return table
 

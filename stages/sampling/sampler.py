@@ -129,6 +129,14 @@ class Sampler:
                 if not left[unit]:
                     rows = slice(int(ends[unit]) - len(units[unit]), int(ends[unit]))
                     yield unit, self._batch(sampling, rows, labels[units[unit]])
+        usage = sampling.usage
+        logger.info(
+            "sampled %d images by %d batches of steps, %.0f %% full; fewer images were in flight in the last %d",
+            len(numbers),
+            usage.ticks,
+            100 * usage.filled,
+            usage.tail,
+        )
 
     @torch.inference_mode()
     def encode(self, pixels: PixelBatch) -> Int[Tensor, "B T"]:

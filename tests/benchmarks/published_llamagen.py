@@ -143,7 +143,8 @@ class PublishedSampler:
     """Guided sampling of a batch, a token of each image at every step."""
 
     def __init__(self, model: PublishedLlamaGen, batch: int, cfg_scale: float) -> None:
-        self.batch, self._model, self._scale = batch, model, cfg_scale
+        self.batch, self.repeats, self.parts = batch, 1, dict[str, float]()
+        self._model, self._scale = model, cfg_scale
         c = model.config
         self._labels = torch.cat([torch.arange(batch), torch.full((batch,), c.num_classes)])
         self._rope = grid_rope(c.grid, c.dim // c.num_heads, torch.device("cpu"), class_row=True)

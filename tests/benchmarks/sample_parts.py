@@ -73,9 +73,11 @@ def parts(size: str, pixels: int, batch: int, entropy_models: Sequence[str]) -> 
     watch = watched(model)
     models = {f"entropy model {name}": entropy_model(name, grid) for name in entropy_models}
     sources = Watched(starts, {"entropy head": entropy_head(model), **models})
-    decoder, rival = OwnClocks(model, sources, batch), LlamaGenDecoder(packed(gpt(size, grid)), batch)
-    decoders: dict[str, Decoder] = {"whole": decoder, "LlamaGen": rival}
-    spent = seconds_an_image(decoders, grid.num_tokens, ChainMap(sources.seconds, watch.seconds))
+    decoders: dict[str, Decoder] = {
+        "whole": OwnClocks(model, sources, batch, ChainMap(sources.seconds, watch.seconds)),
+        "LlamaGen": LlamaGenDecoder(packed(gpt(size, grid)), batch),
+    }
+    spent = seconds_an_image(decoders, grid.num_tokens)
     whole, llamagen = spent.pop("whole"), spent.pop("LlamaGen")
     sums = in_all(whole, {name: spent[name] for name in sources.seconds})
     rest = {"the rest": whole - sum(spent.values())}

@@ -175,7 +175,7 @@ def against_others(size: str, batch: int, entropy_models: Sequence[str]) -> dict
         "whole": OwnClocks(model, sources, batch),
         f"{head}, in lockstep": lockstep,
     }
-    found = seconds_an_image(rivals, grid.num_tokens, sources.seconds)
+    found = seconds_an_image(rivals, grid.num_tokens)
     return found | in_all(found.pop("whole"), {name: found[name] for name in sources.seconds})
 
 

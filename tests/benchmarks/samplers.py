@@ -8,6 +8,7 @@ weights would cut anywhere.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
@@ -34,6 +35,7 @@ CLASSES = 1000
 GUIDED = SamplingOptions(cfg_scale=2.0)
 DTYPE = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 _STRETCH, _WINDOW = 32, 8
+_ROWS = 16
 Model = TypeVar("Model", GPT, DPAR)
 
 
@@ -100,7 +102,7 @@ def ragged_starts(batch: int, grid: Grid) -> Tensor:
 
 def many_starts(batch: int, grid: Grid) -> Tensor:
     """The same for as many images as `OwnClocks` needs: twice a batch in flight, and those that come after them."""
-    return ragged_starts(4 * batch, grid)
+    return ragged_starts(2 * batch + 2 * max(batch, _ROWS), grid)
 
 
 class Watched(GivenBoundaries):
@@ -165,9 +167,16 @@ def in_all(whole: float, deciding: Mapping[str, float]) -> dict[str, float]:
 
 
 class Decoder(Protocol):
-    """Draws a token of each image of a batch at every step, or as many of others in flight."""
+    """Draws a token of each image of a batch at every step, or as many of others in flight.
+
+    Attributes:
+        repeats: Steps that are timed at each position.
+        parts: Seconds that parts of all steps took, by name.
+    """
 
     batch: int
+    repeats: int
+    parts: Mapping[str, float]
 
     def step(self) -> None:
         """Draw as many tokens as a batch has images."""
@@ -180,11 +189,13 @@ class OwnClocks:
     """Images at different positions, as in the midst of a long run, with twice as many in flight as a batch holds.
 
     Its caches have all their memory before the first step that is timed: what a system takes to hand out gigabytes
-    differs from one to the next by a factor of six.
+    differs from one to the next by a factor of six. With few rows many steps are timed, because the number of patches
+    that close in one varies.
     """
 
-    def __init__(self, model: DPAR, boundaries: Watched, batch: int) -> None:
+    def __init__(self, model: DPAR, boundaries: Watched, batch: int, parts: Mapping[str, float] | None = None) -> None:
         self.batch, num_tokens = batch, model.config.num_tokens
+        self.repeats, self.parts = max(1, _ROWS // batch), boundaries.seconds if parts is None else parts
         images = len(boundaries.starts)
         generator = torch.Generator().manual_seed(0)
         labels, uniforms = torch.arange(images) % CLASSES, torch.rand(images, num_tokens, generator=generator)
@@ -225,7 +236,7 @@ class LlamaGenDecoder:
     """LlamaGen by the sampler: all images are at the same position."""
 
     def __init__(self, model: GPT, batch: int) -> None:
-        self.batch = batch
+        self.batch, self.repeats, self.parts = batch, 1, dict[str, float]()
         labels, uniforms = torch.arange(2 * batch) % CLASSES, torch.rand(2 * batch, model.config.num_tokens)
         self._sampling = Sampling(Canvas(labels, uniforms, GUIDED, CLASSES, None), GPTSteps, model, None, batch=batch)
         self.step()
@@ -246,7 +257,7 @@ class Lockstep:
     """The sampler that draws all images in lockstep."""
 
     def __init__(self, decoding: GPTDecoding | DPARDecoding, starts: Tensor) -> None:
-        self.batch = len(decoding.labels) // 2
+        self.batch, self.repeats, self.parts = len(decoding.labels) // 2, 1, dict[str, float]()
         self._decoding, self._starts = decoding, starts[: self.batch]
         self._uniforms = torch.rand(self.batch, decoding.model.config.num_tokens)
         self._last: Tensor | None = None
@@ -303,24 +314,14 @@ def windows(decoders: Collection[Decoder], num_tokens: int) -> Iterator[None]:
             yield
 
 
-def seconds_an_image(
-    decoders: Mapping[str, Decoder], num_tokens: int, parts: Mapping[str, float] | None = None
-) -> dict[str, float]:
-    """Seconds that each decoder takes for an image, in turns at every position that is timed.
-
-    Args:
-        decoders: By name, with batches of one size.
-        num_tokens: Of an image.
-        parts: Seconds by name, which something adds up while decoders run. They are reported as decoders are.
-    """
-    parts, timed = parts or {}, 0
-    seconds = dict.fromkeys([*decoders, *parts], 0.0)
+def seconds_an_image(decoders: Mapping[str, Decoder], num_tokens: int) -> dict[str, float]:
+    """Seconds that each decoder and its parts take for an image; decoders in turns at every position that is timed."""
+    seconds: Counter[str] = Counter()
+    timed = 0
     for _ in windows(decoders.values(), num_tokens):
         timed += 1
-        before = dict(parts)
         for name, decoder in decoders.items():
-            seconds[name] += seconds_of(decoder.step)
-        for name, total in parts.items():
-            seconds[name] += total - before[name]
-    (batch,) = {decoder.batch for decoder in decoders.values()}
-    return {name: num_tokens * total / timed / batch for name, total in seconds.items()}
+            steps, before = decoder.repeats * decoder.batch, dict(decoder.parts)
+            seconds[name] += sum(seconds_of(decoder.step) for _ in range(decoder.repeats)) / steps
+            seconds.update({part: (total - before[part]) / steps for part, total in decoder.parts.items()})
+    return {name: num_tokens * total / timed for name, total in seconds.items()}

@@ -44,6 +44,7 @@ class Journey:
             images = clocks.images[rows]
             self.ticks.append((kind, images.tolist()))
             self.finished += images[clocks.put(rows, steps.step(kind, rows, images))].tolist()
+        self.usage = clocks.usage
 
     def fill(self, kind: int, batch: int) -> float:
         """Share of the rows of a kind of steps that had an image."""
@@ -93,6 +94,16 @@ def test_with_twice_as_many_slots_nearly_all_batches_are_full(slots: int, batch:
 def test_in_flight_only_as_often_as_a_batch_has_rows_batches_are_half_empty() -> None:
     journey = Journey(starts(256, 256, 1 / 1.81), 16, 16)
     assert journey.fill(GLOBAL, 16) < 0.8, "what twice as many slots are for"
+
+
+def test_the_use_of_batches_and_their_tail_are_counted() -> None:
+    journey, batch = Journey(starts(40, 64, 0.5), 16, 8), 8
+    rows = [len(images) for _, images in journey.ticks]
+    assert journey.usage.ticks == len(rows)
+    assert journey.usage.filled == pytest.approx(sum(rows) / (batch * len(rows)))
+    last = {image: tick for tick, (_, images) in enumerate(journey.ticks) for image in images}
+    fewer = sorted(last.values())[40 - 16]  # the tick in which the first of the last 16 images is finished
+    assert journey.usage.tail == len(rows) - 1 - fewer
 
 
 def test_no_image_starves() -> None:

@@ -195,7 +195,7 @@ def test_training_by_next_patch_prediction_costs_what_its_steps_really_multiply(
 @pytest.fixture(autouse=True)
 def caches_that_grow_by_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samplers attend over whole blocks of their caches: what is counted here is what is needed."""
-    monkeypatch.setattr("models.kv_cache._BLOCK", 1)
+    monkeypatch.setattr("models.kv_cache._PAGE", 1)
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:

@@ -61,6 +61,20 @@ def test_only_the_entropy_model_costs_more_than_the_smallest_dpar_saves_in_sampl
 
 
 @pytest.mark.slow
+def test_layers_are_called_for_tokens_or_for_patches(paper_rows: Rows) -> None:
+    patches = 256 / 1.81  # with the class and without the last, which is not closed
+    llamagen, dpar = (sampling_costs(paper_rows[name, 256]) for name in ("llamagen-L", "dpar-L"))
+    assert [cost.layer_calls for cost in llamagen] == [256 * 24]
+    alone = 256 * (1 + 4) + patches * 19
+    assert {cost.boundaries: cost.layer_calls for cost in dpar} == {
+        "static": pytest.approx(alone),
+        "entropy_head": pytest.approx(alone + 255),
+        "entropy_model": pytest.approx(alone + 255 * 12),
+        "own_entropy": pytest.approx(alone + (patches - 1) * 4),
+    }
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [256, 384])
 def test_next_patch_prediction_saves_three_eighths_of_llamagens_training_and_no_sampling(size: int) -> None:
     (row,) = measure(["npp-B"], [size])
