@@ -142,7 +142,7 @@ class _PagedSums:
     ) -> Float[Tensor, "R H K"]:
         """Write the new positions and attend to them and all before, with a float32 softmax."""
         pages = step.pages(*q.shape[1:])
-        self.keys.view(-1).scatter_(0, pages.new_keys, k.flatten())
+        self.keys.put_(pages.new_keys, k)
         self.values.view(-1, v.shape[-1]).index_copy_(0, pages.new_values, v.flatten(0, 1))
         queries = pages.of_each(q.flatten(0, 1) * q.shape[-1] ** -0.5)
         scores = F.embedding_bag(pages.keys, self.keys.view(-1, _PAGE), mode="sum", per_sample_weights=queries)
@@ -191,7 +191,7 @@ class _Pages:
         pages_of_slot: int,
     ) -> None:
         last, places = np.divmod(positions, _PAGE)
-        self._most = most = int(last.max()) + 1  # pages of a row
+        most = int(last.max()) + 1  # pages of a row
         counts = np.repeat(last + 1, heads)  # of each row and head
         ends = np.concatenate([[0], counts.cumsum()])
         owners = np.repeat(np.arange(len(counts)), counts)  # row and head of each page
@@ -204,25 +204,24 @@ class _Pages:
         new, place = first + np.repeat(last, heads), np.repeat(places, heads)
         self.new_keys = torch.from_numpy(((new[:, None] * width + np.arange(width)) * _PAGE + place[:, None]).ravel())
         self.new_values = torch.from_numpy(new * _PAGE + place)
-        later = np.arange(most * _PAGE) > np.repeat(positions, heads)[:, None]
-        self._later = torch.from_numpy(later)  # (R * H, most * page)
-        self._owners = torch.from_numpy(owners)
-        self._places = None if len(owners) == len(later) * most else torch.from_numpy(owners * most + numbers)
+        later = np.where(np.arange(_PAGE) > place[:, None], -np.inf, 0.0).astype(np.float32)
+        self._last, self._later = torch.from_numpy(ends[1:] - 1), torch.from_numpy(later)  # pages, what hides scores
+        self._owners, self._places = torch.from_numpy(owners), torch.from_numpy(owners * most + numbers)
+        self._shape = len(counts), most  # of a table of all pages
 
-    def of_each(self, rows: Float[Tensor, "RH K"]) -> Float[Tensor, "P K"]:
-        """The row of each page's row and head."""
+    def of_each(self, rows: Float[Tensor, "RH *K"]) -> Float[Tensor, "P *K"]:
+        """What belongs to the row and head of each page."""
         return rows.index_select(0, self._owners)
 
     def softmax(self, scores: Float[Tensor, "P page"]) -> Float[Tensor, " P*page"]:
         """Softmax of each row and head over all its pages, float32."""
-        scores = scores.float()
-        if self._places is not None:
-            table = torch.full((len(self._later) * self._most, _PAGE), -torch.inf)
-            scores = table.index_copy_(0, self._places, scores)
-        weights = scores.view_as(self._later).masked_fill_(self._later, -torch.inf).softmax(dim=-1)
-        if self._places is not None:
-            weights = weights.view(-1, _PAGE).index_select(0, self._places)
-        return weights.flatten()
+        scores = scores.float().index_add_(0, self._last, self._later)
+        if len(scores) == self._shape[0] * self._shape[1]:
+            return scores.view(self._shape[0], -1).softmax(dim=-1).flatten()
+        highest = torch.full(self._shape, -torch.inf).put_(self._places, scores.amax(dim=-1)).amax(dim=-1)
+        weights = (scores - self.of_each(highest)[:, None]).exp_()
+        sums = torch.zeros(self._shape[0]).index_add_(0, self._owners, weights.sum(dim=-1))
+        return weights.div_(self.of_each(sums)[:, None]).flatten()
 
 
 def _num_pages(capacity: int) -> int:

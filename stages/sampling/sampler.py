@@ -22,6 +22,7 @@ from conf.train import FAMILIES
 from models.boundaries import Boundaries
 from models.packed_linear import pack_linear_layers
 from models.sampling import Sampling
+from models.slot_attention import kernel_refusal
 from models.token_sampling import SamplingOptions
 from models.vq import VQModel
 from stages.families import Model
@@ -78,6 +79,7 @@ class Sampler:
                 "dropout: it has no unconditional half that guidance could compare with, set sample.cfg_scale=1"
             )
         prepare_for_sampling(model.module, config)
+        warn_without_kernel(model, device)
         prepare_for_decoding(vq, config)
         if not FAMILIES[model.family].has_patches:
             return cls(config, model, vq, None, device)
@@ -188,6 +190,13 @@ class Sampler:
 def has_null_class(model: Model) -> bool:
     """Whether classes were dropped in the model's training, so that it knows the null class of guidance."""
     return getattr(model.config, "class_dropout_prob", 1.0) > 0
+
+
+def warn_without_kernel(model: Model, device: torch.device) -> None:
+    """Say why a GPU attends in plain torch, if it does."""
+    dtype, width = next(model.module.parameters()).dtype, model.config.dim // model.config.num_heads
+    if device.type == "cuda" and (refusal := kernel_refusal(device, dtype, width)):
+        logger.warning("sampling is slower than it could be: %s, so plain torch attends", refusal)
 
 
 def prepare_for_decoding(vq: VQModel, config: SampleConfig) -> None:

@@ -25,7 +25,7 @@ from stages.patches.calibration import Thresholds
 from stages.patches.rule import IndexRule, SavedRule
 from stages.runtime.errors import ArtifactError, InputError
 from stages.runtime.progress import Progress
-from stages.sampling.sampler import Sampler, prepare_for_decoding
+from stages.sampling.sampler import Sampler, prepare_for_decoding, warn_without_kernel
 from stages.stores.tokens import TokenStore
 from stages.weights.own import GPT_FAMILY, load_gpt, save_model, save_vq
 
@@ -55,6 +55,22 @@ def random_sampler() -> Callable[..., Sampler]:
         )
 
     return make
+
+
+def test_a_gpu_without_the_attention_kernel_is_told_why(
+    random_sampler: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, asked = random_sampler().model, list[tuple[torch.device, torch.dtype, int]]()
+
+    def refusal(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+        asked.append((device, dtype, width))
+        return None if len(asked) > 1 else "Triton is not installed"
+
+    monkeypatch.setattr("stages.sampling.sampler.kernel_refusal", refusal)
+    for device in ("cpu", "cuda", "cuda"):
+        warn_without_kernel(model, torch.device(device))
+    assert asked == [(torch.device("cuda"), torch.float32, 32)] * 2
+    assert caplog.messages == ["sampling is slower than it could be: Triton is not installed, so plain torch attends"]
 
 
 def sampled(sampler: Sampler, count: int, batch_size: int) -> dict[str, np.ndarray]:
