@@ -72,6 +72,7 @@ def _global_context(
     hidden = torch.cat([model.cls_embedding(classes), pooled]).index_select(0, patches.global_order)
     counts = torch.tensor(patches.global_lengths, device=rows.device)
     places = torch.arange(len(hidden), device=rows.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    places = places.clamp(max=model.config.num_tokens - 1)  # no row is read after a prefix of all tokens
     attend_packed = packed_causal_attention(patches.global_lengths, hidden.device, model.head_dim)
     attends = state.global_cache.prefill(rows.repeat_interleave(counts), places, attend_packed)
     for layer, attend in zip(model.layers, attends, strict=True):

@@ -36,7 +36,7 @@ class DPARState:
         self.encoded = like.new_zeros(len(model.local_encoder.layers), rows, num_tokens, dim)
         self.projections = like.new_zeros(len(model.local_decoder.layers), rows * canvas.halves, dim)
         self.encoder_cache = KVCache(len(model.local_encoder.layers), rows, num_tokens)
-        self.global_cache = KVCache(len(model.layers), rows * canvas.halves, num_tokens + 1)
+        self.global_cache = KVCache(len(model.layers), rows * canvas.halves, num_tokens)
         self.decoder_cache = KVCache(len(model.local_decoder.layers), rows * canvas.halves, num_tokens)
         self.token_rope = model.token_rope(like.device)
 

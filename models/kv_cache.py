@@ -209,7 +209,7 @@ class _Pages:
         self._owners, self._places = torch.from_numpy(owners), torch.from_numpy(owners * most + numbers)
         self._shape = len(counts), most  # of a table of all pages
 
-    def of_each(self, rows: Float[Tensor, "RH *K"]) -> Float[Tensor, "P *K"]:
+    def of_each(self, rows: Float[Tensor, " RH *K"]) -> Float[Tensor, " P *K"]:
         """What belongs to the row and head of each page."""
         return rows.index_select(0, self._owners)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from conf.sample import SampleConfig
 from conf.train import FAMILIES
 from models.boundaries import Boundaries
+from models.layers import Attention
 from models.packed_linear import pack_linear_layers
 from models.sampling import Sampling
 from models.slot_attention import kernel_refusal
@@ -194,8 +195,11 @@ def has_null_class(model: Model) -> bool:
 
 def warn_without_kernel(model: Model, device: torch.device) -> None:
     """Say why a GPU attends in plain torch, if it does."""
-    dtype, width = next(model.module.parameters()).dtype, model.config.dim // model.config.num_heads
-    if device.type == "cuda" and (refusal := kernel_refusal(device, dtype, width)):
+    attention = next((layer for layer in model.module.modules() if isinstance(layer, Attention)), None)
+    if device.type != "cuda" or attention is None:
+        return
+    width = attention.wo.in_features // attention.num_heads
+    if refusal := kernel_refusal(device, attention.wo.weight.dtype, width):
         logger.warning("sampling is slower than it could be: %s, so plain torch attends", refusal)
 
 
