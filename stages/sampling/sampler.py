@@ -108,7 +108,7 @@ class Sampler:
 
     def sample_units(
         self,
-        units: Sequence[Int64[NDArray[np.int64], " B"]],
+        units: Sequence[Int64[NDArray[np.int64], " _"]],
         labels: Int64[NDArray[np.int64], " N"],
         progress: Progress,
     ) -> Iterator[tuple[int, SampleBatch]]:

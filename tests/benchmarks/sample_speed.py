@@ -61,6 +61,7 @@ LOCKSTEP_BOUNDS = {1: 0.97, 4: 1.22, 16: 1.12, 64: 0.97}  # of images a second o
 SECONDS_BOUNDS = {("B", 4): 0.81, ("B", 16): 0.70, ("L", 4): 0.72, ("L", 16): 0.67}  # of DPAR over LlamaGen
 PUBLISHED_BOUND, TICK_BOUND_US = 0.38, 150.0
 EVERY = 16  # prefix lengths of the published loop that are timed
+LINEAR_EVERY = 4  # positions of a step beside its linear layers
 
 
 class Known(Canvas):
@@ -123,7 +124,7 @@ def prefix_forward(model: DPAR, entropies: GPT, tokens: Tensor, starts: Tensor) 
 
 
 Products = list[list[Callable[[], Tensor]]]
-"""For each position, the products of the linear layers that its step makes, each to be made again on its own."""
+"""For each position that is timed, the products of the linear layers of its step, each to be made again on its own."""
 
 
 def products(model: GPT | DPAR, decoder: Decoder) -> Products:
@@ -136,8 +137,9 @@ def products(model: GPT | DPAR, decoder: Decoder) -> Products:
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | PackedLinear)]
     handles = [layer.register_forward_hook(record) for layer in layers]
-    for _ in range(model.config.num_tokens):
+    for position in range(0, model.config.num_tokens, LINEAR_EVERY):
         found.append([])
+        decoder.skip_to(position)
         decoder.step()
     for handle in handles:
         handle.remove()
@@ -151,12 +153,13 @@ def over_linear_layers(make: Callable[[Any], Decoder], plain: GPT | DPAR, fast: 
     """
     alone = {"torch's": products(plain, make(plain)), "packed": products(fast, make(fast))}
     decoder, whole, seconds = make(fast), 0.0, dict.fromkeys(alone, 0.0)
-    count = fast.config.num_tokens
-    for position in range(count):
+    positions = range(0, fast.config.num_tokens, LINEAR_EVERY)
+    for number, position in enumerate(positions):
+        decoder.skip_to(position)
         whole += seconds_of(decoder.step)
         for name, calls in alone.items():
-            seconds[name] += seconds_of(lambda here=calls[position]: [call() for call in here])
-    return {"ms a step": 1000 * whole / count, **{name: whole / total for name, total in seconds.items()}}
+            seconds[name] += seconds_of(lambda here=calls[number]: [call() for call in here])
+    return {"ms a step": 1000 * whole / len(positions), **{name: whole / total for name, total in seconds.items()}}
 
 
 def against_others(size: str, batch: int, entropy_models: Sequence[str]) -> dict[str, float]:
