@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lockstep
@@ -16,7 +17,7 @@ from models.canvas import Canvas
 from models.clocks import Clocks
 from models.config import EntropyHeadConfig
 from models.dpar import DPAR
-from models.dpar_steps import DPARSteps
+from models.dpar_steps import GLOBAL, TOKEN, DPARSteps
 from models.entropy_head import EntropyHead
 from models.gpt import GPT
 from models.gpt_steps import GPTSteps
@@ -138,6 +139,26 @@ def test_what_a_gpu_runs_draws_the_same_images_of_dpar(
         again, starts_again = sample_dpar(model, labels, uniforms, options, boundaries, batch=3)
         assert torch.equal(again, tokens)
         assert torch.equal(starts_again, starts)
+
+
+@pytest.mark.usefixtures("_as_a_gpu_does", "without_shape_checks")
+def test_a_gpu_replays_the_steps_that_repeat_and_reads_a_prefix_as_it_is(
+    dpar: Callable[..., DPAR], source: Callable[[str, DPAR], Boundaries], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed: list[int] = []
+
+    def replay(tick: partial[Any]) -> partial[Any]:
+        replayed.extend(tick.args)
+        return tick
+
+    monkeypatch.setattr(sampling, "Replay", replay)
+    model, (labels, uniforms) = dpar(), drawn()
+    prefix, boundaries = (uniforms[:, :5] * CODES).long(), source("entropy head", model)
+    tokens, starts = lockstep.sample_dpar(model, labels, uniforms, OPTIONS[1], boundaries, prefix)
+    again, starts_again = sample_dpar(model, labels, uniforms, OPTIONS[1], boundaries, prefix, batch=3)
+    assert torch.equal(again, tokens)
+    assert torch.equal(starts_again, starts)
+    assert replayed == [TOKEN, GLOBAL]
 
 
 @pytest.mark.usefixtures("_as_a_gpu_does", "without_shape_checks")
