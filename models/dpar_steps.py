@@ -109,10 +109,8 @@ class DPARSteps:
         self, slots: Int[Tensor, " R"], position: Int[Tensor, " R"], token: Int[Tensor, " R"]
     ) -> Float[Tensor, "R D"]:
         """State of the encoder's last layer at the tokens at `position`."""
-        state, rope = (
-            self._model.tok_embeddings(token),
-            self.state.token_rope[position + 1],
-        )  # row 0 is the decoder's start
+        state = self._model.tok_embeddings(token)
+        rope = self.state.token_rope[position + 1]  # row 0 is the decoder's start
         attends = self.state.encoder_cache.step(slots, position)
         for layer, encoded, attend in zip(self._model.local_encoder.layers, self.state.encoded, attends, strict=True):
             state = layer(state, rope, attend)

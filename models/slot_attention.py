@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, library
 
 from models.attention import plain_attention
 
@@ -127,13 +127,13 @@ def _slot_attention_fake(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
 def _registered() -> Callable[..., Tensor]:
     """The operator dpar::slot_attention. Compiled code calls it as a whole, and fake tensors pass through it.
 
-    `torch.library.custom_op` would load the compiler at the first call, two seconds.
+    `custom_op` would load the compiler at the first call, two seconds.
     """
     _LIBRARY.define("slot_attention(Tensor q, Tensor keys, Tensor values, Tensor slots, Tensor lengths) -> Tensor")
     _LIBRARY.impl("slot_attention", _slot_attention_cuda, "CUDA")
-    torch.library.register_fake("dpar::slot_attention", _slot_attention_fake, lib=_LIBRARY)
+    library.register_fake("dpar::slot_attention", _slot_attention_fake, lib=_LIBRARY)
     return torch.ops.dpar.slot_attention.default
 
 
-_LIBRARY = torch.library.Library("dpar", "FRAGMENT")
+_LIBRARY = library.Library("dpar", "FRAGMENT")
 _OPERATOR = _registered()

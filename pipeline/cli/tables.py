@@ -24,9 +24,9 @@ difference from it. saved: linear MACs saved against LlamaGen. Training reads
 stored entropies; computing them once is not counted."""
 SAMPLING_NOTE = """\
 Every position is computed once, with guidance (CFG) twice. saved: linear MACs
-with CFG saved against LlamaGen. calls: layers called for an image, each of which
-reads its weights once for a full batch. MACs set the time of large batches,
-calls that of small ones; seconds are measured by dpar bench sample."""
+with CFG saved against LlamaGen. calls: layers called for an image, each of
+which reads its weights once for a full batch. MACs set the time of large
+batches, calls that of small ones; dpar bench sample measures seconds."""
 BOUNDARIES_NOTE = """\
 In DPAR, guidance runs only the global stack, the decoder and the head twice.
 DPAR has one row for each boundary source, all at the same mean patch length."""
